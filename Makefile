@@ -1,0 +1,35 @@
+# Everything runs in .venv, which is made on first use from requirements-dev.txt. To use an environment of your own:
+#     make PYTHON=python3 test
+# make demo MODEL=path takes your checkpoint instead of writing a small one.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
+
+.PHONY: venv build style test bench demo
+
+venv: $(READY)
+
+# The compile check needs the oldest and the newest Triton that we support, besides the one that torch runs with.
+$(VENV)/.installed: requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -r requirements-dev.txt
+	$(PYTHON) -m pip install --no-deps --upgrade --target $(VENV)/triton-3.6.0 triton==3.6.0
+	$(PYTHON) -m pip install --no-deps --upgrade --target $(VENV)/triton-3.9.0 triton==3.9.0
+	touch $@
+
+build: $(READY)
+	$(PYTHON) scripts/build.py
+
+style: $(READY)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+
+test: style
+	$(PYTHON) -m pytest
+
+bench: build
+	$(PYTHON) benchmarks/benchmark_moe.py
+
+demo: build
+	$(PYTHON) examples/demo.py $(if $(MODEL),--model $(MODEL))

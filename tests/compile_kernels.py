@@ -1,0 +1,139 @@
+"""Compiles every kernel in every dtype and shipped configuration for GPUs that need not be here; see test_compile.py.
+
+The real launchers run, on CPU tensors, with a driver that only names the target: Triton specialises the kernels as it
+would on that GPU, compiles them, and launches nothing. Prints one line a kernel; exits with 1 if any check failed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from kernels import get_kernel
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Target -> shared memory that a block may use, in KiB (CUDA C++ programming guide; CDNA3 and CDNA4 ISA guides).
+TARGETS = {
+    GPUTarget("cuda", 80, 32): 163,
+    GPUTarget("cuda", 89, 32): 99,
+    GPUTarget("cuda", 90, 32): 227,
+    GPUTarget("cuda", 100, 32): 227,
+    GPUTarget("cuda", 120, 32): 99,
+    GPUTarget("hip", "gfx942", 64): 64,
+    GPUTarget("hip", "gfx950", 64): 160,
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EXPERTS, HIDDEN, INTER = 8, 2048, 768
+
+
+class NoGPU:
+    """What JITFunction asks a driver before it compiles."""
+
+    def __init__(self, target, device):
+        self.target, self.device = target, device
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+compiled = []
+JITFunction.__getitem__ = lambda self, grid: (
+    lambda *args, **kwargs: compiled.append((self.__name__, self.run(*args, grid=grid, warmup=True, **kwargs)))
+)
+
+
+def registers_and_spills(cubin: bytes) -> tuple:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+
+
+def check(target, name, kernel, dtype, config) -> bool:
+    faults = []
+    shared = kernel.metadata.shared
+    if shared > TARGETS[target] * 1024:
+        faults.append("too much shared memory")
+    usage = ""
+    if target.backend == "cuda":
+        registers, stack = registers_and_spills(kernel.asm["cubin"])
+        usage = f"{registers} registers, {stack} B stack, "
+        if stack:
+            faults.append("spills")
+        if target.arch == 90 and "gemm" in name + "gemm" * (name == "_gate_up_kernel") and dtype != torch.float32:
+            if "wgmma.mma_async" not in kernel.asm["ptx"]:
+                faults.append("no wgmma")
+    label = f"{target.backend}:{target.arch} {name} {str(dtype).removeprefix('torch.')} {config or ''}"
+    print(f"{'FAULT: ' + ', '.join(faults) if faults else 'ok'}  {label}  {usage}{shared} B shared", flush=True)
+    return not faults
+
+
+def launches(package, target):
+    """(dtype, config, launch) for all that can be launched on the target."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    for ids in (torch.int32, torch.int64):
+        for tokens in (1, 1000):  # counted in place, and by a launch of its own
+            index = torch.zeros(tokens, 6, dtype=ids)
+            yield ids, None, lambda index=index: kernels.route(index, EXPERTS, 64)
+    offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+    yield torch.int32, None, lambda: kernels.tile_schedule(offsets, 100, 64)
+    schedule = kernels.tile_schedule(offsets, 100, 64)
+    slots = torch.zeros(96, dtype=torch.int32)
+    capability = (target.arch // 10, 0) if target.backend == "cuda" else (0, 0)
+    for dtype in DTYPES:
+        x, a, y = (torch.empty(96, n, dtype=dtype) for n in (HIDDEN, INTER, HIDDEN))
+        w1, w2 = (torch.empty(EXPERTS, n, k, dtype=dtype) for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)))
+        weights = torch.empty(16, 6)
+        yield dtype, None, lambda y=y, weights=weights: kernels.combine(y, slots, weights)
+        up, down = tuning.decode_config(dtype)
+        index = torch.zeros(16, 6, dtype=torch.int64)
+        yield dtype, up, lambda x=x, w=w1, i=index, c=up: kernels.gate_up_decode(x, w, i, "silu", c)
+        yield dtype, down, lambda a=a, w=w2, i=index, p=weights, c=down: kernels.down_decode(a, w, i, p, c)
+        for config in tuning.all_configs(dtype, capability):
+            # Both ways of reading: a tensor that TMA cannot address falls back to plain loads.
+            for tma in {config.gate_up.USE_TMA, False}:
+                up, down = (c._replace(USE_TMA=tma) for c in config)
+                yield (
+                    dtype,
+                    up,
+                    lambda up=up, x=x, w1=w1: kernels.gate_up(x, w1, slots, schedule, 6, "silu", "ieee", up),
+                )
+                for w in (w2, w1.transpose(1, 2)[:, :, :INTER]):  # the second: transposed in place, as a backward needs
+                    if tma and w.stride(2) != 1:
+                        continue
+                    yield dtype, down, lambda d=down, a=a, w=w: kernels.grouped_gemm(a, w, schedule, "ieee", d)
+
+
+def main() -> int:
+    package = get_kernel("org/moe-grouped-gemm", version=1).__name__
+    wanted = os.environ.get("TARGETS")
+    good = True
+    for device, target in enumerate(TARGETS):
+        if wanted and str(target.arch) not in wanted.split(","):
+            continue
+        driver.set_active(NoGPU(target, device))
+        for dtype, config, launch in launches(package, target):
+            compiled.clear()
+            launch()
+            for name, kernel in compiled:
+                good &= check(target, name, kernel, dtype, config)
+    return not good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

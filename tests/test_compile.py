@@ -1,0 +1,24 @@
+"""Every kernel compiles for every GPU of the supported table, with the oldest and the newest Triton."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_kernels_compile(version):
+    triton = ROOT / f".venv/triton-{version}"
+    assert triton.is_dir(), "`make venv` installs it"
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests/compile_kernels.py"],
+        env={**os.environ, "PYTHONPATH": str(triton)},
+        capture_output=True,
+        text=True,
+    )
+    faults = [line for line in result.stdout.splitlines() if not line.startswith("ok")]
+    assert result.returncode == 0, "\n".join(faults) + result.stderr[-4000:]
+    assert result.stdout.count("ok ") > 200

@@ -1,0 +1,154 @@
+"""Each launcher by itself against torch, in small tiles and odd sizes: on a GPU, or under TRITON_INTERPRET=1.
+
+Without a GPU `test_under_the_interpreter` runs this file again in a process of its own: Triton's interpreter is chosen
+when it is imported, and torch.compile does not work beside it.
+"""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+from oracle import assert_as_good_as_torch, in_fp64, layer
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter multiplies the raw bits of bf16.
+DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
+def test_under_the_interpreter():
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def launch(kernel):
+    return import_module(f"{kernel.__name__}.kernels")
+
+
+@pytest.fixture(scope="module")
+def config(kernel):
+    GemmConfig = import_module(f"{kernel.__name__}.tuning").GemmConfig
+    return lambda **changes: GemmConfig(16, 16, 64, 32, 2, 4, 2, False)._replace(**changes)
+
+
+def on_triton(test):
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+ROUTES = [  # T, E, top_k, ids
+    pytest.param(1, 1, 1, "distinct", id="one-slot"),
+    pytest.param(3, 256, 8, "distinct", id="decode"),
+    pytest.param(20, 7, 6, "sentinels", id="one-block"),
+    pytest.param(171, 300, 6, "sentinels", id="two-chunks-counted-by-each-block"),
+    pytest.param(900, 40, 6, "sentinels", id="chunks-counted-by-a-launch-of-their-own"),
+    pytest.param(200, 5, 6, "one", id="all-on-one-expert"),
+]
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens, experts, top_k, ids", ROUTES)
+def test_route(kernel, launch, tokens, experts, top_k, ids, dtype):
+    index = layer(tokens, experts, top_k, 1, 1, device=DEVICE, ids=ids)[1].to(dtype)
+    expected = import_module(f"{kernel.__name__}.routing").route_torch(index, experts)
+    *got, schedule = launch.route(index, experts, 16)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected))
+
+    offsets = expected.expert_offsets.tolist()
+    tiles = []  # expert, its first tile, its first row, the row after its last
+    for expert, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+        first_tile = len(tiles)
+        tiles += [(expert, first_tile, begin, end)] * -(-(end - begin) // 16)
+    for columns in (schedule, launch.tile_schedule(expected.expert_offsets, index.numel(), 16)):
+        assert list(zip(*columns[:, : len(tiles)].tolist())) == tiles
+        assert (columns[0, len(tiles) :] == -1).all()
+
+
+LAYERS = [  # T, E, top_k, H, I, ids
+    pytest.param(1, 4, 2, 64, 40, "distinct", id="fewer-rows-than-BLOCK_M"),
+    pytest.param(45, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
+    pytest.param(100, 2, 2, 72, 136, "any", id="several-tiles-of-M-and-N"),
+]
+CASE = "tokens, experts, top_k, hidden_dim, inter, ids"
+VARIANTS = [
+    pytest.param({}, id="loads"),
+    pytest.param({"BLOCK_M": 32, "MIN_M": 32, "GROUP_M": 1}, id="loads-ungrouped"),
+    pytest.param({"BLOCK_M": 64}, id="loads-three-heights"),
+    pytest.param({"BLOCK_M": 128, "MIN_M": 64}, id="loads-rows-first"),
+    pytest.param({"USE_TMA": True}, id="tma"),
+    pytest.param({"BLOCK_M": 128, "MIN_M": 64, "USE_TMA": True}, id="tma-rows-first"),
+    pytest.param({"BLOCK_M": 32, "USE_TMA": True}, id="tma-two-heights"),
+    pytest.param({"USE_TMA": True, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}, id="tma-wide"),
+]
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(CASE, LAYERS)
+def test_pipeline(kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
+    config = config(**variant)
+    if config.USE_TMA and (hidden_dim % 8 or inter % 8 or dtype == torch.float32):
+        pytest.skip("TMA wants 16-byte strides and 16-bit elements")
+    args = x, index, weights, gate_up_proj, down_proj = layer(
+        tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids
+    )
+    offsets, sorted_slots, positions, schedule = launch.route(index, experts, config.BLOCK_M)
+    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, top_k, "silu", "ieee", config)
+    y = launch.grouped_gemm(a, down_proj, schedule, "ieee", config)
+    rows = int(offsets[-1])
+    assert a[rows:].isnan().all() and y[rows:].isnan().all(), "rows of skipped slots are never written"
+    out = launch.combine(y, positions, weights)
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(CASE, LAYERS)
+def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
+    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 32, 4)
+    args = x, index, weights, gate_up_proj, down_proj = layer(
+        tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids
+    )
+    weights[(index < 0) | (index >= experts)] = float("nan")
+    a = launch.gate_up_decode(x, gate_up_proj, index, "silu", config)
+    out = launch.down_decode(a, down_proj, index, weights, config)
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
+
+
+@on_triton
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_activations_keep_nan(kernel, launch, config, activation):
+    x, index, weights, gate_up_proj, down_proj = layer(20, 2, 1, 32, 64, device=DEVICE)
+    x[3] = float("nan")
+    _, sorted_slots, positions, schedule = launch.route(index, 2, 16)
+    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, 1, activation, "ieee", config())
+    y = launch.grouped_gemm(a, down_proj, schedule, "ieee", config())
+    out = launch.combine(y, positions, weights)
+    expected = kernel.reference.moe_experts(x, index, weights, gate_up_proj, down_proj, activation)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@on_triton
+def test_weights_may_be_transposed_views(launch, config):
+    x = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight = torch.randn(2, 48, 70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    offsets = torch.tensor([0, 18, 40], dtype=torch.int32, device=DEVICE)
+    y = launch.grouped_gemm(x, weight.mT, launch.tile_schedule(offsets, 40, 16), "ieee", config())
+    torch.testing.assert_close(y, torch.cat([x[:18] @ weight[0], x[18:] @ weight[1]]), rtol=1e-4, atol=1e-4)
+
+
+@on_triton
+def test_offsets_that_promise_too_many_rows_stay_in_memory(launch):
+    offsets = torch.tensor([0, 18, 90], dtype=torch.int32, device=DEVICE)
+    schedule = launch.tile_schedule(offsets, 40, 16)
+    assert schedule[:, schedule[0] >= 0].t().tolist() == [[0, 0, 0, 18]] * 2 + [[1, 2, 18, 40]] * 2

@@ -1,0 +1,144 @@
+"""The package's structure: what imports what, where it runs, and that the documents name what exists."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPO_ID, ROOT
+
+PACKAGE = ROOT / "torch-ext/moe_grouped_gemm"
+FILES = [
+    pytest.param(path, id=str(path.relative_to(PACKAGE)))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "_ops.py"  # kernel-builder leaves it here
+]
+
+# From docs/design.md: an import points to the right, or to a neighbour.
+LEVELS = [
+    ["__init__"],
+    ["layers", "integration"],
+    ["functional", "lora"],
+    ["torch_ops", "routing", "quant", "reference"],
+    ["kernels", "tuning"],
+    ["_ops"],
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+NETWORK = {"ftplib", "http", "smtplib", "socket", "socketserver", "ssl", "urllib", "xmlrpc"}
+CODE_EXECUTION = {"ctypes", "marshal", "multiprocessing", "pickle", "runpy", "shelve", "subprocess"}
+
+
+def unit(path):
+    """The module, or the subpackage, that a file belongs to: a key of LEVEL."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(names, relative, in a function) of each import; names are units of the package if relative, else packages."""
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield {alias.name.split(".")[0] for alias in node.names}, False, id(node) in inside
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield {node.module.split(".")[0]}, False, id(node) in inside
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1].relative_to(PACKAGE)
+            base = [*folder.parts, *(node.module.split(".") if node.module else [])]
+            yield {base[0]} if base else {alias.name for alias in node.names}, True, id(node) in inside
+
+
+def test_the_rules_have_something_to_check():
+    assert len(FILES) > 5
+    assert any(relative for file in FILES for _, relative, _ in imports(file.values[0]))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_point_right(path):
+    for names, relative, _ in imports(path):
+        for name in names if relative else ():
+            assert name in LEVEL, f"{name} has no place in the order of modules"
+            assert LEVEL[name] >= LEVEL[unit(path)], f"{unit(path)} imports {name}, which lies to its left"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_foreign_imports(path):
+    for names, relative, in_function in imports(path):
+        if relative:
+            continue
+        allowed = {*sys.stdlib_module_names, "torch"} - NETWORK - CODE_EXECUTION
+        if unit(path) == "kernels" or in_function:
+            allowed.add("triton")  # the package imports without it
+        if unit(path) == "integration" and in_function:
+            allowed |= {"transformers", "peft", "kernels"}
+        assert names <= allowed, f"{', '.join(names - allowed)} may not be imported here"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_code_from_strings(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "compile", "__import__"}, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_python_3_9(path):
+    tree = ast.parse(path.read_text(), feature_version=(3, 9))
+    annotations = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
+    unions = [
+        node
+        for annotation in filter(None, annotations)
+        for node in ast.walk(annotation)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+    ]
+    future = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    assert future or not unions, "X | Y in an annotation needs `from __future__ import annotations`"
+    assert not {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)} & {"slots", "kw_only"}
+
+
+IMPORT = """
+import importlib.util, socket, sys, time
+import torch
+
+blocked = set(sys.argv[2:])
+sys.modules.update(dict.fromkeys(blocked))  # None: any import of it fails
+socket.socket = socket.create_connection = None
+before = set(sys.modules)
+start = time.process_time()
+spec = importlib.util.spec_from_file_location("_mangled_name", sys.argv[1])
+sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+seconds = time.process_time() - start
+heavy = {"triton", "transformers", "peft", "kernels", "huggingface_hub"} & (set(sys.modules) - before)
+assert not heavy, heavy
+assert seconds < 1, seconds
+"""
+
+
+@pytest.mark.parametrize("blocked", [[], ["triton", "transformers", "peft", "kernels"]], ids=["as-is", "torch-alone"])
+def test_import_is_light(blocked):
+    init = ROOT / "build/torch-cpu/__init__.py"
+    result = subprocess.run([sys.executable, "-c", IMPORT, init, *blocked], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def public_names():
+    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+            return set(ast.literal_eval(node.value))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CARD.md"])
+def test_documents_name_what_exists(document):
+    text = (ROOT / document).read_text()
+    names = set(re.findall(r"\bmoe\.(\w+)\(", text))
+    assert names, "no use of the API found: the examples should call it `moe`"
+    assert names <= public_names()
+    layers = set(re.findall(rf"{REPO_ID}:(\w+)", text))
+    assert layers <= {
+        node.name for node in ast.parse((PACKAGE / "layers.py").read_text()).body if hasattr(node, "name")
+    }

@@ -1,0 +1,561 @@
+"""DeepSeek-V3 in Transformers, end to end: every way in, every mode, and everything that wraps a module's forward."""
+
+import copy
+import importlib
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import tokenizers
+import torch
+import transformers
+from kernels import Mode, kernelize, use_kernel_mapping
+from safetensors import safe_open
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM, KernelConfig
+from transformers.integrations import finegrained_fp8, moe
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
+from transformers.utils import kernel_config as kernel_config_module
+
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt, save_deepseek_v3
+
+HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
+INTERFACE = "moe_grouped_gemm"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on such small matrices wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("deepseek-v3")
+    save_deepseek_v3(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_other_kernels(monkeypatch):
+    """`use_kernels=True` on a GPU also looks for Transformers' own kernels (RMSNorm, ...) on the Hub."""
+    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
+    with use_kernel_mapping({}, inherit_mapping=False):
+        yield
+
+
+@pytest.fixture
+def registered(kernel):
+    kernel.register()
+    return kernel
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """As in a process that never called register()."""
+    monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Experts, "kernel_layer_name", raising=False)
+    monkeypatch.delitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, INTERFACE, raising=False)
+
+
+@pytest.fixture
+def calls(kernel, monkeypatch):
+    """The arguments of every call of `moe_experts`: what proves that a model runs on this kernel."""
+    calls = []
+    moe_experts = kernel.functional.moe_experts
+
+    def recording_moe_experts(*args):
+        calls.append(args)
+        return moe_experts(*args)
+
+    monkeypatch.setattr(kernel.functional, "moe_experts", recording_moe_experts)
+    return calls
+
+
+@pytest.fixture
+def kernel_config(unregistered, kernel, monkeypatch):
+    """A KernelConfig as users write it; the Hub, unreachable here, would resolve the version to its branch."""
+    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
+    yield KernelConfig({"DeepseekV3Experts": HUB_NAME})
+    clear_patch_mapping()
+
+
+@pytest.fixture
+def layout(kernel):
+    """What is left of a KernelConfig load in the process: models are built with the stand-in."""
+    register_patch_mapping({"DeepseekV3Experts": kernel.layers.MoEExpertsLayout})
+    yield kernel.layers.MoEExpertsLayout
+    clear_patch_mapping()
+
+
+def load(path, dtype=torch.float32, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+
+@torch.no_grad()
+def logits(model):
+    # Not model.device: accelerate leaves an offloaded model on "meta", yet takes its input from the CPU.
+    device = "cuda" if model.device.type == "cuda" else "cpu"
+    return model(prompt().to(device)).logits
+
+
+def is_kernelized(model, kernel):
+    return all(experts.forward.__func__ is kernel.layers.MoEExperts.forward for experts in experts_of(model))
+
+
+def assert_runs_on_kernel(model, reference, calls):
+    calls.clear()
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    assert len(calls) == NUM_MOE_LAYERS
+
+
+def gradients(model):
+    model.zero_grad()
+    model(prompt().to(model.device)).logits.square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# The checkpoint
+
+
+def test_checkpoint_has_one_tensor_per_expert(checkpoint):
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        keys = {key for key in file.keys() if ".mlp.experts." in key}
+    assert keys == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+        for layer in range(1, 1 + NUM_MOE_LAYERS)
+        for expert in range(8)
+        for name in ("gate", "up", "down")
+    }
+
+
+# Ways 2 and 3
+
+WAYS = [
+    pytest.param({"use_kernels": True}, id="use_kernels"),
+    pytest.param({"experts_implementation": INTERFACE}, id="experts_implementation"),
+]
+
+
+@pytest.mark.parametrize("kwargs", WAYS)
+def test_logits_fp32(checkpoint, registered, calls, device, kwargs):
+    model = load(checkpoint, device_map=device, **kwargs)
+    assert is_kernelized(model, registered) == ("use_kernels" in kwargs)
+    assert_runs_on_kernel(model, logits(load(checkpoint, device_map=device)), calls)
+
+
+@pytest.mark.parametrize("kwargs", WAYS)
+def test_logits_bf16(checkpoint, registered, calls, device, kwargs):
+    stock = load(checkpoint, torch.bfloat16, device_map=device)
+    stock_logits = logits(stock).float()
+    exact = logits(stock.float())
+    kernel_logits = logits(load(checkpoint, torch.bfloat16, device_map=device, **kwargs))
+    assert kernel_logits.dtype == torch.bfloat16 and len(calls) == NUM_MOE_LAYERS
+    stock_error = (stock_logits - exact).abs().max()
+    assert (kernel_logits.float() - exact).abs().max() <= 2 * stock_error
+
+
+@pytest.mark.parametrize("kwargs", WAYS)
+def test_greedy_tokens(checkpoint, registered, calls, device, kwargs):
+    generate = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = load(checkpoint, device_map=device).generate(prompt().to(device), **generate)
+    assert not calls
+    model = load(checkpoint, device_map=device, **kwargs)
+    assert torch.equal(model.generate(prompt().to(device), **generate), expected)
+    assert len(calls) == 12 * NUM_MOE_LAYERS
+
+
+@pytest.mark.parametrize("kwargs", WAYS)
+def test_broken_kernel_breaks_logits(checkpoint, registered, monkeypatch, kwargs):
+    monkeypatch.setattr(registered.functional, "moe_experts", lambda hidden_states, *_: hidden_states)
+    assert (logits(load(checkpoint, **kwargs)) - logits(load(checkpoint))).abs().max() > 0.1
+
+
+def test_model_loaded_before_register(checkpoint, unregistered, kernel, calls):
+    model = load(checkpoint, use_kernels=True)
+    reference = logits(model)
+    assert not calls
+    kernel.register()
+    model.set_use_kernels(True)
+    assert is_kernelized(model, kernel)
+    assert_runs_on_kernel(model, reference, calls)
+
+
+# Modes
+
+
+@pytest.mark.parametrize("compiled", [Mode._NONE, Mode.TORCH_COMPILE], ids=["eager", "torch_compile"])
+@pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING], ids=["inference", "training"])
+def test_kernelize(checkpoint, registered, calls, device, mode, compiled):
+    stock = load(checkpoint, device_map=device)
+    model = load(checkpoint, device_map=device).train(mode == Mode.TRAINING)
+    kernelize(model, mode=mode | compiled)
+    assert is_kernelized(model, registered)
+    assert_runs_on_kernel(model, logits(stock), calls)
+    if mode == Mode.TRAINING:
+        torch.testing.assert_close(gradients(model), gradients(stock.train()), rtol=1e-3, atol=1e-6)
+
+
+def test_torch_compile(checkpoint, registered, device):
+    """One graph around each kind of entry: the instance's forward and the class's dispatch."""
+    x, ids, weights = torch.randn(5, 64), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+    arguments = [tensor.to(device) for tensor in (x, ids, weights)]
+    for way in WAYS:
+        experts = experts_of(load(checkpoint, device_map=device, **way.values[0]))[0]
+        compiled = torch.compile(experts, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+        torch.testing.assert_close(compiled(*arguments), experts(*arguments))
+
+
+def test_train_and_eval(checkpoint, registered, calls, device):
+    reference = logits(load(checkpoint, device_map=device))
+    model = load(checkpoint, device_map=device, use_kernels=True)
+    for training in (True, False, True):
+        model.train(training)
+        assert is_kernelized(model, registered)
+        assert_runs_on_kernel(model, reference, calls)
+
+
+def test_deepcopy_of_a_kernelized_model(checkpoint, registered, calls):
+    model = load(checkpoint, use_kernels=True)
+    reference = logits(model)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert_runs_on_kernel(clone, reference, calls)
+
+
+def test_autocast_norms_hand_over_fp32(checkpoint, registered, calls):
+    """bf16 weights, fp32 hidden states: the layer computes in bf16 and answers in fp32."""
+    experts = experts_of(load(checkpoint, torch.bfloat16, use_kernels=True))[0]
+    x, ids, weights = torch.randn(5, 64), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+    out = experts(x, ids, weights)
+    assert out.dtype == torch.float32 and calls[0][0].dtype == torch.bfloat16
+    assert torch.equal(out, experts(x.bfloat16(), ids, weights).float())
+
+
+# Wrapped forwards
+
+
+@pytest.mark.parametrize("kwargs", [pytest.param({}, id="stock"), *WAYS])
+def test_offload_hooks_survive_kernelize(checkpoint, registered, calls, kwargs):
+    """Experts only: `kernelize` itself drops the hooks of Transformers' own layers, RMSNorm first."""
+    reference = logits(load(checkpoint))
+    model = accelerate.cpu_offload(load(checkpoint, **kwargs), execution_device="cpu")
+    for mode in (Mode.INFERENCE, Mode.TRAINING):
+        for experts in experts_of(model):
+            kernelize(experts, mode=mode, device="cpu")
+            assert experts.gate_up_proj.is_meta
+        assert_runs_on_kernel(model, reference, calls)
+
+
+@pytest.mark.parametrize("kwargs", WAYS)
+def test_device_map_with_disk(checkpoint, registered, calls, tmp_path, kwargs):
+    reference = logits(load(checkpoint))
+    names = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0", "model.layers.1"]
+    device_map = {**dict.fromkeys(names, "cpu"), "model.layers.2": "disk"}
+    model = load(checkpoint, device_map=device_map, offload_folder=tmp_path, **kwargs)
+    assert experts_of(model)[1].gate_up_proj.is_meta
+    assert_runs_on_kernel(model, reference, calls)
+
+
+def test_distributed(checkpoint, tmp_path):
+    """Two gloo processes, each way, equal one process: see distributed_worker.py."""
+    torch.save(logits(load(checkpoint)), tmp_path / "logits.pt")
+    worker = Path(__file__).parent / "distributed_worker.py"
+    arguments = [checkpoint, tmp_path / "logits.pt", tmp_path / "rendezvous"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, *arguments, str(rank)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+# Way 1
+
+
+def test_kernel_config_refuses_cpu(checkpoint, kernel_config, kernel):
+    """Transformers' KernelConfig knows no cpu; the stand-in that it leaves behind is harmless."""
+    reference = logits(load(checkpoint))
+    with pytest.raises(ValueError, match="Only devices in .* are supported, got: cpu"):
+        load(checkpoint, use_kernels=True, kernel_config=kernel_config)
+    assert torch.equal(logits(load(checkpoint)), reference)
+
+
+@pytest.fixture
+def cpu_in_kernel_config(monkeypatch):
+    """Lets way 1 run on a CPU, too: Transformers refuses it by this list alone."""
+    devices = [*kernel_config_module.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
+    monkeypatch.setattr(kernel_config_module, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)
+
+
+@pytest.mark.usefixtures("cpu_in_kernel_config")
+def test_kernel_config(checkpoint, kernel_config, kernel, calls, device):
+    """A KernelConfig maps inference only: for training, `kernelize` puts the class's own forward back."""
+    stock = load(checkpoint, device_map=device)
+    reference = logits(stock)
+    model = load(checkpoint, device_map=device, use_kernels=True, kernel_config=kernel_config)
+    assert is_kernelized(model, kernel)
+    assert_runs_on_kernel(model, reference, calls)
+    model.train()
+    assert not is_kernelized(model, kernel)
+    assert_runs_on_kernel(model, reference, calls)
+    torch.testing.assert_close(gradients(model), gradients(stock.train()), rtol=1e-3, atol=1e-6)
+    model.eval()
+    assert is_kernelized(model, kernel)
+
+    calls.clear()
+    assert torch.equal(logits(load(checkpoint, device_map=device)), reference) and not calls  # stock again
+
+
+def test_layout_is_the_stock_module(checkpoint, layout, calls):
+    stock_class = type(experts_of(load(checkpoint))[0])
+    clear_patch_mapping()
+    stock = load(checkpoint)
+    register_patch_mapping({"DeepseekV3Experts": layout})
+    model = load(checkpoint)
+
+    assert stock_class is modeling_deepseek_v3.DeepseekV3Experts
+    for experts, stock_experts in zip(experts_of(model), experts_of(stock)):
+        assert isinstance(experts, layout) and vars(experts).keys() == vars(stock_experts).keys()
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    assert torch.equal(logits(model), logits(stock))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(stock))
+    assert not calls
+
+
+def test_layout_saves_and_loads(checkpoint, layout, tmp_path):
+    load(checkpoint).save_pretrained(tmp_path)
+    with safe_open(checkpoint / "model.safetensors", "pt") as a, safe_open(tmp_path / "model.safetensors", "pt") as b:
+        assert set(a.keys()) == set(b.keys())
+        assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())
+    assert torch.equal(logits(load(tmp_path)), logits(load(checkpoint)))
+
+
+def test_layout_is_initialised(checkpoint, layout):
+    """By `_init_weights`, which asks isinstance(module, DeepseekV3Experts): with the stand-in in place, and without."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(deepseek_v3_config())
+    state = {key: weight for key, weight in model.state_dict().items() if ".experts." not in key}
+    missing = type(model).from_pretrained(None, config=deepseek_v3_config(), state_dict=state)
+    for experts in experts_of(model) + experts_of(missing):
+        assert abs(experts.gate_up_proj.std().item() - 0.1) < 0.01
+        assert abs(experts.down_proj.std().item() - 0.1) < 0.01
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", INTERFACE])
+def test_layout_experts_implementation(checkpoint, layout, calls, implementation):
+    reference = logits(load(checkpoint))
+    model = load(checkpoint, experts_implementation=implementation)
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    assert len(calls) == (NUM_MOE_LAYERS if implementation == INTERFACE else 0)
+
+
+def test_layout_without_a_model(kernel):
+    with pytest.raises(TypeError, match="LlamaConfig"):
+        kernel.layers.MoEExpertsLayout(transformers.LlamaConfig())
+
+
+# Other models
+
+
+class _SmallConfig:
+    """Answers whatever an experts class asks of its config."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return "silu" if "act" in name else 1e-6 if "eps" in name else False if "bias" in name else 8
+
+
+def experts_classes():
+    """Every class of Transformers that carries @use_experts_implementation."""
+    for file in sorted(Path(transformers.__path__[0], "models").glob("*/modeling_*.py")):
+        if "@use_experts_implementation" in file.read_text():
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            yield from (cls for cls in vars(module).values() if "_apply_gate" in getattr(cls, "__dict__", ()))
+
+
+def test_every_experts_class(registered, calls):
+    """Ours, or for the variants that we do not compute the module's own forward: the result is never another one."""
+    served = {}
+    for cls in experts_classes():
+        torch.manual_seed(0)
+        module = cls(_SmallConfig())
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        x, ids, weights = torch.randn(5, 8), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+        expected = module(x, ids, weights)
+        calls.clear()
+        module.config._experts_implementation = INTERFACE
+        torch.testing.assert_close(module(x, ids, weights), expected, rtol=1e-4, atol=1e-3, msg=cls.__name__)
+        served[cls.__name__] = len(calls) == 1
+
+        # `kernelize` takes the modules that we serve and no other.
+        kernelize(module, mode=Mode.INFERENCE, device="cpu")
+        assert ("forward" in vars(module)) == served[cls.__name__], cls.__name__
+    assert len(served) > 40
+    assert {name for name, ours in served.items() if not ours} >= {
+        "AriaExperts",  # transposed
+        "DeepseekV4Experts",  # a gate of its own
+        "GptOssExperts",  # interleaved, transposed, with bias
+        "MuseSparkExperts",  # a norm after each expert
+        "NemotronHExperts",  # no gate
+    }
+    assert all(served[name] for name in ("DeepseekV3Experts", "Lfm2MoeExperts", "MixtralExperts", "Qwen3MoeExperts"))
+
+
+@pytest.mark.parametrize("trait", ["has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"])
+def test_each_trait_that_we_do_not_compute(registered, calls, trait):
+    module = modeling_deepseek_v3.DeepseekV3Experts(_SmallConfig())
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x, ids, weights = torch.randn(5, 8), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+    expected = module(x, ids, weights)
+    setattr(module, trait, not getattr(module, trait))
+    module.config._experts_implementation = INTERFACE
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert torch.equal(module(x, ids, weights), expected) and not calls
+
+
+class _OtherForward(modeling_deepseek_v3.DeepseekV3Experts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return -hidden_states
+
+
+def test_subclass_made_on_the_fly(registered):
+    """As torch's fully_shard and parametrize do, to a module that exists already."""
+    module = modeling_deepseek_v3.DeepseekV3Experts(_SmallConfig())
+    module.__class__ = type("FSDPDeepseekV3Experts", (modeling_deepseek_v3.DeepseekV3Experts,), {})
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert module.forward.__func__ is registered.layers.MoEExperts.forward
+
+
+def test_subclass_with_its_own_forward(registered):
+    module = _OtherForward(_SmallConfig())
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert torch.equal(module(torch.ones(2, 8), None, None), -torch.ones(2, 8))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(torch.Tensor.double, id="fp64"),
+        pytest.param(lambda weight: TwoTensor(weight, weight), id="wrapper-subclass"),
+    ],
+)
+def test_weights_that_are_not_plain_bf16_fp16_fp32(registered, calls, convert):
+    """Quantized weights among them: what they mean is the module's own business."""
+    module = modeling_deepseek_v3.DeepseekV3Experts(_SmallConfig())
+    for name, weight in list(module.named_parameters()):
+        weight = torch.nn.Parameter(convert(torch.randn_like(weight)), requires_grad=False)
+        setattr(module, name, weight)
+    x, ids, weights = convert(torch.randn(5, 8)), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+    expected = module(x, ids, weights)
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert torch.equal(module(x, ids, weights), expected) and not calls
+
+
+def test_class_decorated_twice(registered):
+    """As FP8Experts is, once per module: the module's own forward is below all decorators."""
+
+    @moe.use_experts_implementation
+    @moe.use_experts_implementation
+    class Experts(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def _apply_gate(self, gate_up):
+            raise NotImplementedError
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return 2 * hidden_states
+
+    module = Experts(_SmallConfig())
+    module.config._experts_implementation = INTERFACE
+    assert torch.equal(module(torch.ones(2, 8), None, None), 2 * torch.ones(2, 8))
+
+
+# Registration
+
+
+def test_loading_the_kernel_leaves_transformers_alone(kernel):
+    code = """
+import sys, kernels
+kernel = kernels.get_kernel("org/moe-grouped-gemm", version=1)
+assert kernel.layers.MoEExperts and "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_register_is_idempotent(kernel):
+    kernel.register()
+    decorator = moe.use_experts_implementation
+    kernel.register()
+    assert moe.use_experts_implementation is decorator is transformers.integrations.use_experts_implementation
+    for interface in (moe.ALL_EXPERTS_FUNCTIONS, finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS):
+        assert interface[INTERFACE] is kernel.integration.experts_forward
+
+
+def test_old_transformers(kernel, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.16.3")
+    with pytest.raises(ImportError, match="needs transformers >= 5.17 .* found transformers 5.16.3"):
+        kernel.register()
+
+
+def test_transformers_without_the_interface(kernel, monkeypatch):
+    monkeypatch.delattr(moe, "_default_apply_gate")
+    with pytest.raises(ImportError, match="needs transformers >= 5.17 .*_default_apply_gate"):
+        kernel.register()
+
+
+# Examples
+
+
+@pytest.fixture(scope="module")
+def checkpoint_with_tokenizer(checkpoint):
+    words = tokenizers.models.WordLevel({"[UNK]": 0, "layers": 1}, unk_token="[UNK]")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(checkpoint)
+    return checkpoint
+
+
+def run_example(name, *arguments, monkeypatch):
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    runpy.run_path(Path(__file__).parent.parent / "examples" / name, run_name="__main__")
+
+
+@pytest.mark.usefixtures("cpu_in_kernel_config", "kernel_config")
+@pytest.mark.parametrize("way", ["use_kernels", "experts_implementation", "kernel_config"])
+def test_generate_example(checkpoint_with_tokenizer, calls, monkeypatch, way):
+    run_example("generate.py", checkpoint_with_tokenizer, way, monkeypatch=monkeypatch)
+    assert len(calls) == 32 * NUM_MOE_LAYERS
+
+
+def test_demo(checkpoint, calls, monkeypatch, capsys):
+    run_example("demo.py", "--model", checkpoint, monkeypatch=monkeypatch)
+    output = capsys.readouterr().out
+    assert "replaced  2 layers: model.layers.1.mlp.experts model.layers.2.mlp.experts\n" in output
+    assert float(re.search("max difference ([^;]+);", output)[1]) < 1e-4
+    assert calls
+    assert re.search(r"prefill +stock .* use_kernels .*x\)\ndecode +stock .* use_kernels .*x\)", output)

@@ -1,0 +1,48 @@
+"""A DeepSeek-V3 that fits a test: every kind of layer, one of them dense, random weights."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+
+NUM_MOE_LAYERS = 2
+
+
+def deepseek_v3_config() -> DeepseekV3Config:
+    return DeepseekV3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=1 + NUM_MOE_LAYERS,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        max_position_embeddings=64,
+        num_mtp_layers=0,
+        initializer_range=0.1,  # far from zero, so that experts and routing matter to the logits
+    )
+
+
+def save_deepseek_v3(path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(deepseek_v3_config()).save_pretrained(path)
+
+
+def experts_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    experts = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
+    assert len(experts) == NUM_MOE_LAYERS
+    return experts
+
+
+def prompt(vocab_size: int = 128) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,19 @@
+"""Mixture-of-Experts layers for Transformers as grouped GEMMs in Triton.
+
+Everything in `__all__` is the public API of this kernel version.
+"""
+
+from . import layers, reference
+from .functional import grouped_gemm, moe_experts, route
+from .integration import register
+from .routing import Routing
+
+__all__ = [
+    "Routing",
+    "grouped_gemm",
+    "layers",
+    "moe_experts",
+    "reference",
+    "register",
+    "route",
+]

@@ -1,0 +1,207 @@
+"""Everything that knows Transformers: which of its modules we can serve, and how they find us.
+
+Three ways lead here: a KernelConfig or `use_kernels=True` makes `kernelize` put `MoEExperts.forward` on each experts
+module; `experts_implementation="moe_grouped_gemm"` makes the module's own forward call `experts_forward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import nn
+
+from . import functional
+
+EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
+LAYER_NAME = "MoEExperts"  # for `kernelize`; given a KernelConfig, Transformers takes the name of the layer's class
+
+# What Transformers' experts have as `act_fn` -> our names.
+_ACTIVATIONS = {
+    "torch.nn.functional.silu": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_pytorch_tanh",
+    "torch.nn.modules.activation.ReLU": "relu",
+}
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Forward of a Transformers experts module: ours if we compute what the module defines, else the module's own.
+
+    Args:
+        module: has `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I); under expert parallelism the local experts.
+        hidden_states: (T, H).
+        top_k_index: (T, top_k) integer; ids outside [0, E) are skipped.
+        top_k_weights: (T, top_k).
+    Returns:
+        (T, H) in hidden_states.dtype.
+    """
+    activation = _activation(module)
+    if activation is not None:
+        gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
+        if _is_dense(gate_up_proj) and _is_dense(down_proj):
+            # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
+            x = hidden_states.to(gate_up_proj.dtype)
+            out = functional.moe_experts(x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+            return out.to(hidden_states.dtype)
+    # The innermost function is the eager one: FP8Experts is decorated anew for every module.
+    return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The `act` of down @ (act(gate @ x) * (up @ x)) if `module` computes that, else None."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    if (
+        getattr(type(module), "_apply_gate", None) is not _default_apply_gate
+        or not getattr(module, "has_gate", True)
+        or not getattr(module, "is_concatenated", True)
+        or getattr(module, "is_transposed", False)
+        or getattr(module, "has_bias", False)
+        or getattr(module, "has_post_expert_norm", False)
+    ):
+        return None
+    act = getattr(module, "act_fn", None)
+    if not inspect.isfunction(act):
+        act = type(act)
+    return _ACTIVATIONS.get(f"{act.__module__}.{act.__qualname__}")
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    """False for quantized weights and for wrapper subclasses (DTensor, torchao), whose storage is not the weight."""
+    return weight.dtype in (torch.bfloat16, torch.float16, torch.float32) and not hasattr(weight, "__tensor_flatten__")
+
+
+def _may_replace_forward(marked: type, module: nn.Module) -> bool:
+    """The `kernel_condition` of a marked class: may `kernelize` assign `module.forward`?
+
+    Not if a wrapper sits there already (accelerate's offload hook, expert or tensor parallelism): it would be lost.
+    Below a wrapper, and wherever `kernelize` puts the class's own forward back (a mode or device without a mapping),
+    the class dispatches on its config. So the config names us too, and the kernel runs whichever way is taken.
+    """
+    from .layers import MoEExperts
+
+    if type(module).forward is not marked.forward or _activation(module) is None:
+        return False  # a subclass with a forward of its own, or a variant that we do not compute
+    module.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
+    forward = vars(module).get("forward")
+    if forward is None:
+        return True
+    return isinstance(forward, MethodType) and forward.__func__ in (marked.forward, MoEExperts.forward)
+
+
+def _mark(cls: type) -> type:
+    """Give `kernelize` a name for `cls`, if Transformers' decorator gave it the gate that we compute."""
+    from kernels import replace_kernel_forward_from_hub
+    from transformers.integrations.moe import _default_apply_gate
+
+    if vars(cls).get("_apply_gate") is _default_apply_gate:
+        replace_kernel_forward_from_hub(cls, LAYER_NAME, functools.partial(_may_replace_forward, cls))
+    return cls
+
+
+def stock_experts_class(config) -> type:
+    """The experts class of the model that `config` belongs to, marked for `kernelize`."""
+    _register_interface()
+    for config_class in type(config).__mro__:
+        classes = _experts_classes(config_class.__module__.replace("configuration_", "modeling_"))
+        if len(classes) == 1:
+            return _mark(classes[0])
+    raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one experts class")
+
+
+def _experts_classes(modeling: str) -> list[type]:
+    """The classes of a modeling file that carry Transformers' decorator; their names may point at stand-ins."""
+    from .layers import MoEExpertsLayout
+
+    def decorated():
+        return [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and "_apply_gate" in vars(cls)]
+
+    if not decorated() and MoEExpertsLayout in getattr(sys.modules.get(modeling), "__dict__", {}).values():
+        # A load that failed while its model was built left the stand-in in place, and nothing else held the class.
+        spec = importlib.util.find_spec(modeling)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return decorated()
+
+
+@dataclass(frozen=True)
+class _LoadedLayer:
+    """A `kernels` layer repository that hands out a class of this package: nothing is resolved or loaded again."""
+
+    layer: type
+
+    def load(self) -> type:
+        return self.layer
+
+
+def _register_interface() -> None:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    # FP8 models accept every name of the first interface, then look it up in the second.
+    for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        interface.register(EXPERTS_IMPLEMENTATION, experts_forward)
+
+
+def register() -> None:
+    """Make this kernel available to Transformers.
+
+    Afterwards `use_kernels=True` (or `kernelize`) puts it into every experts module that it can serve, in models loaded
+    before or after, and `experts_implementation="moe_grouped_gemm"` selects it by name. May be called again.
+
+    Raises:
+        ImportError: Transformers is older than 5.17 or lacks what we build on.
+    """
+    _check_versions()
+    from kernels import Mode, register_kernel_mapping
+
+    from .layers import MoEExperts
+
+    _register_interface()
+    layer = _LoadedLayer(MoEExperts)
+    modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
+    register_kernel_mapping({LAYER_NAME: {"cuda": modes, "cpu": modes}})
+    for cls in nn.Module.__subclasses__():
+        _mark(cls)
+    _mark_on_import()
+
+
+def _mark_on_import() -> None:
+    """Mark experts classes as their modeling files are imported: importing all of them now would take seconds."""
+    from transformers import integrations
+    from transformers.integrations import moe
+
+    decorate = moe.use_experts_implementation
+    if hasattr(decorate, "__wrapped__"):
+        return  # already ours
+
+    @functools.wraps(decorate)
+    def use_experts_implementation(experts_class=None, **options):
+        if experts_class is None:
+            return lambda cls: _mark(decorate(cls, **options))
+        return _mark(decorate(experts_class, **options))
+
+    integrations.use_experts_implementation = moe.use_experts_implementation = use_experts_implementation
+
+
+def _check_versions() -> None:
+    """One clear error now instead of a missing name later."""
+    requirement = "moe-grouped-gemm.register() needs transformers >= 5.17 with a version of kernels that it supports"
+    try:
+        import transformers
+        from kernels import replace_kernel_forward_from_hub  # noqa: F401
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS  # noqa: F401
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{requirement}: {error}") from error
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
+        raise ImportError(f"{requirement}: found transformers {transformers.__version__}")

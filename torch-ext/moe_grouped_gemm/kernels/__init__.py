@@ -1,0 +1,8 @@
+"""Triton device code and launchers, one file per stage."""
+
+from .combine import combine
+from .decode import down_decode, gate_up_decode
+from .grouped_gemm import gate_up, grouped_gemm
+from .routing import route, tile_schedule
+
+__all__ = ["combine", "down_decode", "gate_up", "gate_up_decode", "grouped_gemm", "route", "tile_schedule"]

@@ -1,0 +1,49 @@
+"""out[t] = sum_k weight[t, k] * y[slot_positions[t * top_k + k]]: back from expert order to token order.
+
+The products and the sum over k are fp32, in the order of k. Grid: (T, cdiv(H, BLOCK_H)).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import launch
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr,  # (S, H), rows in expert order
+    slot_positions_ptr,  # (S,) int32
+    top_k_weights_ptr,  # (T, top_k)
+    out_ptr,  # (T, H)
+    top_k,
+    H,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.range(0, top_k, loop_unroll_factor=8):
+        position = tl.load(slot_positions_ptr + token * top_k + k).to(tl.int64)
+        weight = tl.load(top_k_weights_ptr + token * top_k + k).to(tl.float32)
+        # A skipped slot has no row, and its weight may be anything, NaN included.
+        mask = offs_h < tl.where(position >= 0, H, 0)
+        y = tl.load(y_ptr + position * H + offs_h, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.where(position >= 0, weight, 0.0) * y
+    tl.store(out_ptr + token * H + offs_h, acc.to(out_ptr.dtype.element_ty), mask=offs_h < H)
+
+
+def combine(y, slot_positions, top_k_weights):
+    """y (S, H), slot_positions (S,), contiguous top_k_weights (T, top_k) -> (T, H) in y.dtype."""
+    tokens, top_k = top_k_weights.shape
+    hidden_dim = y.shape[1]
+    out = torch.empty((tokens, hidden_dim), dtype=y.dtype, device=y.device)
+    block_h = min(1024, triton.next_power_of_2(hidden_dim))
+    launch(
+        _combine_kernel,
+        (tokens, triton.cdiv(hidden_dim, block_h), 1),
+        (y, slot_positions, top_k_weights, out, top_k, hidden_dim, block_h),
+        (y.device, y.dtype, top_k_weights.dtype, top_k_weights.data_ptr() % 16, top_k, hidden_dim),
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,126 @@
+"""The layer in two launches, for so few tokens that hardly two of them share an expert: no sort, no tensor cores.
+
+    gate_up_decode:  a[s] = act(gate[e] @ x[t]) * (up[e] @ x[t])             s = t * top_k + k, e = top_k_index[s]
+    down_decode:     out[t] = sum_k weight[s] * (down[e] @ a[s])
+
+Every weight element is read once for each slot and used once, so both run at the speed of memory. Grids: (S, tiles of
+I) and (T, tiles of H).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .grouped_gemm import _activate
+from .launch import launch
+
+
+@triton.jit
+def _gate_up_decode_kernel(
+    x_ptr,  # (T, H)
+    w_ptr,  # (E, 2I, H), rows [gate; up]
+    a_ptr,  # (S, I)
+    top_k_index_ptr,  # (S,) int32 | int64
+    top_k,
+    E,
+    I,
+    H,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (slot // top_k).to(tl.int64) * stride_xt + offs_k
+    gate_ptrs = w_ptr + expert * stride_we + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
+    up_ptrs = gate_ptrs + I.to(tl.int64) * stride_wn
+    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in range(0, H, BLOCK_K):
+        mask_k = offs_k < H - k
+        mask_w = (offs_n < I)[:, None] & mask_k[None, :]
+        w_gate = tl.load(gate_ptrs + k, mask=mask_w, other=0.0)
+        w_up = tl.load(up_ptrs + k, mask=mask_w, other=0.0)
+        x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        gate += w_gate.to(tl.float32) * x
+        up += w_up.to(tl.float32) * x
+    a = _activate(tl.sum(gate, axis=1), ACTIVATION) * tl.sum(up, axis=1)
+    tl.store(a_ptr + slot.to(tl.int64) * I + offs_n, a.to(a_ptr.dtype.element_ty), mask=offs_n < I)
+
+
+@triton.jit
+def _down_decode_kernel(
+    a_ptr,  # (S, I)
+    w_ptr,  # (E, H, I)
+    top_k_index_ptr,  # (S,) int32 | int64
+    top_k_weights_ptr,  # (S,)
+    out_ptr,  # (T, H)
+    top_k,
+    E,
+    I,
+    H,
+    stride_we,
+    stride_wn,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    row_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for slot in tl.range(token * top_k, (token + 1) * top_k, loop_unroll_factor=2):
+        expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
+        # A skipped slot has no row in `a`, and its weight may be anything, NaN included.
+        columns = tl.where((expert >= 0) & (expert < E), I, 0)
+        weight = tl.load(top_k_weights_ptr + slot).to(tl.float32)
+        weight = tl.where(columns > 0, weight, 0.0)
+        for k in range(0, I, BLOCK_K):
+            mask_k = offs_k < columns - k
+            a = tl.load(a_ptr + slot * I + k + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
+            w = tl.load(row_ptrs + expert * stride_we + k, mask=(offs_n < H)[:, None] & mask_k[None, :], other=0.0)
+            acc += w.to(tl.float32) * a[None, :]
+    out = tl.sum(acc, axis=1)
+    tl.store(out_ptr + token * H + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < H)
+
+
+def gate_up_decode(x, w, top_k_index, activation, config):
+    """x (T, H), w (E, 2I, H), contiguous top_k_index (T, top_k) -> (S, I); rows of skipped slots stay unwritten."""
+    experts, rows, hidden_dim = w.shape
+    inter = rows // 2
+    slots, top_k = top_k_index.numel(), top_k_index.shape[1]
+    a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
+    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), w.stride(0), w.stride(1))
+    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, top_k_index.data_ptr() % 16)
+    launch(
+        _gate_up_decode_kernel,
+        (slots, triton.cdiv(inter, config.BLOCK_N), 1),
+        (x, w, a, top_k_index, *sizes, config.BLOCK_N, config.BLOCK_K, activation),
+        (x.device, x.dtype, top_k_index.dtype, alignment, sizes, config, activation),
+        num_warps=config.num_warps,
+    )
+    return a
+
+
+def down_decode(a, w, top_k_index, top_k_weights, config):
+    """a (S, I), w (E, H, I), contiguous top_k_index and top_k_weights (T, top_k) -> (T, H)."""
+    experts, hidden_dim, inter = w.shape
+    tokens, top_k = top_k_index.shape
+    out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
+    sizes = (top_k, experts, inter, hidden_dim, w.stride(0), w.stride(1))
+    alignment = (w.data_ptr() % 16, top_k_index.data_ptr() % 16, top_k_weights.data_ptr() % 16)
+    launch(
+        _down_decode_kernel,
+        (tokens, triton.cdiv(hidden_dim, config.BLOCK_N), 1),
+        (a, w, top_k_index, top_k_weights, out, *sizes, config.BLOCK_N, config.BLOCK_K),
+        (a.device, a.dtype, top_k_index.dtype, top_k_weights.dtype, alignment, sizes, config),
+        num_warps=config.num_warps,
+    )
+    return out

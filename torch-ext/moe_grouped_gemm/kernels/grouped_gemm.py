@@ -1,0 +1,365 @@
+"""Grouped GEMMs: rows sorted by expert times that expert's weight.
+
+    gate_up:       a[r] = act(gate[e] @ x[t]) * (up[e] @ x[t])     x (T, H), t = sorted_slots[r] // top_k -> a (S, I)
+    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N)
+
+A tile is BLOCK_M rows of one expert by BLOCK_N columns of the result; an expert's last tile is only as high as its rows
+need, halving BLOCK_M down to MIN_M. Hopper's wgmma wants at least 64 on the first side of a dot and reads least from
+shared memory with 256 on the second. So where all tiles are at least 64 high, token rows come first (`x @ w.T`); below,
+the weight does (`w @ x.T`), and the token side may be as small as 16. Grid: max_tiles * cdiv(N, BLOCK_N), tiles of one
+expert together; programs past the last tile of the schedule (see routing.py) return at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import launch
+
+
+@triton.jit
+def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Expert, first row, row after the expert's last, and column tile of this program; expert -1: nothing to do."""
+    pid = tl.program_id(0)
+    tile = pid // n_tiles
+    expert = tl.load(schedule_ptr + tile)
+    first_tile = tl.load(schedule_ptr + max_tiles + tile)
+    first_row = tl.load(schedule_ptr + 2 * max_tiles + tile)
+    row_end = tl.load(schedule_ptr + 3 * max_tiles + tile)
+    # Inside an expert, GROUP_M row tiles share each weight tile before the next one is read.
+    pid -= first_tile * n_tiles
+    m_tiles = tl.cdiv(row_end - first_row, BLOCK_M)
+    group = pid // (GROUP_M * n_tiles)
+    pid -= group * GROUP_M * n_tiles
+    group_size = tl.maximum(tl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
+    tile_m = group * GROUP_M + pid % group_size
+    return expert, first_row + tile_m * BLOCK_M, row_end, pid // group_size
+
+
+@triton.jit
+def _is_height(rows, i: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHTS: tl.constexpr):
+    """Whether BLOCK_M >> i is the least of the HEIGHTS tile heights that holds `rows` rows (the first: or more)."""
+    if i == 0 and HEIGHTS == 1:
+        return True
+    elif i == 0:
+        return rows > BLOCK_M // 2
+    elif i == HEIGHTS - 1:
+        return rows <= BLOCK_M >> i
+    else:
+        return (rows <= BLOCK_M >> i) & (rows > BLOCK_M >> (i + 1))
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        # 0.5 * (1 + tanh(z)) == sigmoid(2 z)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        # Not maximum(x, 0), which drops a NaN.
+        return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _gate_up_tile(
+    x_ptr,
+    w_ptr,
+    a_ptr,
+    sorted_slots_ptr,
+    expert,
+    row,
+    row_end,
+    tile_n,
+    top_k,
+    I,
+    H,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < row_end
+    token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_xt + offs_k[None, :]
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_ptrs = w_ptr
+    if not USE_TMA:
+        # [BN, BK] of gate, and with ROWS_FIRST [2 BN, BK] of gate and up.
+        columns = tile_n * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N if ROWS_FIRST else offs_n
+        w_rows = columns + tl.arange(0, 2 * BLOCK_N) // BLOCK_N * I if ROWS_FIRST else offs_n
+        w_ptrs += (
+            expert.to(tl.int64) * stride_we + w_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
+        )
+        up_offset = I.to(tl.int64) * stride_wn
+
+    if ROWS_FIRST:
+        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    else:
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, H, BLOCK_K):
+        mask_k = offs_k < H - k
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        x_ptrs += BLOCK_K
+        if ROWS_FIRST:
+            if USE_TMA:
+                w = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            else:
+                w = tl.load(w_ptrs, mask=(columns < I)[:, None] & mask_k[None, :], other=0.0)
+            acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, 2 BN]
+        else:
+            # Two dots: a weight tile then goes from shared memory straight to the MMA. One would take the detour of
+            # registers, since the first operand may not be reshaped in shared memory.
+            if USE_TMA:
+                w_gate = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+                w_up = w_ptr.load([expert, 1, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+            else:
+                mask_w = (offs_n < I)[:, None] & mask_k[None, :]
+                w_gate = tl.load(w_ptrs, mask=mask_w, other=0.0)
+                w_up = tl.load(w_ptrs + up_offset, mask=mask_w, other=0.0)
+            gate = tl.dot(w_gate, x.T, gate, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
+            up = tl.dot(w_up, x.T, up, input_precision=INPUT_PRECISION)
+        if not USE_TMA:
+            w_ptrs += BLOCK_K * stride_wk
+
+    if ROWS_FIRST:
+        gate, up = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+        a = _activate(gate, ACTIVATION) * up
+    else:
+        a = (_activate(gate, ACTIVATION) * up).T
+    a_ptrs = a_ptr + offs_m[:, None].to(tl.int64) * I + offs_n[None, :]
+    tl.store(a_ptrs, a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < I)[None, :])
+
+
+# max_tiles follows T: a new T must not compile anew.
+@triton.jit(do_not_specialize=["max_tiles"])
+def _gate_up_kernel(
+    x_ptr,  # (T, H)
+    w_ptr,  # (E, 2I, H), rows [gate; up]; with USE_TMA a descriptor of it as (E, 2, I, H)
+    a_ptr,  # (S, I)
+    sorted_slots_ptr,  # (S,) int32
+    schedule_ptr,  # (4, max_tiles) int32
+    max_tiles,
+    top_k,
+    I,
+    H,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    MIN_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
+    if expert < 0:
+        return
+    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
+    for i in tl.static_range(HEIGHTS):
+        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+            _gate_up_tile(
+                x_ptr,
+                w_ptr,
+                a_ptr,
+                sorted_slots_ptr,
+                expert,
+                row,
+                row_end,
+                tile_n,
+                top_k,
+                I,
+                H,
+                stride_xt,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                BLOCK_M >> i,
+                BLOCK_N,
+                BLOCK_K,
+                MIN_M >= 64,
+                USE_TMA,
+                ACTIVATION,
+                INPUT_PRECISION,
+            )
+
+
+@triton.jit
+def _grouped_gemm_tile(
+    x_ptr,
+    x_desc,
+    w_ptr,
+    y_ptr,
+    expert,
+    row,
+    row_end,
+    tile_n,
+    N,
+    K,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    TMA_X: tl.constexpr,
+    TMA_W: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < row_end
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if not TMA_X:
+        x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
+    if not TMA_W:
+        w_ptrs = (
+            w_ptr
+            + expert.to(tl.int64) * stride_we
+            + offs_n[:, None].to(tl.int64) * stride_wn
+            + offs_k[None, :] * stride_wk
+        )
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        if TMA_X:
+            # Rows past row_end are another expert's: they reach only parts of acc that are never stored.
+            x = x_desc.load([row, k])
+        else:
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            x_ptrs += BLOCK_K
+        if TMA_W:
+            w = w_ptr.load([expert, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            w = tl.load(w_ptrs, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
+        if ROWS_FIRST:
+            acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, BN]
+        else:
+            acc = tl.dot(w, x.T, acc, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
+
+    y = acc if ROWS_FIRST else acc.T
+    y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def _grouped_gemm_kernel(
+    x_ptr,  # (S, K)
+    x_desc,  # with USE_TMA a descriptor of x, else x
+    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
+    y_ptr,  # (S, N)
+    schedule_ptr,  # (4, max_tiles) int32
+    max_tiles,
+    N,
+    K,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    MIN_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    if expert < 0:
+        return
+    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
+    for i in tl.static_range(HEIGHTS):
+        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+            _grouped_gemm_tile(
+                x_ptr,
+                x_desc,
+                w_ptr,
+                y_ptr,
+                expert,
+                row,
+                row_end,
+                tile_n,
+                N,
+                K,
+                stride_xm,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                BLOCK_M >> i,
+                BLOCK_N,
+                BLOCK_K,
+                MIN_M >= 64,
+                USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
+                USE_TMA,
+                INPUT_PRECISION,
+            )
+
+
+def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, config):
+    """x (T, H), w (E, 2I, H) -> (S, I); rows of skipped slots stay unwritten."""
+    _, rows, hidden_dim = w.shape
+    inter = rows // 2
+    tiles = schedule.shape[1]
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma = config
+    a = torch.empty((sorted_slots.numel(), inter), dtype=x.dtype, device=x.device)
+    sizes = (top_k, inter, hidden_dim, x.stride(0), *w.stride())
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, activation, input_precision)
+    w_arg = w
+    if use_tma:
+        shape, strides = [w.shape[0], 2, inter, hidden_dim], [w.stride(0), inter * w.stride(1), w.stride(1), 1]
+        w_arg = TensorDescriptor(w, shape, strides, [1, 2 if min_m >= 64 else 1, block_n, block_k])
+    launch(
+        _gate_up_kernel,
+        (tiles * triton.cdiv(inter, block_n), 1, 1),
+        (x, w_arg, a, sorted_slots, schedule, tiles, *sizes, *constants),
+        (x.device, x.dtype, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return a
+
+
+def grouped_gemm(x, w, schedule, input_precision, config, y=None):
+    """x (S, K), w (E, N, K) -> y (S, N); rows that belong to no expert keep what y held."""
+    _, N, K = w.shape
+    tiles = schedule.shape[1]
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma = config
+    if y is None:
+        y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
+    sizes = (N, K, x.stride(0), *w.stride())
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, input_precision)
+    x_arg, w_arg = x, w
+    if use_tma:
+        x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
+        w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+    launch(
+        _grouped_gemm_kernel,
+        (tiles * triton.cdiv(N, block_n), 1, 1),
+        (x, x_arg, w_arg, y, schedule, tiles, *sizes, *constants),
+        (x.device, x.dtype, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return y

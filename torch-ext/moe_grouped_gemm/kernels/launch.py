@@ -1,0 +1,21 @@
+"""Launching without the specialisation of every argument at every call, which takes longer than a small layer runs."""
+
+_compiled = {}
+
+
+def launch(kernel, grid, args, key, **options):
+    """kernel[grid](*args, **options), with the compiled kernel remembered under `key`.
+
+    Args:
+        grid: three integers.
+        args: every parameter of the kernel in order, constexprs too.
+        key: hashable, different wherever Triton would specialise differently: device, dtypes, whether pointers and
+            integers are divisible by 16, constexprs. Integers that a kernel does not specialise on may vary.
+    """
+    key = (kernel, key)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        # The interpreter compiles nothing and returns None.
+        _compiled[key] = kernel[grid](*args, enable_fp_fusion=True, **options)
+    else:
+        compiled[grid](*args)

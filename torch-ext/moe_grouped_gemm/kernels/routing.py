@@ -1,0 +1,210 @@
+"""Expert-sorted order of the routed slots, and the tiles that the grouped GEMMs walk.
+
+A slot is `t * top_k + k`; S = T * top_k. Slots are counting-sorted by expert, stably, so that the order of rows inside
+an expert (and with it the order of every sum over them) never depends on timing:
+
+    position[s] = expert_offsets[e] + #{s' < s : id[s'] == e},  e = id[s]
+
+Grid of the sort: a program for each BLOCK_S slots. Each needs the number of slots of every expert, in all and before
+its own; up to CHUNKS chunks of slots it counts them itself, beyond that a first launch counts them chunk by chunk.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import launch
+
+BLOCK_S = 128
+CHUNK = 1024
+CHUNKS = 4
+
+
+@triton.jit
+def _load_ids(top_k_index_ptr, offs_s, S, E):
+    """Expert ids of some slots as int32; E for a skipped slot, E + 1 for lanes past the last slot."""
+    ids = tl.load(top_k_index_ptr + offs_s, mask=offs_s < S, other=-1)
+    ids = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+    return tl.where(offs_s < S, ids, E + 1)
+
+
+@triton.jit
+def _count(ids, mask, E, BLOCK_E: tl.constexpr):
+    return tl.histogram(tl.minimum(ids, BLOCK_E - 1), BLOCK_E, mask=mask & (ids < E))
+
+
+@triton.jit
+def _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLOCK_E: tl.constexpr):
+    """This block's share of the schedule (see `route`) of the experts that own `counts` [BLOCK_E] rows."""
+    offs_e = tl.arange(0, BLOCK_E)
+    row_ends = tl.cumsum(counts, 0)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    tile_ends = tl.cumsum(tiles, 0)
+    first_tile = tile_ends - tiles
+    for i in range(block, tl.max(tiles, axis=0), blocks):  # tile i of every expert that has one
+        ptrs = schedule_ptr + first_tile + i
+        mask = i < tiles
+        tl.store(ptrs, offs_e, mask=mask)
+        tl.store(ptrs + max_tiles, first_tile, mask=mask)
+        tl.store(ptrs + 2 * max_tiles, row_ends - counts, mask=mask)
+        tl.store(ptrs + 3 * max_tiles, row_ends, mask=mask)
+    for start in range(tl.sum(tiles, axis=0) + block * BLOCK_E, max_tiles, blocks * BLOCK_E):
+        tl.store(schedule_ptr + start + offs_e, -1, mask=start + offs_e < max_tiles)
+
+
+# Sizes that follow T are not specialised on: a new T must not compile anew.
+@triton.jit(do_not_specialize=["S"])
+def _count_kernel(
+    top_k_index_ptr,  # (S,) int32 | int64
+    chunk_counts_ptr,  # (cdiv(S, CHUNK), E) int32
+    S,
+    E,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    ids = _load_ids(top_k_index_ptr, chunk * CHUNK + tl.arange(0, CHUNK), S, E)
+    offs_e = tl.arange(0, BLOCK_E)
+    tl.store(chunk_counts_ptr + chunk * E + offs_e, _count(ids, ids < E, E, BLOCK_E), mask=offs_e < E)
+
+
+@triton.jit(do_not_specialize=["S", "max_tiles", "BLOCK_M"])
+def _route_kernel(
+    top_k_index_ptr,  # (S,) int32 | int64
+    chunk_counts_ptr,  # (cdiv(S, CHUNK), E) int32; with COUNT_HERE anything
+    expert_offsets_ptr,  # (E + 1,) int32
+    sorted_slots_ptr,  # (S,) int32
+    slot_positions_ptr,  # (S,) int32
+    schedule_ptr,  # (4, max_tiles) int32
+    S,
+    E,
+    max_tiles,
+    BLOCK_M,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT_HERE: tl.constexpr,
+):
+    block = tl.program_id(0)
+    first_slot = block * BLOCK_S
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_c = tl.arange(0, CHUNK)
+
+    # Slots of each expert, in all and before this block.
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    if COUNT_HERE:
+        for start in range(0, S, CHUNK):
+            ids = _load_ids(top_k_index_ptr, start + offs_c, S, E)
+            counts += _count(ids, ids < E, E, BLOCK_E)
+            before += _count(ids, start + offs_c < first_slot, E, BLOCK_E)
+    else:
+        ROWS: tl.constexpr = 4096 // BLOCK_E if BLOCK_E < 4096 else 1
+        chunks = tl.cdiv(S, CHUNK)
+        own = first_slot // CHUNK
+        for start in range(0, chunks, ROWS):
+            rows = (start + tl.arange(0, ROWS))[:, None]
+            some = tl.load(chunk_counts_ptr + rows * E + offs_e, mask=(rows < chunks) & (offs_e < E), other=0)
+            counts += tl.sum(some, axis=0)
+            before += tl.sum(tl.where(rows < own, some, 0), axis=0)
+        ids = _load_ids(top_k_index_ptr, own * CHUNK + offs_c, S, E)
+        before += _count(ids, own * CHUNK + offs_c < first_slot, E, BLOCK_E)
+    ends = tl.cumsum(counts, 0)
+    routed = tl.sum(counts, axis=0)
+
+    # Rank of each slot among those of this block with the same id.
+    ids = _load_ids(top_k_index_ptr, first_slot + offs_s, S, E)
+    rank = tl.zeros((BLOCK_S,), tl.int32)
+    for start in range(0, BLOCK_S, 16):
+        offs_o = start + tl.arange(0, 16)
+        others = _load_ids(top_k_index_ptr, first_slot + offs_o, S, E)
+        same = (others[:, None] == ids[None, :]) & (offs_o[:, None] < offs_s[None, :])
+        rank += tl.sum(same.to(tl.int32), axis=0)
+
+    base = tl.gather(ends - counts + before, tl.minimum(ids, BLOCK_E - 1), 0)
+    skipped_before = first_slot - tl.sum(before, axis=0)
+    position = tl.where(ids < E, base, routed + skipped_before) + rank
+    slots = first_slot + offs_s
+    tl.store(sorted_slots_ptr + position, slots, mask=slots < S)
+    tl.store(slot_positions_ptr + slots, tl.where(ids < E, position, -1), mask=slots < S)
+
+    if block == 0:
+        tl.store(expert_offsets_ptr + offs_e, ends - counts, mask=offs_e < E)
+        tl.store(expert_offsets_ptr + E, routed)
+    _store_schedule(schedule_ptr, counts, block, tl.num_programs(0), max_tiles, BLOCK_M, BLOCK_E)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_tiles", "BLOCK_M"])
+def _schedule_kernel(
+    expert_offsets_ptr,  # (E + 1,) int32
+    schedule_ptr,  # (4, max_tiles) int32
+    E,
+    num_rows,
+    max_tiles,
+    BLOCK_M,
+    BLOCK_E: tl.constexpr,
+):
+    offs_e = tl.arange(0, BLOCK_E)
+    begins = tl.load(expert_offsets_ptr + offs_e, mask=offs_e < E, other=0)
+    ends = tl.load(expert_offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
+    # Offsets that promise more rows than there are must not lead out of memory.
+    counts = tl.minimum(ends, num_rows) - tl.minimum(begins, num_rows)
+    _store_schedule(schedule_ptr, counts, tl.program_id(0), tl.num_programs(0), max_tiles, BLOCK_M, BLOCK_E)
+
+
+def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """Most tiles of block_m rows that num_rows rows can need, however they fall to the experts."""
+    return num_rows // block_m + min(num_experts, num_rows)
+
+
+def route(top_k_index, num_experts, block_m):
+    """expert_offsets (E + 1,), sorted_slots (S,), slot_positions (S,), schedule (4, max_tiles); all int32.
+
+    top_k_index is contiguous. Column t of the schedule describes tile t: its expert (-1: no such tile), the expert's
+    first tile, its first row and the row after its last.
+    """
+    S = top_k_index.numel()
+    tiles = max_tiles(S, num_experts, block_m)
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.int32, device=top_k_index.device)
+
+    expert_offsets, sorted_slots, slot_positions = empty(num_experts + 1), empty(S), empty(S)
+    schedule = empty(4, tiles)
+    block_e = max(16, triton.next_power_of_2(num_experts))
+    chunk = min(CHUNK, max(16, triton.next_power_of_2(S)))
+    chunks = triton.cdiv(S, chunk)
+    block_s = min(BLOCK_S, chunk)
+    key = (top_k_index.device, top_k_index.dtype, top_k_index.data_ptr() % 16, num_experts, block_s, chunk)
+    chunk_counts = expert_offsets
+    if chunks > CHUNKS:
+        chunk_counts = empty(chunks, num_experts)
+        launch(
+            _count_kernel, (chunks, 1, 1), (top_k_index, chunk_counts, S, num_experts, chunk, block_e), key, num_warps=4
+        )
+    launch(
+        _route_kernel,
+        (triton.cdiv(S, block_s), 1, 1),
+        (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule)
+        + (S, num_experts, tiles, block_m, block_s, block_e, chunk, chunks <= CHUNKS),
+        (key, chunks <= CHUNKS),
+        num_warps=4,
+    )
+    return expert_offsets, sorted_slots, slot_positions, schedule
+
+
+def tile_schedule(expert_offsets, num_rows, block_m):
+    """The schedule of `route` for rows that are sorted already."""
+    num_experts = expert_offsets.numel() - 1
+    tiles = max_tiles(num_rows, num_experts, block_m)
+    schedule = torch.empty((4, tiles), dtype=torch.int32, device=expert_offsets.device)
+    block_e = max(16, triton.next_power_of_2(num_experts))
+    launch(
+        _schedule_kernel,
+        (min(8, triton.cdiv(tiles, block_e)), 1, 1),
+        (expert_offsets, schedule, num_experts, num_rows, tiles, block_m, block_e),
+        (expert_offsets.device, expert_offsets.data_ptr() % 16, num_experts),
+        num_warps=4,
+    )
+    return schedule

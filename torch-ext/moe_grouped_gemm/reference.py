@@ -1,0 +1,147 @@
+"""The expert layer in plain torch: the CPU path, the backward for now, and what tests and benchmarks compare with.
+
+Everything here works in any float dtype (fp64 makes it an oracle), is deterministic, and reads the number of rows of
+each expert on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# name -> (function, its backward (dy, x) -> dx)
+ACTIVATIONS = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_pytorch_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    ),
+    "relu": (F.relu, lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0)),
+}
+
+
+def sort_slots(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
+    """Slots in expert order, (S,) int64, skipped slots last; and the number of slots of each expert.
+
+    Args:
+        top_k_index: (T, top_k) integer; ids outside [0, num_experts) are skipped.
+    """
+    ids = top_k_index.reshape(-1).long()
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    sorted_slots = torch.argsort(ids, stable=True)
+    return sorted_slots, torch.bincount(ids, minlength=num_experts + 1)[:num_experts].tolist()
+
+
+def _acc_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def moe_experts(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """y[t] = sum_k weight[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = top_k_index[t, k].
+
+    Arguments and result as `moe_grouped_gemm.moe_experts`; differentiable. Weighting and the sum are in at least fp32.
+    """
+    act_fn, _ = ACTIVATIONS[activation]
+    tokens, top_k = top_k_index.shape
+    sorted_slots, counts = sort_slots(top_k_index, gate_up_proj.shape[0])
+    slots = sorted_slots[: sum(counts)]
+    gate, up = _grouped_linear(hidden_states[slots // top_k], gate_up_proj, counts).chunk(2, dim=-1)
+    y = _grouped_linear(act_fn(gate) * up, down_proj, counts)
+    y = y * top_k_weights.reshape(-1, 1)[slots].to(_acc_dtype(y))
+    y = y.new_zeros(sorted_slots.numel(), y.shape[1]).index_copy(0, slots, y)
+    return y.view(tokens, top_k, y.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """y[r] = weight[e] @ x[r]; the first counts[0] rows belong to expert 0, the next counts[1] to expert 1, ..."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        # unbind: the gradient of indexing one expert would be as large as the whole stack, for each expert. Experts
+        # without rows stay in: the result must depend on x and weight even if no row is left.
+        return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight.unbind())])
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for rows, w, out in zip(x.split(counts), weight.unbind(), y.split(counts)):
+        if rows.shape[0]:
+            torch.mm(rows, w.t(), out=out)
+    return y
+
+
+def moe_experts_backward(
+    dout: torch.Tensor,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    activation: str,
+    needs_grad: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of (hidden_states, top_k_weights, gate_up_proj, down_proj); an empty tensor where none is needed.
+
+    The forward is computed again, expert by expert, so nothing but its inputs needs to be saved.
+    """
+    act_fn, act_backward = ACTIVATIONS[activation]
+    top_k = top_k_index.shape[1]
+    acc_dtype = _acc_dtype(hidden_states)
+    weights = top_k_weights.reshape(-1, 1).to(acc_dtype)
+    dx = torch.zeros(hidden_states.shape if needs_grad[0] else 0, dtype=acc_dtype, device=dout.device)
+    dweights = torch.zeros(weights.numel() if needs_grad[1] else 0, dtype=acc_dtype, device=dout.device)
+    dgate_up = torch.zeros_like(gate_up_proj) if needs_grad[2] else gate_up_proj.new_empty(0)
+    ddown = torch.zeros_like(down_proj) if needs_grad[3] else down_proj.new_empty(0)
+    sorted_slots, counts = sort_slots(top_k_index, gate_up_proj.shape[0])
+    for expert, slots in enumerate(sorted_slots[: sum(counts)].split(counts)):
+        if not counts[expert]:
+            continue
+        tokens = slots // top_k
+        x = hidden_states[tokens]
+        gate, up = F.linear(x, gate_up_proj[expert]).chunk(2, dim=-1)
+        act = act_fn(gate)
+        a = act * up
+        dy = dout[tokens]
+        if needs_grad[1]:
+            dweights[slots] = (dy * F.linear(a, down_proj[expert]).to(acc_dtype)).sum(-1)
+        dy = (dy * weights[slots]).to(x.dtype)
+        if needs_grad[3]:
+            torch.mm(dy.T, a, out=ddown[expert])
+        if not (needs_grad[0] or needs_grad[2]):
+            continue
+        da = dy @ down_proj[expert]
+        dgate = act_backward(da * up, gate)
+        dz = torch.cat([dgate, da * act], dim=-1)
+        if needs_grad[2]:
+            torch.mm(dz.T, x, out=dgate_up[expert])
+        if needs_grad[0]:
+            # Not index_add_: on CUDA that is atomic, and a token may come to one expert twice.
+            dx.index_put_((tokens,), (dz @ gate_up_proj[expert]).to(acc_dtype), accumulate=True)
+    return (
+        dx.to(hidden_states.dtype),
+        dweights.view(top_k_weights.shape if needs_grad[1] else 0).to(top_k_weights.dtype),
+        dgate_up,
+        ddown,
+    )
+
+
+def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
+    """y[r] = weight[e] @ x[r] for the rows r of expert e; rows that belong to no expert are zero.
+
+    Arguments and result as `moe_grouped_gemm.grouped_gemm`; differentiable.
+    """
+    counts = expert_offsets.diff().tolist()
+    y = _grouped_linear(x[: sum(counts)], weight, counts)
+    return torch.cat([y, y.new_zeros(x.shape[0] - y.shape[0], y.shape[1])])
+
+
+def grouped_gemm_dw(dy: torch.Tensor, x: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
+    """dw[e] = sum over the rows r of expert e of dy[r] x[r]^T: (S, N), (S, K) -> (E, N, K)."""
+    offsets = expert_offsets.tolist()
+    dw = x.new_zeros(len(offsets) - 1, dy.shape[1], x.shape[1])
+    for expert, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+        torch.mm(dy[begin:end].T, x[begin:end], out=dw[expert])
+    return dw

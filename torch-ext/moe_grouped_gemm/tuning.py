@@ -1,0 +1,95 @@
+"""Which tile sizes the grouped GEMMs use."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class GemmConfig(NamedTuple):
+    """Launch configuration of one grouped GEMM; names as in the kernels."""
+
+    BLOCK_M: int  # token rows
+    MIN_M: int  # least height of an expert's last tile, BLOCK_M halved some times
+    BLOCK_N: int  # result columns; the gate_up GEMM reads twice as many weight rows
+    BLOCK_K: int
+    GROUP_M: int  # row tiles of an expert that share a weight tile
+    num_warps: int
+    num_stages: int
+    USE_TMA: bool
+
+
+class DecodeConfig(NamedTuple):
+    """Launch configuration of one kernel of the decode path."""
+
+    BLOCK_N: int  # result columns
+    BLOCK_K: int
+    num_warps: int
+
+
+class ExpertsConfig(NamedTuple):
+    """The two kernels of one layer call; GEMMs share BLOCK_M, and with it the tile schedule."""
+
+    gate_up: GemmConfig | DecodeConfig
+    down: GemmConfig | DecodeConfig
+
+
+def _pair(block_m, up_n, up_k, up_warps, up_stages, down_n, down_k, down_warps, down_stages, min_m=None, tma=True):
+    min_m = min_m or block_m
+    return ExpertsConfig(
+        GemmConfig(block_m, min_m, up_n, up_k, 8, up_warps, up_stages, tma),
+        GemmConfig(block_m, min_m, down_n, down_k, 8, down_warps, down_stages, tma),
+    )
+
+
+# Measured on an H200 for T = 1, 2 and 4 of the four workloads; within 13 % of the best for each.
+DECODE = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(8, 1024, 2))
+DECODE_FP32 = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(8, 512, 2))
+
+# Average rows per expert up to which a configuration serves -> configuration. A tile should hold the rows of nearly
+# every expert, so it is higher than the average. Measured on an H200 (docs/design.md).
+HOPPER = [
+    (0.5, _pair(16, 64, 128, 4, 4, 128, 128, 4, 4)),
+    (10, _pair(16, 64, 128, 4, 3, 128, 128, 4, 3)),
+    (20, _pair(32, 64, 128, 4, 4, 128, 64, 4, 4)),
+    (50, _pair(64, 64, 64, 4, 4, 128, 64, 4, 3)),
+    (float("inf"), _pair(128, 128, 64, 8, 4, 256, 64, 8, 4, min_m=64)),
+]
+# Any other GPU: little shared memory (64 KiB on CDNA3, 99 KiB on sm_89 and sm_120), no TMA.
+PORTABLE = [
+    (12, _pair(16, 64, 64, 4, 3, 128, 64, 4, 3, tma=False)),
+    (32, _pair(32, 64, 64, 4, 3, 128, 64, 4, 3, tma=False)),
+    (float("inf"), _pair(64, 64, 32, 4, 3, 128, 32, 4, 3, tma=False)),
+]
+# fp32 runs on the FMA units.
+FP32 = [
+    (12, _pair(16, 32, 32, 4, 2, 64, 32, 4, 2, tma=False)),
+    (float("inf"), _pair(64, 32, 16, 4, 2, 64, 16, 8, 2, tma=False)),
+]
+
+
+def is_decode(rows: int, tokens: int, num_experts: int) -> bool:
+    """Whether so few of these rows share an expert that each may read its weights for itself."""
+    return tokens == 1 or rows * 2 <= num_experts
+
+
+def decode_config(dtype: torch.dtype) -> ExpertsConfig:
+    return DECODE_FP32 if dtype == torch.float32 else DECODE
+
+
+def _table(dtype: torch.dtype, capability: tuple[int, int]):
+    if dtype == torch.float32:
+        return FP32
+    return HOPPER if capability[0] == 9 else PORTABLE
+
+
+def all_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[ExpertsConfig]:
+    """Every configuration that may be used for this dtype on a GPU of this compute capability."""
+    return [config for _, config in _table(dtype, capability)]
+
+
+def experts_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> ExpertsConfig:
+    """Configuration for `rows` routed rows over `num_experts` experts on a GPU of this compute capability."""
+    rows_per_expert = rows / num_experts
+    return next(config for most, config in _table(dtype, capability) if rows_per_expert <= most)
