@@ -45,14 +45,13 @@ def _pair(block_m, up_n, up_k, up_warps, up_stages, down_n, down_k, down_warps, 
 
 # Measured on an H200 for T = 1, 2 and 4 of the four workloads; within 13 % of the best for each.
 DECODE = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(8, 1024, 2))
-DECODE_FP32 = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(8, 512, 2))
+DECODE_FP32 = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(4, 512, 4))
 
 # Average rows per expert up to which a configuration serves -> configuration. A tile should hold the rows of nearly
 # every expert, so it is higher than the average. Measured on an H200 (docs/design.md).
 HOPPER = [
     (0.5, _pair(16, 64, 128, 4, 4, 128, 128, 4, 4)),
     (10, _pair(16, 64, 128, 4, 3, 128, 128, 4, 3)),
-    (20, _pair(32, 64, 128, 4, 4, 128, 64, 4, 4)),
     (50, _pair(64, 64, 64, 4, 4, 128, 64, 4, 3)),
     (float("inf"), _pair(128, 128, 64, 8, 4, 256, 64, 8, 4, min_m=64)),
 ]
