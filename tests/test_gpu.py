@@ -110,12 +110,13 @@ def test_memcheck_finds_nothing():
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    tests = "tests/test_kernels.py"
+    # One dtype: the sanitizer is slow, and so is compiling every variant for each.
+    tests = ["tests/test_kernels.py", "-k", "torch.float16 or route or offsets"]
     run = subprocess.run(
-        [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", tests],
+        [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", *tests],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert "ERROR SUMMARY: 0 errors" in run.stdout
+    assert "ERROR SUMMARY: 0 errors" in run.stdout and " passed" in run.stdout

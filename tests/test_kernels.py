@@ -92,7 +92,7 @@ VARIANTS = [
 
 
 @on_triton
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(CASE, LAYERS)
 def test_pipeline(kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
@@ -112,7 +112,7 @@ def test_pipeline(kernel, launch, config, tokens, experts, top_k, hidden_dim, in
 
 
 @on_triton
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(CASE, LAYERS)
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
     config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 32, 4)
@@ -122,6 +122,26 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
     weights[(index < 0) | (index >= experts)] = float("nan")
     a = launch.gate_up_decode(x, gate_up_proj, index, "silu", config)
     out = launch.down_decode(a, down_proj, index, weights, config)
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_moe_experts.py runs this path")
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, hidden_dim, inter, ids",
+    [
+        pytest.param(1, 8, 2, 64, 40, "sentinels", id="decode"),
+        pytest.param(20, 8, 2, 64, 40, "sentinels", id="small-tiles"),
+        pytest.param(20, 8, 2, 63, 41, "sentinels", id="small-tiles-without-tma"),
+        pytest.param(60, 4, 2, 64, 40, "any", id="tall-tiles"),
+        pytest.param(130, 3, 2, 64, 40, "zipf", id="tall-tiles-with-short-tails"),
+    ],
+)
+def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids):
+    functional = import_module(f"{kernel.__name__}.functional")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
+    out = functional._experts_gpu(*args, "silu")
     assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
 
 

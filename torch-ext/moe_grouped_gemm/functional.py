@@ -90,7 +90,9 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    if tuning.is_decode(rows, top_k_index.shape[0], num_experts) and gate_up_proj.stride(2) == down_proj.stride(2) == 1:
+    expert_bytes = 3 * down_proj.stride(0) * down_proj.element_size()
+    is_decode = tuning.is_decode(rows, top_k_index.shape[0], num_experts, expert_bytes)
+    if is_decode and gate_up_proj.stride(2) == down_proj.stride(2) == 1:
         up_config, down_config = tuning.decode_config(hidden_states.dtype)
         a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, activation, up_config)
         return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -38,10 +38,10 @@ def combine(y, slot_positions, top_k_weights):
     tokens, top_k = top_k_weights.shape
     hidden_dim = y.shape[1]
     out = torch.empty((tokens, hidden_dim), dtype=y.dtype, device=y.device)
-    block_h = min(1024, triton.next_power_of_2(hidden_dim))
+    block_h = min(1024, next_power_of_2(hidden_dim))
     launch(
         _combine_kernel,
-        (tokens, triton.cdiv(hidden_dim, block_h), 1),
+        (tokens, cdiv(hidden_dim, block_h), 1),
         (y, slot_positions, top_k_weights, out, top_k, hidden_dim, block_h),
         (y.device, y.dtype, top_k_weights.dtype, top_k_weights.data_ptr() % 16, top_k, hidden_dim),
         num_warps=4,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import _activate
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def gate_up_decode(x, w, top_k_index, activation, config):
     alignment = (x.data_ptr() % 16, w.data_ptr() % 16, top_k_index.data_ptr() % 16)
     launch(
         _gate_up_decode_kernel,
-        (slots, triton.cdiv(inter, config.BLOCK_N), 1),
+        (slots, cdiv(inter, config.BLOCK_N), 1),
         (x, w, a, top_k_index, *sizes, config.BLOCK_N, config.BLOCK_K, activation),
         (x.device, x.dtype, top_k_index.dtype, alignment, sizes, config, activation),
         num_warps=config.num_warps,
@@ -118,7 +118,7 @@ def down_decode(a, w, top_k_index, top_k_weights, config):
     alignment = (w.data_ptr() % 16, top_k_index.data_ptr() % 16, top_k_weights.data_ptr() % 16)
     launch(
         _down_decode_kernel,
-        (tokens, triton.cdiv(hidden_dim, config.BLOCK_N), 1),
+        (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
         (a, w, top_k_index, top_k_weights, out, *sizes, config.BLOCK_N, config.BLOCK_K),
         (a.device, a.dtype, top_k_index.dtype, top_k_weights.dtype, alignment, sizes, config),
         num_warps=config.num_warps,

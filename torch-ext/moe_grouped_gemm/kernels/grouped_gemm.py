@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -332,7 +332,7 @@ def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, co
         w_arg = TensorDescriptor(w, shape, strides, [1, 2 if min_m >= 64 else 1, block_n, block_k])
     launch(
         _gate_up_kernel,
-        (tiles * triton.cdiv(inter, block_n), 1, 1),
+        (tiles * cdiv(inter, block_n), 1, 1),
         (x, w_arg, a, sorted_slots, schedule, tiles, *sizes, *constants),
         (x.device, x.dtype, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,
@@ -356,7 +356,7 @@ def grouped_gemm(x, w, schedule, input_precision, config, y=None):
         w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
     launch(
         _grouped_gemm_kernel,
-        (tiles * triton.cdiv(N, block_n), 1, 1),
+        (tiles * cdiv(N, block_n), 1, 1),
         (x, x_arg, w_arg, y, schedule, tiles, *sizes, *constants),
         (x.device, x.dtype, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,

@@ -3,6 +3,16 @@
 _compiled = {}
 
 
+# Triton's own functions of these names are wrapped for use inside kernels too, at 2 us a call.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n; n is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 def launch(kernel, grid, args, key, **options):
     """kernel[grid](*args, **options), with the compiled kernel remembered under `key`.
 

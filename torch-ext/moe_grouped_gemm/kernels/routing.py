@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch, next_power_of_2
 
 BLOCK_S = 128
 CHUNK = 1024
@@ -172,9 +172,9 @@ def route(top_k_index, num_experts, block_m):
 
     expert_offsets, sorted_slots, slot_positions = empty(num_experts + 1), empty(S), empty(S)
     schedule = empty(4, tiles)
-    block_e = max(16, triton.next_power_of_2(num_experts))
-    chunk = min(CHUNK, max(16, triton.next_power_of_2(S)))
-    chunks = triton.cdiv(S, chunk)
+    block_e = max(16, next_power_of_2(num_experts))
+    chunk = min(CHUNK, max(16, next_power_of_2(S)))
+    chunks = cdiv(S, chunk)
     block_s = min(BLOCK_S, chunk)
     key = (top_k_index.device, top_k_index.dtype, top_k_index.data_ptr() % 16, num_experts, block_s, chunk)
     chunk_counts = expert_offsets
@@ -185,7 +185,7 @@ def route(top_k_index, num_experts, block_m):
         )
     launch(
         _route_kernel,
-        (triton.cdiv(S, block_s), 1, 1),
+        (cdiv(S, block_s), 1, 1),
         (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule)
         + (S, num_experts, tiles, block_m, block_s, block_e, chunk, chunks <= CHUNKS),
         (key, chunks <= CHUNKS),
@@ -199,10 +199,10 @@ def tile_schedule(expert_offsets, num_rows, block_m):
     num_experts = expert_offsets.numel() - 1
     tiles = max_tiles(num_rows, num_experts, block_m)
     schedule = torch.empty((4, tiles), dtype=torch.int32, device=expert_offsets.device)
-    block_e = max(16, triton.next_power_of_2(num_experts))
+    block_e = max(16, next_power_of_2(num_experts))
     launch(
         _schedule_kernel,
-        (min(8, triton.cdiv(tiles, block_e)), 1, 1),
+        (min(8, cdiv(tiles, block_e)), 1, 1),
         (expert_offsets, schedule, num_experts, num_rows, tiles, block_m, block_e),
         (expert_offsets.device, expert_offsets.data_ptr() % 16, num_experts),
         num_warps=4,
