@@ -11,7 +11,8 @@ REPO_ID = "org/moe-grouped-gemm"
 # All of this comes before anything imports huggingface_hub, which reads its environment once.
 BUILD_SCRIPT = ROOT / "scripts/build.py"
 if BUILD_SCRIPT.exists():  # not so in kernel-builder's CI, which brings the tests and a build of its own
-    if "PYTEST_CURRENT_TEST" not in os.environ:  # a pytest that a test starts shares the build
+    # A pytest that a test starts, and a worker of pytest-xdist, share the build.
+    if not {"PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"} & set(os.environ):
         subprocess.run([sys.executable, BUILD_SCRIPT], check=True, stdout=subprocess.DEVNULL)
     os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={ROOT}"
 os.environ["HF_HUB_OFFLINE"] = "1"

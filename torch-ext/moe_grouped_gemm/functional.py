@@ -81,7 +81,7 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     """Few slots: two launches. Else four or five: route, gate_up GEMM with the activation, down GEMM, combine."""
     rows, num_experts = top_k_index.numel(), gate_up_proj.shape[0]
     if rows == 0 or hidden_states.numel() == 0:
-        return torch.zeros_like(hidden_states)
+        return hidden_states.new_zeros(hidden_states.shape)
     device = hidden_states.device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
