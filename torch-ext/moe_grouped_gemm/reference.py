@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+# Before 2.11 torch's grouped_mm asked for aligned memory on the CPU, which a mapped checkpoint does not give.
+_HAS_GROUPED_MM = torch.__version__ >= (2, 11)
+
 # name -> (function, its backward (dy, x) -> dx)
 ACTIVATIONS = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -22,15 +25,16 @@ ACTIVATIONS = {
 
 
 def sort_slots(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots in expert order, (S,) int64, skipped slots last; and the number of slots of each expert, (E,) int64.
+    """Slots in expert order, (S,) int64, skipped slots last; and expert_offsets (E + 1,) int32, as in `Routing`.
 
     Args:
         top_k_index: (T, top_k) integer; ids outside [0, num_experts) are skipped.
     """
-    ids = top_k_index.reshape(-1).long()
-    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    sorted_slots = torch.argsort(ids, stable=True)
-    return sorted_slots, torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
+    ids = top_k_index.reshape(-1)
+    ids = ids.masked_fill(ids < 0, num_experts).clamp(max=num_experts)
+    ids, sorted_slots = torch.sort(ids, stable=True)
+    experts = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
+    return sorted_slots, torch.searchsorted(ids, experts, out_int32=True)
 
 
 def _acc_dtype(x: torch.Tensor) -> torch.dtype:
@@ -51,27 +55,28 @@ def moe_experts(
     """
     act_fn, _ = ACTIVATIONS[activation]
     top_k = top_k_index.shape[1]
-    sorted_slots, counts = sort_slots(top_k_index, gate_up_proj.shape[0])
-    slots = sorted_slots[: int(counts.sum())]
+    sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up_proj.shape[0])
+    slots = sorted_slots[: int(expert_offsets[-1])]
     tokens = slots // top_k
-    gate, up = _grouped_linear(hidden_states[tokens], gate_up_proj, counts).chunk(2, dim=-1)
-    y = _grouped_linear(act_fn(gate) * up, down_proj, counts)
+    gate, up = _grouped_linear(hidden_states[tokens], gate_up_proj, expert_offsets).chunk(2, dim=-1)
+    y = _grouped_linear(act_fn(gate) * up, down_proj, expert_offsets)
     y = y * top_k_weights.reshape(-1, 1)[slots].to(_acc_dtype(y))
     # In expert order: the order of every sum is fixed.
     out = torch.zeros(hidden_states.shape, dtype=y.dtype, device=y.device).index_add_(0, tokens, y)
     return out.to(hidden_states.dtype)
 
 
-def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """y[r] = weight[e] @ x[r]; the first counts[0] rows belong to expert 0, the next counts[1] to expert 1, ..."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
+    """y[r] = weight[e] @ x[r] for the rows r of expert e; every row belongs to one."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not needs_grad and _grouped_mm_can_read(x, weight):
+        return F.grouped_mm(x, weight.mT, offs=expert_offsets[1:])
+    counts = expert_offsets.diff().tolist()
+    if needs_grad:
         # unbind: the gradient of indexing one expert would be as large as the whole stack, for each expert. Experts
         # without rows stay in: the result must depend on x and weight even if no row is left.
-        return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight.unbind())])
-    if _grouped_mm_can_read(x, weight):
-        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+        return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight.unbind())])
     y = x.new_empty(x.shape[0], weight.shape[1])
-    counts = counts.tolist()
     for rows, w, out in zip(x.split(counts), weight.unbind(), y.split(counts)):
         if rows.shape[0]:
             torch.mm(rows, w.t(), out=out)
@@ -79,11 +84,11 @@ def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor)
 
 
 def _grouped_mm_can_read(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether torch's own loop over experts on the CPU (2.10 and later), quicker than ours by some Python, fits."""
-    if not hasattr(F, "grouped_mm") or x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
+    """Whether torch's own loop over experts on the CPU, quicker than ours by some Python, takes these tensors."""
+    if x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0 or not _HAS_GROUPED_MM:
         return False
-    aligned = (weight.shape[1] * x.element_size(), weight.shape[2] * x.element_size(), x.data_ptr(), weight.data_ptr())
-    return weight.is_contiguous() and x.is_contiguous() and all(n % 16 == 0 for n in aligned)
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    return aligned and weight.is_contiguous() and x.is_contiguous()
 
 
 def moe_experts_backward(
@@ -108,8 +113,8 @@ def moe_experts_backward(
     dweights = torch.zeros(weights.numel() if needs_grad[1] else 0, dtype=acc_dtype, device=dout.device)
     dgate_up = torch.zeros_like(gate_up_proj) if needs_grad[2] else gate_up_proj.new_empty(0)
     ddown = torch.zeros_like(down_proj) if needs_grad[3] else down_proj.new_empty(0)
-    sorted_slots, counts = sort_slots(top_k_index, gate_up_proj.shape[0])
-    counts = counts.tolist()
+    sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up_proj.shape[0])
+    counts = expert_offsets.diff().tolist()
     for expert, slots in enumerate(sorted_slots[: sum(counts)].split(counts)):
         if not counts[expert]:
             continue
@@ -147,8 +152,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Te
 
     Arguments and result as `moe_grouped_gemm.grouped_gemm`; differentiable.
     """
-    counts = expert_offsets.diff()
-    y = _grouped_linear(x[: int(counts.sum())], weight, counts)
+    y = _grouped_linear(x[: int(expert_offsets[-1])], weight, expert_offsets)
     return torch.cat([y, y.new_zeros(x.shape[0] - y.shape[0], y.shape[1])])
 
 

@@ -26,8 +26,7 @@ class Routing(NamedTuple):
 
 def route_torch(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     """`moe_grouped_gemm.route` in plain torch."""
-    sorted_slots, counts = reference.sort_slots(top_k_index, num_experts)
-    expert_offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    sorted_slots, expert_offsets = reference.sort_slots(top_k_index, num_experts)
     positions = torch.arange(sorted_slots.numel(), dtype=torch.int32, device=top_k_index.device)
     slot_positions = torch.empty_like(positions)
     slot_positions[sorted_slots] = torch.where(positions < expert_offsets[-1], positions, -1)
