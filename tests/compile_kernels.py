@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -89,9 +91,9 @@ def launches(package, target):
     for ids in (torch.int32, torch.int64):
         for tokens in (1, 1000):  # counted in place, and by a launch of its own
             index = torch.zeros(tokens, 6, dtype=ids)
-            yield ids, None, lambda index=index: kernels.route(index, EXPERTS, 64)
+            yield ids, None, partial(kernels.route, index, EXPERTS, 64)
     offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-    yield torch.int32, None, lambda: kernels.tile_schedule(offsets, 100, 64)
+    yield torch.int32, None, partial(kernels.tile_schedule, offsets, 100, 64)
     schedule = kernels.tile_schedule(offsets, 100, 64)
     slots = torch.zeros(96, dtype=torch.int32)
     capability = (target.arch // 10, 0) if target.backend == "cuda" else (0, 0)
@@ -99,24 +101,22 @@ def launches(package, target):
         x, a, y = (torch.empty(96, n, dtype=dtype) for n in (HIDDEN, INTER, HIDDEN))
         w1, w2 = (torch.empty(EXPERTS, n, k, dtype=dtype) for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)))
         weights = torch.empty(16, 6)
-        yield dtype, None, lambda y=y, weights=weights: kernels.combine(y, slots, weights)
+        yield dtype, None, partial(kernels.combine, y, slots, weights)
         up, down = tuning.decode_config(dtype)
         index = torch.zeros(16, 6, dtype=torch.int64)
-        yield dtype, up, lambda x=x, w=w1, i=index, c=up: kernels.gate_up_decode(x, w, i, "silu", c)
-        yield dtype, down, lambda a=a, w=w2, i=index, p=weights, c=down: kernels.down_decode(a, w, i, p, c)
-        for config in tuning.all_configs(dtype, capability):
+        yield dtype, up, partial(kernels.gate_up_decode, x, w1, index, "silu", up)
+        yield dtype, down, partial(kernels.down_decode, a, w2, index, weights, down)
+        # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
+        precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
+        for config, precision in product(tuning.all_configs(dtype, capability), precisions):
             # Both ways of reading: a tensor that TMA cannot address falls back to plain loads.
             for tma in {config.gate_up.USE_TMA, False}:
                 up, down = (c._replace(USE_TMA=tma) for c in config)
-                yield (
-                    dtype,
-                    up,
-                    lambda up=up, x=x, w1=w1: kernels.gate_up(x, w1, slots, schedule, 6, "silu", "ieee", up),
-                )
-                for w in (w2, w1.transpose(1, 2)[:, :, :INTER]):  # the second: transposed in place, as a backward needs
-                    if tma and w.stride(2) != 1:
-                        continue
-                    yield dtype, down, lambda d=down, a=a, w=w: kernels.grouped_gemm(a, w, schedule, "ieee", d)
+                yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up)
+                yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+            # Transposed in place, as a backward needs.
+            w = w1.transpose(1, 2)[:, :, :INTER]
+            yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down._replace(USE_TMA=False))
 
 
 def main() -> int:

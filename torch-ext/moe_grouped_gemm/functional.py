@@ -346,8 +346,8 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def _input_precision() -> str:
-    """fp32 GEMMs follow the switch that torch's own follow; 16-bit ones ignore it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """fp32 GEMMs follow the switch that torch's own follow; 16-bit ones ignore it. CDNA4 has no tf32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
 def _without_tma_if_unaligned(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:
