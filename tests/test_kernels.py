@@ -63,14 +63,26 @@ def test_route(kernel, launch, tokens, experts, top_k, ids, dtype):
     *got, schedule = launch.route(index, experts, 16)
     assert all(torch.equal(g, e) for g, e in zip(got, expected))
 
-    offsets = expected.expert_offsets.tolist()
-    tiles = []  # expert, its first tile, its first row, the row after its last
-    for expert, (begin, end) in enumerate(zip(offsets, offsets[1:])):
-        first_tile = len(tiles)
-        tiles += [(expert, first_tile, begin, end)] * -(-(end - begin) // 16)
-    for columns in (schedule, launch.tile_schedule(expected.expert_offsets, index.numel(), 16)):
-        assert list(zip(*columns[:, : len(tiles)].tolist())) == tiles
-        assert (columns[0, len(tiles) :] == -1).all()
+    offsets = expected.expert_offsets
+    for columns in (schedule, launch.tile_schedule(offsets, index.numel(), 16)):
+        assert_schedules(columns, offsets.tolist(), 16)
+
+
+def assert_schedules(schedule, offsets, block_m):
+    """Each expert's tiles once, one after another; their number, and 0."""
+    expert, first_tile, first_row, row_end, (num_tiles, claims, *_) = schedule.tolist()
+    assert num_tiles == sum(-(-(end - begin) // block_m) for begin, end in zip(offsets, offsets[1:])) and claims == 0
+    seen = set()
+    tile = 0
+    while tile < num_tiles:
+        e = expert[tile]
+        seen.add(e)
+        tiles = -(-(offsets[e + 1] - offsets[e]) // block_m)
+        for t in range(tile, tile + tiles):
+            assert (expert[t], first_tile[t], first_row[t], row_end[t]) == (e, tile, offsets[e], offsets[e + 1])
+        tile += tiles
+    assert seen == {e for e, (begin, end) in enumerate(zip(offsets, offsets[1:])) if begin < end}
+    assert set(expert[num_tiles:]) <= {-1}
 
 
 LAYERS = [  # T, E, top_k, H, I, ids
@@ -133,16 +145,48 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
         pytest.param(20, 8, 2, 64, 40, "sentinels", id="small-tiles"),
         pytest.param(20, 8, 2, 63, 41, "sentinels", id="small-tiles-without-tma"),
         pytest.param(60, 4, 2, 64, 40, "any", id="tall-tiles"),
-        pytest.param(130, 3, 2, 64, 40, "zipf", id="tall-tiles-with-short-tails"),
+        pytest.param(330, 3, 2, 64, 40, "zipf", id="tall-tiles-with-joined-tails"),
     ],
 )
 def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids):
     functional = import_module(f"{kernel.__name__}.functional")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    readable = functional._as_readable  # Gluon has no interpreter
+    monkeypatch.setattr(functional, "_as_readable", lambda *args: readable(*args)._replace(WARP_SPECIALIZED=False))
     args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
     out = functional._experts_gpu(*args, "silu")
     assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, K, N, ids",
+    [
+        pytest.param(1, 4, 1, 64, 256, "any", id="one-row"),
+        pytest.param(300, 8, 2, 136, 264, "sentinels", id="tails-in-K-and-N"),
+        pytest.param(500, 7, 1, 320, 128, "one", id="all-on-one-expert"),
+        pytest.param(700, 3, 2, 1024, 8, "zipf", id="K-longer-than-the-stages"),
+        pytest.param(3000, 16, 4, 512, 1024, "zipf", id="more-tiles-than-programs"),
+        pytest.param(1500, 300, 4, 128, 256, "any", id="tiles-of-few-rows"),
+    ],
+)
+def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, ids, dtype):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper")
+    _, index, _, _, weight = layer(tokens, experts, top_k, N, K, dtype, DEVICE, ids)
+    x = torch.randn(index.numel(), K, dtype=dtype, device=DEVICE)
+    offsets, _, _, schedule = launch.route(index, experts, 128)
+    rows = int(offsets[-1])
+    exact = kernel.reference.grouped_gemm(x.double(), weight.double(), offsets)
+    expected = kernel.reference.grouped_gemm(x, weight, offsets)
+    warp_specialized = config(num_stages=4, USE_TMA=True, WARP_SPECIALIZED=True)
+    results = [launch.grouped_gemm(x, weight, schedule, "ieee", warp_specialized) for _ in range(3)]
+    for y in results:  # the same schedule serves again
+        assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
+        assert_as_good_as_torch(y[:rows], expected[:rows], exact[:rows])
+        assert torch.equal(y[:rows], results[0][:rows])
 
 
 @on_triton
@@ -171,4 +215,4 @@ def test_weights_may_be_transposed_views(launch, config):
 def test_offsets_that_promise_too_many_rows_stay_in_memory(launch):
     offsets = torch.tensor([0, 18, 90], dtype=torch.int32, device=DEVICE)
     schedule = launch.tile_schedule(offsets, 40, 16)
-    assert schedule[:, schedule[0] >= 0].t().tolist() == [[0, 0, 0, 18]] * 2 + [[1, 2, 18, 40]] * 2
+    assert_schedules(schedule, [0, 18, 40], 16)

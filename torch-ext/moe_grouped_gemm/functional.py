@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
@@ -99,10 +100,10 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     precision = _input_precision()
     up_config, down_config = tuning.experts_config(rows, num_experts, hidden_states.dtype, _capability(device))
     _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
-    up_config = _without_tma_if_unaligned(up_config, gate_up_proj)
+    up_config = _as_readable(up_config, gate_up_proj)
     top_k = top_k_index.shape[1]
     a = kernels.gate_up(hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config)
-    down_config = _without_tma_if_unaligned(down_config, a, down_proj)
+    down_config = _as_readable(down_config, a, down_proj)
     y = kernels.grouped_gemm(a, down_proj, schedule, precision, down_config)
     return kernels.combine(y, slot_positions, top_k_weights)
 
@@ -233,7 +234,7 @@ def _grouped_gemm_forward(x, weight, expert_offsets):
     with torch.cuda.device_of(x):
         config = tuning.experts_config(x.shape[0], weight.shape[0], x.dtype, _capability(x.device.index)).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        config = _without_tma_if_unaligned(config, x, weight)
+        config = _as_readable(config, x, weight)
         return kernels.grouped_gemm(x, weight, schedule, _input_precision(), config, y)
 
 
@@ -342,6 +343,9 @@ def _check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down
 
 @functools.cache
 def _capability(device: int) -> tuple[int, int]:
+    """Of what tuning.py chooses for. MOE_GROUPED_GEMM_PORTABLE=1 asks for what any GPU would get, to debug or measure."""
+    if os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
+        return (0, 0)
     return torch.cuda.get_device_capability(device)
 
 
@@ -350,13 +354,16 @@ def _input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
-def _without_tma_if_unaligned(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:
-    """TMA wants 16-byte aligned bases and strides and a last stride of 1; plain loads take anything."""
+def _as_readable(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:
+    """Without what the tensors, weights last, rule out; plain loads take anything."""
     if config.USE_TMA and not all(_tma_can_read(x) for x in tensors):
-        return config._replace(USE_TMA=False)
+        return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
+    if config.WARP_SPECIALIZED and not tensors[-1].is_contiguous():
+        return config._replace(WARP_SPECIALIZED=False)
     return config
 
 
 def _tma_can_read(x: torch.Tensor) -> bool:
+    """TMA wants 16-byte aligned bases and strides and a last stride of 1."""
     *strides, last = x.stride()
     return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)

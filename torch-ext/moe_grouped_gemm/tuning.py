@@ -18,6 +18,7 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int
     USE_TMA: bool
+    WARP_SPECIALIZED: bool = False  # the kernel of grouped_gemm_hopper.py, whose tiles are 128, 64, 256, 64
 
 
 class DecodeConfig(NamedTuple):
@@ -35,11 +36,13 @@ class ExpertsConfig(NamedTuple):
     down: GemmConfig | DecodeConfig
 
 
-def _pair(block_m, up_n, up_k, up_warps, up_stages, down_n, down_k, down_warps, down_stages, min_m=None, tma=True):
+def _pair(
+    block_m, up_n, up_k, up_warps, up_stages, down_n, down_k, down_warps, down_stages, min_m=None, tma=True, ws=False
+):
     min_m = min_m or block_m
     return ExpertsConfig(
         GemmConfig(block_m, min_m, up_n, up_k, 8, up_warps, up_stages, tma),
-        GemmConfig(block_m, min_m, down_n, down_k, 8, down_warps, down_stages, tma),
+        GemmConfig(block_m, min_m, down_n, down_k, 8, down_warps, down_stages, tma, ws),
     )
 
 
@@ -53,7 +56,7 @@ HOPPER = [
     (0.5, _pair(16, 64, 128, 4, 4, 128, 128, 4, 4)),
     (10, _pair(16, 64, 128, 4, 3, 128, 128, 4, 3)),
     (50, _pair(64, 64, 64, 4, 4, 128, 64, 4, 3)),
-    (float("inf"), _pair(128, 128, 64, 8, 4, 256, 64, 8, 4, min_m=64)),
+    (float("inf"), _pair(128, 128, 64, 8, 4, 256, 64, 8, 4, min_m=64, ws=True)),
 ]
 # Any other GPU: little shared memory (64 KiB on CDNA3, 99 KiB on sm_89 and sm_120), no TMA.
 PORTABLE = [

@@ -15,12 +15,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch
 
 
 @triton.jit
 def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """Expert, first row, row after the expert's last, and column tile of this program; expert -1: nothing to do."""
+    """Expert, its first row, this program's first row, the row after the expert's last, and the column tile.
+
+    Expert -1: nothing to do.
+    """
     pid = tl.program_id(0)
     tile = pid // n_tiles
     expert = tl.load(schedule_ptr + tile)
@@ -34,7 +38,7 @@ def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_
     pid -= group * GROUP_M * n_tiles
     group_size = tl.maximum(tl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
     tile_m = group * GROUP_M + pid % group_size
-    return expert, first_row + tile_m * BLOCK_M, row_end, pid // group_size
+    return expert, first_row, first_row + tile_m * BLOCK_M, row_end, pid // group_size
 
 
 @triton.jit
@@ -66,6 +70,29 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _gather(x_ptr, sorted_slots_ptr, row, row_end, top_k, stride_xt, offs_k, BLOCK_M: tl.constexpr):
+    """Pointers to the tokens of BLOCK_M sorted rows, and which of the rows there are."""
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < row_end
+    token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
+    return x_ptr + token[:, None].to(tl.int64) * stride_xt + offs_k[None, :], mask_m[:, None]
+
+
+@triton.jit
+def _store_rows(y_ptr, y, row, row_end, offs_n, N):
+    offs_m = row + tl.arange(0, y.shape[0])
+    y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < row_end)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _glu(acc, ACTIVATION: tl.constexpr):
+    """[M, 2 N] of gate and up -> [M, N]."""
+    gate, up = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+    return _activate(gate, ACTIVATION) * up
+
+
+@triton.jit
 def _gate_up_tile(
     x_ptr,
     w_ptr,
@@ -83,6 +110,7 @@ def _gate_up_tile(
     stride_wn,
     stride_wk,
     BLOCK_M: tl.constexpr,
+    MORE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
@@ -90,11 +118,9 @@ def _gate_up_tile(
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < row_end
-    token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
+    """BLOCK_M rows, and with ROWS_FIRST MORE_M (maybe 0) after them."""
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_xt + offs_k[None, :]
+    x_ptrs, mask_m = _gather(x_ptr, sorted_slots_ptr, row, row_end, top_k, stride_xt, offs_k, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     w_ptrs = w_ptr
     if not USE_TMA:
@@ -111,16 +137,25 @@ def _gate_up_tile(
     else:
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if MORE_M:
+        more_ptrs, mask_more = _gather(
+            x_ptr, sorted_slots_ptr, row + BLOCK_M, row_end, top_k, stride_xt, offs_k, MORE_M
+        )
+        more_acc = tl.zeros((MORE_M, 2 * BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
-        mask_k = offs_k < H - k
-        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        mask_k = (offs_k < H - k)[None, :]
+        x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         x_ptrs += BLOCK_K
         if ROWS_FIRST:
             if USE_TMA:
                 w = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
             else:
-                w = tl.load(w_ptrs, mask=(columns < I)[:, None] & mask_k[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=(columns < I)[:, None] & mask_k, other=0.0)
             acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, 2 BN]
+            if MORE_M:
+                more = tl.load(more_ptrs, mask=mask_more & mask_k, other=0.0)
+                more_ptrs += BLOCK_K
+                more_acc = tl.dot(more, w.T, more_acc, input_precision=INPUT_PRECISION)
         else:
             # Two dots: a weight tile then goes from shared memory straight to the MMA. One would take the detour of
             # registers, since the first operand may not be reshaped in shared memory.
@@ -128,7 +163,7 @@ def _gate_up_tile(
                 w_gate = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
                 w_up = w_ptr.load([expert, 1, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
             else:
-                mask_w = (offs_n < I)[:, None] & mask_k[None, :]
+                mask_w = (offs_n < I)[:, None] & mask_k
                 w_gate = tl.load(w_ptrs, mask=mask_w, other=0.0)
                 w_up = tl.load(w_ptrs + up_offset, mask=mask_w, other=0.0)
             gate = tl.dot(w_gate, x.T, gate, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
@@ -136,13 +171,10 @@ def _gate_up_tile(
         if not USE_TMA:
             w_ptrs += BLOCK_K * stride_wk
 
-    if ROWS_FIRST:
-        gate, up = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
-        a = _activate(gate, ACTIVATION) * up
-    else:
-        a = (_activate(gate, ACTIVATION) * up).T
-    a_ptrs = a_ptr + offs_m[:, None].to(tl.int64) * I + offs_n[None, :]
-    tl.store(a_ptrs, a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < I)[None, :])
+    a = _glu(acc, ACTIVATION) if ROWS_FIRST else (_activate(gate, ACTIVATION) * up).T
+    _store_rows(a_ptr, a, row, row_end, offs_n, I)
+    if MORE_M:
+        _store_rows(a_ptr, _glu(more_acc, ACTIVATION), row + BLOCK_M, row_end, offs_n, I)
 
 
 # max_tiles follows T: a new T must not compile anew.
@@ -152,7 +184,7 @@ def _gate_up_kernel(
     w_ptr,  # (E, 2I, H), rows [gate; up]; with USE_TMA a descriptor of it as (E, 2, I, H)
     a_ptr,  # (S, I)
     sorted_slots_ptr,  # (S,) int32
-    schedule_ptr,  # (4, max_tiles) int32
+    schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
     top_k,
     I,
@@ -170,12 +202,21 @@ def _gate_up_kernel(
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
+    expert, first_row, row, row_end, tile_n = _locate_tile(
+        schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M
+    )
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    for i in tl.static_range(HEIGHTS):
-        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+    # An expert's last rows, if MIN_M or fewer, go with the tile before: its weights are there already.
+    JOIN: tl.constexpr = USE_TMA and MIN_M >= 64 and HEIGHTS > 1
+    rows = row_end - row
+    if JOIN and row > first_row and rows <= MIN_M:
+        return
+    for i in tl.static_range(HEIGHTS + JOIN):
+        joins = JOIN and rows > BLOCK_M and rows <= BLOCK_M + MIN_M
+        chosen = joins if i == HEIGHTS else _is_height(rows, i, BLOCK_M, HEIGHTS) and not joins
+        if chosen:
             _gate_up_tile(
                 x_ptr,
                 w_ptr,
@@ -192,7 +233,8 @@ def _gate_up_kernel(
                 stride_we,
                 stride_wn,
                 stride_wk,
-                BLOCK_M >> i,
+                BLOCK_M if i == HEIGHTS else BLOCK_M >> i,
+                MIN_M if i == HEIGHTS else 0,
                 BLOCK_N,
                 BLOCK_K,
                 MIN_M >= 64,
@@ -259,9 +301,7 @@ def _grouped_gemm_tile(
         else:
             acc = tl.dot(w, x.T, acc, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
 
-    y = acc if ROWS_FIRST else acc.T
-    y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+    _store_rows(y_ptr, acc if ROWS_FIRST else acc.T, row, row_end, offs_n, N)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -270,7 +310,7 @@ def _grouped_gemm_kernel(
     x_desc,  # with USE_TMA a descriptor of x, else x
     w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
     y_ptr,  # (S, N)
-    schedule_ptr,  # (4, max_tiles) int32
+    schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
     N,
     K,
@@ -286,7 +326,7 @@ def _grouped_gemm_kernel(
     USE_TMA: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
@@ -322,7 +362,7 @@ def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, co
     _, rows, hidden_dim = w.shape
     inter = rows // 2
     tiles = schedule.shape[1]
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma = config
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     a = torch.empty((sorted_slots.numel(), inter), dtype=x.dtype, device=x.device)
     sizes = (top_k, inter, hidden_dim, x.stride(0), *w.stride())
     constants = (block_m, min_m, block_n, block_k, group_m, use_tma, activation, input_precision)
@@ -344,10 +384,12 @@ def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, co
 def grouped_gemm(x, w, schedule, input_precision, config, y=None):
     """x (S, K), w (E, N, K) -> y (S, N); rows that belong to no expert keep what y held."""
     _, N, K = w.shape
-    tiles = schedule.shape[1]
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma = config
     if y is None:
         y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
+    if config.WARP_SPECIALIZED:
+        return grouped_gemm_hopper(x, w, schedule, config, y)
+    tiles = schedule.shape[1]
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (N, K, x.stride(0), *w.stride())
     constants = (block_m, min_m, block_n, block_k, group_m, use_tma, input_precision)
     x_arg, w_arg = x, w

@@ -1,6 +1,15 @@
 """Launching without the specialisation of every argument at every call, which takes longer than a small layer runs."""
 
+import functools
+
+import torch
+
 _compiled = {}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # Triton's own functions of these names are wrapped for use inside kernels too, at 2 us a call.

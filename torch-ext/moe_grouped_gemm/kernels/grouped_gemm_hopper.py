@@ -1,0 +1,228 @@
+"""The grouped GEMM of grouped_gemm.py for Hopper and many rows: persistent, and each warp has a role of its own.
+
+    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N)
+
+Grid: as many programs as the GPU has multiprocessors; each takes one tile of 128 rows by 256 columns after another,
+first come, first served. In a program, handing over through shared memory and mbarriers:
+
+    loader       1 warp     takes tiles, tells the consumers, loads rows and weights by TMA, STAGES steps of K ahead
+    2 consumers  4 warps    each multiply 64 rows by 256 weight rows (wgmma m64n256k16) and store the result; a tile of
+                            at most 64 rows leaves the second idle
+
+The consumers need not keep step: while one stores its rows the other has the tensor cores, and the next tile is on its
+way. That pays where K is short against what comes before and after it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import launch, multiprocessors
+
+# Renamed in Triton 3.9 and 3.7.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+CONSUMERS = gl.constexpr(2)
+BLOCK_M = gl.constexpr(128)
+ROWS = gl.constexpr(64)  # of a consumer
+BLOCK_N = gl.constexpr(256)
+BLOCK_K = gl.constexpr(64)  # 128 bytes: what TMA swizzles
+QUEUE = gl.constexpr(2)  # tiles that the consumers may lag behind the loader
+
+
+@gluon.jit
+def _next(i, phase, SIZE: gl.constexpr):
+    """The next place in a ring of SIZE, and the parity of its use."""
+    wraps = i == SIZE - 1
+    return gl.where(wraps, 0, i + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _previous(i, SIZE: gl.constexpr):
+    return gl.where(i == 0, SIZE - 1, i - 1)
+
+
+@gluon.jit
+def _put_tile(queue, i, phase, row, row_end, tile_n):
+    tiles, full, free = queue
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 4, layout)
+    mbarrier.wait(free.index(i), phase ^ 1)
+    tiles.index(i).store(gl.where(field == 0, row, gl.where(field == 1, row_end, tile_n)))
+    _barrier()
+    mbarrier.arrive(full.index(i), count=1)
+    return _next(i, phase, QUEUE)
+
+
+@gluon.jit
+def _take_tile(queue, i, phase):
+    """First row (-1: no more tiles), row after the expert's last, and column tile; and the next place in the queue."""
+    tiles, full, free = queue
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 4, layout)
+    mbarrier.wait(full.index(i), phase)
+    tile = tiles.index(i).load(layout)
+    _barrier()
+    mbarrier.arrive(free.index(i), count=1)
+    row = gl.sum(gl.where(field == 0, tile, 0), 0)
+    row_end = gl.sum(gl.where(field == 1, tile, 0), 0)
+    tile_n = gl.sum(gl.where(field == 2, tile, 0), 0)
+    i, phase = _next(i, phase, QUEUE)
+    return row, row_end, tile_n, i, phase
+
+
+@gluon.jit
+def _locate_tile(schedule_ptr, max_tiles, tile, n_tiles, GROUP_M: gl.constexpr):
+    """Expert, first row, row after the expert's last, and column tile; as in grouped_gemm.py."""
+    row_tile = tile // n_tiles
+    expert = gl.load(schedule_ptr + row_tile)
+    first_tile = gl.load(schedule_ptr + max_tiles + row_tile)
+    first_row = gl.load(schedule_ptr + 2 * max_tiles + row_tile)
+    row_end = gl.load(schedule_ptr + 3 * max_tiles + row_tile)
+    tile -= first_tile * n_tiles
+    group = tile // (GROUP_M * n_tiles)
+    tile -= group * GROUP_M * n_tiles
+    m_tiles = gl.cdiv(row_end - first_row, BLOCK_M)
+    group_size = gl.maximum(gl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
+    tile_m = group * GROUP_M + tile % group_size
+    return expert, first_row + tile_m * BLOCK_M, row_end, tile // group_size
+
+
+@gluon.jit
+def _load(x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GROUP_M: gl.constexpr):
+    x_smem, w_smem, full, free = stages
+    STAGES: gl.constexpr = w_smem.shape[0]
+    HALF: gl.constexpr = BLOCK_N // 2
+    n_tiles = gl.cdiv(N, BLOCK_N)
+    num_tiles = gl.load(schedule_ptr + 4 * max_tiles) * n_tiles
+    claims_ptr = schedule_ptr + 4 * max_tiles + 1
+    stage = 0
+    phase = 0
+    place = 0
+    place_phase = 0
+    tile = gl.program_id(0)
+    while tile < num_tiles:
+        claimed = gl.atomic_add(claims_ptr, 1, sem="relaxed")
+        # Every tile done is a claim made, so this is the last one: leave the counter as it was.
+        if claimed == num_tiles - 1:
+            gl.store(claims_ptr, 0)
+        expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tile, n_tiles, GROUP_M)
+        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n)
+        w_row = expert * N + tile_n * BLOCK_N
+        for k in range(k_tiles):
+            mbarrier.wait(free.index(stage), phase ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+            # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights
+            # past the expert's last.
+            _tma_load(x_desc, [row, k * BLOCK_K], bar, x_smem.index(stage))
+            _tma_load(w_desc, [w_row, k * BLOCK_K], bar, w_smem.index(stage).slice(0, HALF))
+            _tma_load(w_desc, [w_row + HALF, k * BLOCK_K], bar, w_smem.index(stage).slice(HALF, HALF))
+            stage, phase = _next(stage, phase, STAGES)
+        tile = gl.num_programs(0) + claimed
+    _put_tile(queue, place, place_phase, -1, -1, 0)
+
+
+@gluon.jit
+def _store_rows(y_ptr, y, row, row_end, column, N):
+    # A warp stores its own 16 rows, so that only its lanes have to exchange what they hold.
+    layout: gl.constexpr = gl.BlockedLayout([16, 4], [1, 32], [4, 1], [1, 0])
+    offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offs_n = column + gl.arange(0, BLOCK_N // 2, gl.SliceLayout(0, layout))
+    y_ptrs = y_ptr + gl.expand_dims(offs_m.to(gl.int64) * N, 1) + gl.expand_dims(offs_n, 0)
+    mask = gl.expand_dims(offs_m < row_end, 1) & gl.expand_dims(offs_n < N, 0)
+    gl.store(y_ptrs, gl.convert_layout(y.to(y_ptr.dtype.element_ty), layout), mask=mask)
+
+
+@gluon.jit
+def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue):
+    x_smem, w_smem, full, free = stages
+    STAGES: gl.constexpr = w_smem.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    stage = 0
+    phase = 0
+    row, row_end, tile_n, place, place_phase = _take_tile(queue, 0, 0)
+    while row >= 0:
+        row += CONSUMER * ROWS
+        if row < row_end:
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
+            for k in range(k_tiles):
+                mbarrier.wait(full.index(stage), phase)
+                x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
+                acc = warpgroup_mma(x, w_smem.index(stage).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                _barrier()
+                mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k > 0)
+                stage, phase = _next(stage, phase, STAGES)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _barrier()
+            mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1)
+            left, right = acc.reshape((ROWS, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
+            _store_rows(y_ptr, left, row, row_end, tile_n * BLOCK_N, N)
+            _store_rows(y_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
+        else:
+            for _ in range(k_tiles):
+                mbarrier.wait(full.index(stage), phase)
+                mbarrier.arrive(free.index(stage), count=1)
+                stage, phase = _next(stage, phase, STAGES)
+        row, row_end, tile_n, place, place_phase = _take_tile(queue, place, place_phase)
+
+
+@gluon.jit
+def _barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def _grouped_gemm_hopper_kernel(
+    x_desc,  # (S, K)
+    w_desc,  # (E * N, K)
+    y_ptr,  # (S, N)
+    schedule_ptr,  # (5, max_tiles) int32
+    max_tiles,
+    N,
+    K,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
+    stages = (x_smem, w_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
+    tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    queue = (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, CONSUMERS))
+    k_tiles = gl.cdiv(K, BLOCK_K)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, y_ptr, N, k_tiles, stages, queue)),
+            (_multiply, (1, y_ptr, N, k_tiles, stages, queue)),
+            (_load, (x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GROUP_M)),
+        ],
+        [4, 1],
+        [216, 72],  # registers of the second consumer and the loader; the first consumer has what is left
+    )
+
+
+def _rows_descriptor(x):
+    """The rows of x, (..., K), which follow each other at one stride; 128 by BLOCK_K at a time."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    K = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // K, K], [x.stride(-2), 1], [128, BLOCK_K.value], layout)
+
+
+def grouped_gemm_hopper(x, w, schedule, config, y):
+    """x (S, K), contiguous w (E, N, K), both 16-bit -> y (S, N); rows that belong to no expert keep what y held."""
+    _, N, K = w.shape
+    constants = (config.GROUP_M, config.num_stages)
+    launch(
+        _grouped_gemm_hopper_kernel,
+        (multiprocessors(x.device), 1, 1),
+        (_rows_descriptor(x), _rows_descriptor(w), y, schedule, schedule.shape[1], N, K, *constants),
+        (x.device, x.dtype, N, K, constants),
+        num_warps=4,
+    )
+    return y
