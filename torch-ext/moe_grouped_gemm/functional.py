@@ -343,7 +343,7 @@ def _check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down
 
 @functools.cache
 def _capability(device: int) -> tuple[int, int]:
-    """Of what tuning.py chooses for. MOE_GROUPED_GEMM_PORTABLE=1 asks for what any GPU would get, to debug or measure."""
+    """What tuning.py chooses by. MOE_GROUPED_GEMM_PORTABLE=1, for debugging: as on a GPU that it has no table for."""
     if os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
         return (0, 0)
     return torch.cuda.get_device_capability(device)
