@@ -140,6 +140,7 @@ def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, int
     functional = import_module(f"{kernel.__name__}.functional")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(functional, "_device_name", lambda device: "")
     args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
     out = functional._experts_gpu(*args, "silu")
     assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
