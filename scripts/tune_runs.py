@@ -126,17 +126,17 @@ class Gpu:
 
     def __init__(self, layer: Layer, tokens: int, gate_up_proj, down_proj):
         experts, hidden_dim, inter, top_k = layer
-        dtype = down_proj.dtype
+        dtype, device = down_proj.dtype, down_proj.device
         torch.cuda.empty_cache()  # of the last number of tokens
         self.sets = []
         for _ in range(4 if tokens <= 64 else 1):
-            x, index, _ = routed_tokens(tokens, hidden_dim, experts, top_k, "cuda")
+            x, index, _ = routed_tokens(tokens, hidden_dim, experts, top_k, device)
             offsets, slots, _, _ = kernels.route(index, experts, 16)
-            a = torch.randn(tokens * top_k, inter, dtype=dtype, device="cuda")
+            a = torch.randn(tokens * top_k, inter, dtype=dtype, device=device)
             self.sets.append(Inputs(x.to(dtype), index, slots, a, gate_up_proj, down_proj))
         self.expected = self._expected(offsets.tolist(), self.sets[-1])
         self.schedules = {}
-        self.pool, self.graph = torch.cuda.graph_pool_handle(), None
+        self.pool = self.graph = None
 
     @staticmethod
     def _expected(offsets, inputs):
@@ -176,17 +176,19 @@ class Gpu:
                 raise ArithmeticError(f"relative error {error:.2g}")
 
     def capture(self, candidate) -> torch.cuda.CUDAGraph:
+        self.check(candidate)  # and load it: that is not allowed in a capture
+        calls = self._calls(candidate)
         # torch.cuda.graph would collect garbage and empty the cache first, which takes longer than the timing.
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self.pool)
             try:
-                for call in self._calls(candidate):
+                for call in calls:
                     call()
             finally:
                 graph.capture_end()
-        torch.cuda.synchronize()
         return graph
 
     def _replay(self, graph, count) -> float:
@@ -201,7 +203,6 @@ class Gpu:
 
     def time(self, candidate) -> float:
         """Microseconds a call, in passing; raises if the candidate does not run or is wrong."""
-        self.check(candidate)
         self.graph = self.capture(candidate)  # kept until the next is there: a pool lives as long as a graph uses it
         self._replay(self.graph, 1)
         once = self._replay(self.graph, 1)

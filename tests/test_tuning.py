@@ -332,3 +332,32 @@ def test_compiling_ahead_fills_the_cache(tmp_path, monkeypatch):
     assert tune_runs.compile_ahead({tune.Layer(64, 1024, 768, 6): {8: [spilling]}}, BF16, target, 232448) == {
         spilling: "_grouped_gemm_kernel spills"
     }
+
+
+CHECK = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch, tune, tune_runs
+
+layer = tune.Layer(4, 64, 48, 2)
+weights = torch.randn(4, 96, 64).half() * 0.1, torch.randn(4, 64, 48).half() * 0.1
+gpu = tune_runs.Gpu(layer, 20, *weights)
+config = tune.tuning.GemmConfig(32, 16, 32, 32, 8, 4, 2, False)
+candidates = [("route", config), ("gate_up", config), ("down", config)]
+for candidate in candidates:
+    gpu.check(candidate)
+right = tune_runs.kernels.grouped_gemm
+for wrong in (lambda *args: right(*args) * 1.01, lambda *args: torch.empty_like(right(*args))):
+    tune_runs.kernels.grouped_gemm = wrong
+    try:
+        gpu.check(candidates[-1])
+    except ArithmeticError as error:
+        print(error)
+"""
+
+
+def test_only_right_results_are_timed():
+    paths = [ROOT / "scripts", ROOT / "benchmarks"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    check = subprocess.run([sys.executable, "-c", CHECK, *paths], env=env, capture_output=True, text=True, check=True)
+    assert re.fullmatch("relative error 0.01\n.* was never written\n", check.stdout), check.stdout
