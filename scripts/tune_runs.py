@@ -136,7 +136,7 @@ class Gpu:
             self.sets.append(Inputs(x.to(dtype), index, slots, a, gate_up_proj, down_proj))
         self.expected = self._expected(offsets.tolist(), self.sets[-1])
         self.schedules = {}
-        self.pool = self.graph = None
+        self.pool = self.stream = self.graph = None
 
     @staticmethod
     def _expected(offsets, inputs):
@@ -179,10 +179,11 @@ class Gpu:
         self.check(candidate)  # and load it: that is not allowed in a capture
         calls = self._calls(candidate)
         # torch.cuda.graph would collect garbage and empty the cache first, which takes longer than the timing.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        if self.pool is None:  # one stream, too: memory of a pool is used again only by the stream that had it
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.pool)
             try:
                 for call in calls:

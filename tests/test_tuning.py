@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,13 +218,8 @@ def cost(kernel, config):
     """gate_up likes 64-row tiles, down 32-row ones: together they take least at 32."""
     if kernel == "route":
         return 1.0
-    best = {"gate_up": 64, "down": 32}[kernel]
-    return (
-        100
-        + {16: 40, 32: 10, 64: 0}[config.BLOCK_M] * (best == 64)
-        + abs(config.BLOCK_M - 32) * (best == 32)
-        + (config.BLOCK_K + config.num_stages + config.num_warps) / 100
-    )
+    off = abs(config.BLOCK_M - 64) / 4 if kernel == "gate_up" else abs(config.BLOCK_M - 32)
+    return 100 + off + (config.BLOCK_K + config.num_stages + config.num_warps) / 100
 
 
 def run(gpu, state, tokens=96, rows=768):
@@ -284,7 +280,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 
 
 def test_writing_is_atomic(tuning, monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "tuning", tuning)
     path = tuning.config_path(SHAPE, BF16, GPU)
     tune.write(path, {"triton": "3.6.0"}, [entry(1024), entry(64)])
     assert [rows for rows, _ in tuning.read_configs(path)] == [64, 1024]
@@ -293,6 +288,43 @@ def test_writing_is_atomic(tuning, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="share BLOCK_M"):
         tune.write(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)])
     assert path.read_text() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_the_whole_tuner(tuning, monkeypatch, tmp_path, capsys):
+    """All but the GPU: from the command line to the file, with a candidate that does not compile; then once more."""
+    gpu = FakeGpu(cost)
+    left_out = []
+    properties = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448})
+    driver = SimpleNamespace(utils=properties, get_current_target=lambda: None)
+    monkeypatch.setattr(tune.triton.runtime, "driver", SimpleNamespace(active=driver))
+    for name, value in (("current_device", 0), ("get_device_name", GPU), ("get_device_capability", SM90)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(tune, "expert_weights", lambda *_: [torch.empty(0)] * 2)
+    monkeypatch.setattr(tune, "Gpu", lambda *_: gpu)
+
+    def compile_ahead(plan, *_):
+        left_out[:] = [wanted[-1] for ladder in plan.values() for wanted in ladder.values()]
+        return dict.fromkeys(left_out, "it spills")
+
+    monkeypatch.setattr(tune, "compile_ahead", compile_ahead)
+    command = ["tune.py", "--shape", "64", "64", "32", "8", "--out", str(tmp_path / "out"), "--tokens"]
+    monkeypatch.setattr(sys, "argv", [*command, "96", "2048", "--state", str(tmp_path / "state")])
+    tune.main()
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == tuning.config_path((64, 64, 32), BF16, GPU).name
+    assert [rows for rows, _ in tuning.read_configs(path)] == [768, 16384]
+    assert not set(left_out) & set(gpu.timed)
+    printed = capsys.readouterr().out
+    assert str(path) in printed and printed.count("it spills") == len(set(left_out))
+
+    # What is done stays done, and in the file.
+    gpu.timed.clear()
+    monkeypatch.setattr(sys, "argv", [*command, "96", "192", "--state", str(tmp_path / "state")])
+    tune.main()
+    assert [rows for rows, _ in tuning.read_configs(path)] == [768, 1536, 16384]
+    assert set(gpu.timed) < set(
+        tune.candidates(24, BF16, SM90) + tune.heuristics(tune.Layer(64, 64, 32, 8), 192, BF16, SM90)
+    )
 
 
 LAUNCH_AGAIN = """
