@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: venv build style test bench demo
+.PHONY: venv build style test bench tune demo
 
 venv: $(READY)
 
@@ -30,6 +30,11 @@ test: style
 
 bench: build
 	$(PYTHON) benchmarks/benchmark_moe.py
+
+# The second build puts the new configurations to use.
+tune: build
+	$(PYTHON) scripts/tune.py
+	$(PYTHON) scripts/build.py
 
 demo: build
 	$(PYTHON) examples/demo.py $(if $(MODEL),--model $(MODEL))

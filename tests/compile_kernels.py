@@ -1,25 +1,24 @@
 """Compiles every kernel in every dtype and shipped configuration for GPUs that need not be here; see test_compile.py.
 
-The real launchers run, on CPU tensors, with a driver that only names the target: Triton specialises the kernels as it
-would on that GPU, compiles them, and launches nothing. Prints one line a kernel; exits with 1 if any check failed.
+The real launchers run, on CPU tensors, with a driver that only names the target (see scripts/compile_only.py): Triton
+specialises the kernels as it would on that GPU, compiles them, and launches nothing. Prints one line a kernel; exits
+with 1 if any check failed.
 """
 
+import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from functools import partial
 from importlib import import_module
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
-import triton
 from kernels import get_kernel
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from compile_only import compile_only, registers_and_stack  # noqa: E402
 
 # Target -> shared memory that a block may use, in KiB (CUDA C++ programming guide; CDNA3 and CDNA4 ISA guides).
 TARGETS = {
@@ -35,37 +34,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERTS, HIDDEN, INTER = 8, 2048, 768
 
 
-class NoGPU:
-    """What JITFunction asks a driver before it compiles."""
-
-    def __init__(self, target, device):
-        self.target, self.device = target, device
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.device
-
-    def get_current_stream(self, device):
-        return 0
-
-
-compiled = []
-JITFunction.__getitem__ = lambda self, grid: (
-    lambda *args, **kwargs: compiled.append((self.__name__, self.run(*args, grid=grid, warmup=True, **kwargs)))
-)
-
-
-def registers_and_spills(cubin: bytes) -> tuple:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-
-
 def check(target, name, kernel, dtype, config) -> bool:
     faults = []
     shared = kernel.metadata.shared
@@ -73,7 +41,7 @@ def check(target, name, kernel, dtype, config) -> bool:
         faults.append("too much shared memory")
     usage = ""
     if target.backend == "cuda":
-        registers, stack = registers_and_spills(kernel.asm["cubin"])
+        registers, stack = registers_and_stack(kernel.asm["cubin"])
         usage = f"{registers} registers, {stack} B stack, "
         if stack:
             faults.append("spills")
@@ -83,6 +51,21 @@ def check(target, name, kernel, dtype, config) -> bool:
     label = f"{target.backend}:{target.arch} {name} {str(dtype).removeprefix('torch.')} {config or ''}"
     print(f"{'FAULT: ' + ', '.join(faults) if faults else 'ok'}  {label}  {usage}{shared} B shared", flush=True)
     return not faults
+
+
+def gemm_launches(kernels, dtype, config, precision, experts, hidden, inter):
+    """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, a, w1, w2 = empty(96, hidden), empty(96, inter), empty(experts, 2 * inter, hidden), empty(experts, hidden, inter)
+    slots, schedule = empty(96, dtype=torch.int32), empty(4, 96, dtype=torch.int32)
+    # Both ways of reading: a tensor that TMA cannot address falls back to plain loads.
+    for tma in {config.gate_up.USE_TMA, config.down.USE_TMA, False}:
+        up, down = (c._replace(USE_TMA=c.USE_TMA and tma) for c in config)
+        yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up)
+        yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
 
 
 def launches(package, target):
@@ -109,14 +92,24 @@ def launches(package, target):
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
-            # Both ways of reading: a tensor that TMA cannot address falls back to plain loads.
-            for tma in {config.gate_up.USE_TMA, False}:
-                up, down = (c._replace(USE_TMA=tma) for c in config)
-                yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up)
-                yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+            yield from gemm_launches(kernels, dtype, config, precision, EXPERTS, HIDDEN, INTER)
+            down = config.down._replace(USE_TMA=False)
             # Transposed in place, as a backward needs.
             w = w1.transpose(1, 2)[:, :, :INTER]
-            yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down._replace(USE_TMA=False))
+            yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down)
+
+
+def tuned_launches(package, target):
+    """As `launches`, for the tuned files of GPUs of the target's compute capability."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    for path in sorted(tuning.CONFIGS.glob("*.json")):
+        capability = json.loads(path.read_text())["tuned_with"]["compute_capability"]
+        if target.backend != "cuda" or capability.replace(".", "") != str(target.arch):
+            continue
+        sizes = dict(part.split("=") for part in path.stem.split(","))
+        dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
+        for config in dict.fromkeys(config for _, config in tuning.read_configs(path)):
+            yield from gemm_launches(kernels, dtype, config, "ieee", *shape)
 
 
 def main() -> int:
@@ -126,8 +119,8 @@ def main() -> int:
     for device, target in enumerate(TARGETS):
         if wanted and str(target.arch) not in wanted.split(","):
             continue
-        driver.set_active(NoGPU(target, device))
-        for dtype, config, launch in launches(package, target):
+        compiled = compile_only(target, device)
+        for dtype, config, launch in chain(launches(package, target), tuned_launches(package, target)):
             compiled.clear()
             launch()
             for name, kernel in compiled:

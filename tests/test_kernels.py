@@ -154,6 +154,7 @@ def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, int
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
     readable = functional._as_readable  # Gluon has no interpreter
     monkeypatch.setattr(functional, "_as_readable", lambda *args: readable(*args)._replace(WARP_SPECIALIZED=False))
+    monkeypatch.setattr(functional, "_device_name", lambda device: "")
     args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
     out = functional._experts_gpu(*args, "silu")
     assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))

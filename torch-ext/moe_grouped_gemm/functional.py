@@ -98,7 +98,7 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
         a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, activation, up_config)
         return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config)
     precision = _input_precision()
-    up_config, down_config = tuning.experts_config(rows, num_experts, hidden_states.dtype, _capability(device))
+    up_config, down_config = _config(rows, down_proj)
     _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
     up_config = _as_readable(up_config, gate_up_proj)
     top_k = top_k_index.shape[1]
@@ -232,7 +232,7 @@ def _grouped_gemm_forward(x, weight, expert_offsets):
     if x.stride(1) != 1:
         x = x.contiguous()
     with torch.cuda.device_of(x):
-        config = tuning.experts_config(x.shape[0], weight.shape[0], x.dtype, _capability(x.device.index)).down
+        config = _config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
         config = _as_readable(config, x, weight)
         return kernels.grouped_gemm(x, weight, schedule, _input_precision(), config, y)
@@ -347,6 +347,17 @@ def _capability(device: int) -> tuple[int, int]:
     if os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
         return (0, 0)
     return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _device_name(device: int) -> str:
+    """Empty for a GPU that is run as an unknown one: tuned files are for the GPU that it is."""
+    return torch.cuda.get_device_name(device) if _capability(device) != (0, 0) else ""
+
+
+def _config(rows: int, down_proj: torch.Tensor) -> tuning.ExpertsConfig:
+    device = down_proj.device.index
+    return tuning.experts_config(rows, down_proj.shape, down_proj.dtype, _capability(device), _device_name(device))
 
 
 def _input_precision() -> str:

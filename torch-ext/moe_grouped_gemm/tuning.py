@@ -1,10 +1,19 @@
-"""Which tile sizes the grouped GEMMs use."""
+"""Which tile sizes the grouped GEMMs use: tuned ones from configs/*.json, for other GPUs and layers heuristics."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+import math
+import re
+import warnings
+from bisect import bisect_left
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
 
 import torch
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 class GemmConfig(NamedTuple):
@@ -30,7 +39,7 @@ class DecodeConfig(NamedTuple):
 
 
 class ExpertsConfig(NamedTuple):
-    """The two kernels of one layer call; GEMMs share BLOCK_M, and with it the tile schedule."""
+    """The two kernels of one layer call; GEMMs share BLOCK_M and MIN_M, and with them the tile schedule."""
 
     gate_up: GemmConfig | DecodeConfig
     down: GemmConfig | DecodeConfig
@@ -84,18 +93,97 @@ def decode_config(dtype: torch.dtype) -> ExpertsConfig:
     return DECODE_FP32 if dtype == torch.float32 else DECODE
 
 
-def _table(dtype: torch.dtype, capability: tuple[int, int]):
+def _heuristics(dtype: torch.dtype, capability: tuple[int, int]):
     if dtype == torch.float32:
         return FP32
     return HOPPER if capability[0] == 9 else PORTABLE
 
 
 def all_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[ExpertsConfig]:
-    """Every configuration that may be used for this dtype on a GPU of this compute capability."""
-    return [config for _, config in _table(dtype, capability)]
+    """Every heuristic configuration that may be used for this dtype on a GPU of this compute capability."""
+    return [config for _, config in _heuristics(dtype, capability)]
 
 
-def experts_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> ExpertsConfig:
-    """Configuration for `rows` routed rows over `num_experts` experts on a GPU of this compute capability."""
-    rows_per_expert = rows / num_experts
-    return next(config for most, config in _table(dtype, capability) if rows_per_expert <= most)
+def experts_config(rows: int, shape, dtype: torch.dtype, capability: tuple[int, int], device_name: str):
+    """Configuration for `rows` routed rows on a GPU of this compute capability and name.
+
+    shape: (E, H, I), that of the down projection. An empty device_name asks for the heuristics.
+    """
+    table = _table(shape, dtype, capability, device_name)
+    return table[bisect_left(table, (rows / shape[0],))][1]
+
+
+@functools.cache
+def _table(shape, dtype, capability, device_name):
+    """(Average rows per expert up to which a configuration serves, configuration), ascending; the last has no limit."""
+    path = config_path(shape, dtype, device_name)
+    try:
+        entries = read_configs(path)
+    except FileNotFoundError:
+        return _heuristics(dtype, capability)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path}: {error}. Heuristic configurations are used instead.", stacklevel=3)
+        return _heuristics(dtype, capability)
+    # Nearest in log(rows): neighbours meet at the geometric mean of theirs.
+    limits = [math.sqrt(a * b) / shape[0] for (a, _), (b, _) in zip(entries, entries[1:])]
+    return [(limit, config) for limit, (_, config) in zip([*limits, math.inf], entries)]
+
+
+# --- tuned files ------------------------------------------------------------------------------------------------------
+
+
+def config_path(shape, dtype: torch.dtype, device_name: str) -> Path:
+    """The file with the tuned configurations of layers of this (E, H, I) on this GPU."""
+    experts, hidden_dim, inter = shape
+    dtype_name = str(dtype).removeprefix("torch.")
+    device = re.sub(r"[^\w.-]", "_", device_name)
+    return CONFIGS / f"E={experts},H={hidden_dim},I={inter},dtype={dtype_name},device={device}.json"
+
+
+def read_configs(path: Path) -> list[tuple[int, ExpertsConfig]]:
+    """(rows it was tuned for, configuration) of each entry of a tuned file, rows ascending.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not what scripts/tune.py writes.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    _check_fields("the file", content, ["tuned_with", "entries"])
+    if not isinstance(content["entries"], list) or not content["entries"]:
+        raise ValueError("entries: expected a list of at least one")
+    entries, last_rows = [], 0
+    for i, entry in enumerate(content["entries"]):
+        _check_fields(f"entry {i}", entry, ["rows", "gate_up", "down"])
+        rows = entry["rows"]
+        if type(rows) is not int or rows <= last_rows:
+            raise ValueError(f"entry {i}: rows: expected an integer above {last_rows}, got {rows!r}")
+        up, down = (_gemm_config(f"entry {i}: {name}", entry[name]) for name in ("gate_up", "down"))
+        if (up.BLOCK_M, up.MIN_M) != (down.BLOCK_M, down.MIN_M):
+            raise ValueError(f"entry {i}: gate_up and down must share BLOCK_M and MIN_M")
+        entries.append((rows, ExpertsConfig(up, down)))
+        last_rows = rows
+    return entries
+
+
+def _check_fields(name, value, required, optional=()):
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")
+    if not set(required) <= set(value) <= {*required, *optional}:
+        raise ValueError(f"{name}: expected the fields {', '.join([*required, *optional])}, got {', '.join(value)}")
+
+
+def _gemm_config(name, value) -> GemmConfig:
+    defaults = GemmConfig._field_defaults
+    _check_fields(name, value, [field for field in GemmConfig._fields if field not in defaults], defaults)
+    config = GemmConfig(**value)
+    for field, kind in get_type_hints(GemmConfig).items():
+        x = getattr(config, field)
+        if type(x) is not kind:
+            raise ValueError(f"{name}: {field}: expected {kind.__name__}, got {x!r}")
+        # A dot takes nothing below 16.
+        least = 16 if field in ("BLOCK_M", "MIN_M", "BLOCK_N", "BLOCK_K") else 1
+        if kind is int and (x < least or (field != "num_stages" and x & (x - 1))):
+            raise ValueError(f"{name}: {field}: expected a power of two, {least} or more, got {x}")
+    if config.MIN_M > config.BLOCK_M:
+        raise ValueError(f"{name}: MIN_M {config.MIN_M} exceeds BLOCK_M {config.BLOCK_M}")
+    return config
