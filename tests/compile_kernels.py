@@ -80,6 +80,8 @@ def check(target, name, kernel, dtype, config) -> bool:
         if target.arch == 90 and "gemm" in name + "gemm" * (name == "_gate_up_kernel") and dtype != torch.float32:
             if "wgmma.mma_async" not in kernel.asm["ptx"]:
                 faults.append("no wgmma")
+        if name == "_router_logits_kernel" and not re.search(r"\badd(\.rn)?\.f32", kernel.asm["ptx"]):
+            faults.append("sums in the tensor cores alone")
     label = f"{target.backend}:{target.arch} {name} {str(dtype).removeprefix('torch.')} {config or ''}"
     print(f"{'FAULT: ' + ', '.join(faults) if faults else 'ok'}  {label}  {usage}{shared} B shared", flush=True)
     return not faults
@@ -117,6 +119,14 @@ def launches(package, target):
             # Transposed in place, as a backward needs.
             w = w1.transpose(1, 2)[:, :, :INTER]
             yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down._replace(USE_TMA=False))
+        for _, config in tuning.router_configs(dtype, capability):
+            yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
+    for _, config in tuning.router_configs(torch.float32, capability):
+        x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
+        yield torch.float32, config, partial(kernels.router_logits, x, w, config)
+    for dtype, splits, num_group in product((torch.bfloat16, torch.float32), (1, 16), (1, 8)):
+        partials, bias = torch.empty(splits, 96, 256), torch.empty(256, dtype=dtype)
+        yield dtype, None, partial(kernels.router_topk, partials, bias, 8, num_group, 1, True, 2.5)
 
 
 def main() -> int:
