@@ -151,6 +151,11 @@ def stock_experts_class(config) -> type:
     raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one experts class")
 
 
+def is_stock_experts(module: object) -> bool:
+    """Whether the module is what some `stock_experts_class` makes."""
+    return getattr(type(module), "kernel_layer_name", None) == EXPERTS_LAYER
+
+
 def _experts_classes(modeling: str) -> list[type]:
     """The classes of a modeling file that carry Transformers' decorator; their names may point at stand-ins."""
     from .layers import MoEExpertsLayout
@@ -181,6 +186,10 @@ def stock_router_class(config=None) -> type:
     cls = _router_class()
     replace_kernel_forward_from_hub(cls, ROUTER_LAYER, _may_replace_router)
     return cls
+
+
+def is_stock_router(module: object) -> bool:
+    return isinstance(module, _router_class())
 
 
 @dataclass(frozen=True)

@@ -53,18 +53,18 @@ class _StandIn(type):
         return cls.stock_class(config)(config)
 
     def __instancecheck__(cls, instance) -> bool:
-        return getattr(type(instance), "kernel_layer_name", None) == cls.kernel_layer_name
+        return cls.is_stock(instance)
 
 
 class MoEExpertsLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of an experts class that a KernelConfig maps to `MoEExperts`."""
 
-    kernel_layer_name = integration.EXPERTS_LAYER
     stock_class = staticmethod(integration.stock_experts_class)
+    is_stock = staticmethod(integration.is_stock_experts)
 
 
 class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of a router that a KernelConfig maps to `DeepseekV3TopkRouter`."""
 
-    kernel_layer_name = integration.ROUTER_LAYER
     stock_class = staticmethod(integration.stock_router_class)
+    is_stock = staticmethod(integration.is_stock_router)
