@@ -227,8 +227,8 @@ def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group,
     """NaN, infinities, biases far from any score: what torch's sort makes of them."""
     x, weight, bias = router(8, experts, 16)
     x[1], x[2, 3], x[3], x[4] = float("nan"), float("inf"), 1e30, -1e30
-    weight[experts // 2] *= float("nan")
-    bias[0], bias[1], bias[-1] = -1e30, 1e30, float("-inf")
+    weight[experts // 2, 0], x[5, 0] = float("inf"), 0  # NaN for token 5
+    bias[0], bias[1], bias[2], bias[-1] = -1e30, 1e30, -torch.tensor(float("nan")), float("-inf")
     args = (top_k, num_group, topk_group, norm, 1.0)
     logits, weights, ids = launch.router_topk((x @ weight.T)[None].to(DEVICE), bias.to(DEVICE), *args)
     expected_logits, expected_weights, expected_ids = kernel.reference.topk_router(x, weight, bias, *args)

@@ -84,8 +84,8 @@ ROUTER_HOPPER = [
     (512, RouterConfig(64, 64, 64, 4, 4)),
     (float("inf"), RouterConfig(128, 128, 64, 8, 4)),
 ]
-ROUTER_PORTABLE = [(16, RouterConfig(16, 16, 128, 4, 3)), (float("inf"), RouterConfig(64, 64, 32, 4, 3))]
-ROUTER_FP32 = [(16, RouterConfig(16, 16, 32, 4, 2)), (float("inf"), RouterConfig(64, 64, 16, 8, 2))]
+ROUTER_PORTABLE = [(16, RouterConfig(16, 16, 128, 4, 3)), (float("inf"), RouterConfig(64, 64, 64, 8, 3))]
+ROUTER_FP32 = [(16, RouterConfig(16, 16, 32, 4, 2)), (float("inf"), RouterConfig(64, 64, 32, 8, 2))]
 
 
 def is_decode(rows: int, tokens: int, num_experts: int, expert_bytes: int) -> bool:
