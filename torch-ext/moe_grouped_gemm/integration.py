@@ -71,7 +71,7 @@ def router_forward(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torc
         module.top_k,
         module.num_group,
         module.topk_group,
-        module.norm_topk_prob,
+        bool(module.norm_topk_prob),  # None means no, too
         module.routed_scaling_factor,
     )
 
