@@ -71,6 +71,10 @@ def candidates(rows_per_expert: float, dtype: torch.dtype, capability: tuple[int
             for kernel, block_n in (("gate_up", n // 2), ("down", n)):
                 config = tuning.GemmConfig(block_m, min_m, block_n, k, group, warps, num_stages, USE_TMA=hopper)
                 found.append((kernel, config))
+        if hopper and (block_m, min_m) == (128, 64):  # the one tile of the warp-specialized kernel
+            for group in groups:
+                config = tuning.GemmConfig(128, 64, 256, 64, group, 8, 4, USE_TMA=True, WARP_SPECIALIZED=True)
+                found.append(("down", config))
     return found
 
 

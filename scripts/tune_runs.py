@@ -76,10 +76,8 @@ def without_memory(layer: Layer, tokens: int, dtype: torch.dtype) -> Inputs:
 def compile_candidate(candidate, calls, dtype, target, shared_limit) -> str | None:
     """Fills Triton's cache with what these calls (layer, tokens) need; says why the candidate must not be used."""
     kernel, config = candidate
-    schedule = torch.empty(4, 1, dtype=torch.int32, device="meta")
-    # Where TMA cannot read a tensor, plain loads take over with the same tiles.
-    ways = {config, config._replace(USE_TMA=False)} if kernel != "route" else {config}
-    for way in ways:
+    schedule = torch.empty(5, 2, dtype=torch.int32, device="meta")
+    for way in tuning.ways(config) if kernel != "route" else [config]:
         compiled = compile_only(target)
         try:
             for layer, tokens in calls:

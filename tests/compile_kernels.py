@@ -7,6 +7,7 @@ with 1 if any check failed.
 
 import json
 import os
+import re
 import sys
 from functools import partial
 from importlib import import_module
@@ -45,26 +46,27 @@ def check(target, name, kernel, dtype, config) -> bool:
         usage = f"{registers} registers, {stack} B stack, "
         if stack:
             faults.append("spills")
-        if target.arch == 90 and "gemm" in name + "gemm" * (name == "_gate_up_kernel") and dtype != torch.float32:
+        if target.arch == 90 and ("gemm" in name or name == "_gate_up_kernel") and dtype != torch.float32:
             if "wgmma.mma_async" not in kernel.asm["ptx"]:
                 faults.append("no wgmma")
+        if name == "_router_logits_kernel" and not re.search(r"\badd(\.rn)?\.f32", kernel.asm["ptx"]):
+            faults.append("sums in the tensor cores alone")
     label = f"{target.backend}:{target.arch} {name} {str(dtype).removeprefix('torch.')} {config or ''}"
     print(f"{'FAULT: ' + ', '.join(faults) if faults else 'ok'}  {label}  {usage}{shared} B shared", flush=True)
     return not faults
 
 
-def gemm_launches(kernels, dtype, config, precision, experts, hidden, inter):
+def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inter):
     """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, a, w1, w2 = empty(96, hidden), empty(96, inter), empty(experts, 2 * inter, hidden), empty(experts, hidden, inter)
-    slots, schedule = empty(96, dtype=torch.int32), empty(4, 96, dtype=torch.int32)
-    # Both ways of reading: a tensor that TMA cannot address falls back to plain loads.
-    for tma in {config.gate_up.USE_TMA, config.down.USE_TMA, False}:
-        up, down = (c._replace(USE_TMA=c.USE_TMA and tma) for c in config)
+    slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
+    for up in ways(config.gate_up):
         yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up)
+    for down in ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
 
 
@@ -92,11 +94,19 @@ def launches(package, target):
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
-            yield from gemm_launches(kernels, dtype, config, precision, EXPERTS, HIDDEN, INTER)
-            down = config.down._replace(USE_TMA=False)
+            yield from gemm_launches(kernels, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
+            down = config.down._replace(USE_TMA=False, WARP_SPECIALIZED=False)
             # Transposed in place, as a backward needs.
             w = w1.transpose(1, 2)[:, :, :INTER]
             yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down)
+        for _, config in tuning.router_configs(dtype, capability):
+            yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
+    for _, config in tuning.router_configs(torch.float32, capability):
+        x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
+        yield torch.float32, config, partial(kernels.router_logits, x, w, config)
+    for dtype, splits, num_group in product((torch.bfloat16, torch.float32), (1, 16), (1, 8)):
+        partials, bias = torch.empty(splits, 96, 256), torch.empty(256, dtype=dtype)
+        yield dtype, None, partial(kernels.router_topk, partials, bias, 8, num_group, 1, True, 2.5)
 
 
 def tuned_launches(package, target):
@@ -109,7 +119,7 @@ def tuned_launches(package, target):
         sizes = dict(part.split("=") for part in path.stem.split(","))
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
         for config in dict.fromkeys(config for _, config in tuning.read_configs(path)):
-            yield from gemm_launches(kernels, dtype, config, "ieee", *shape)
+            yield from gemm_launches(kernels, tuning.ways, dtype, config, "ieee", *shape)
 
 
 def main() -> int:

@@ -54,3 +54,52 @@ def assert_as_good_as_torch(out, torch_out, exact):
     rounding = (torch.finfo(out.dtype).eps + 16 * torch.finfo(torch.float32).eps) * scale
     error, torch_error = (out.double() - exact).abs().max(), (torch_out.double() - exact).abs().max()
     assert error <= 2 * torch_error + rounding, f"error {error:.3g}, torch's {torch_error:.3g}, scale {scale:.3g}"
+
+
+def router(tokens, experts, hidden_dim, x_dtype=torch.float32, weight_dtype=None, device="cpu", seed=0):
+    """(hidden_states, weight, e_score_correction_bias) as `topk_router` takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden_dim, generator=generator).to(x_dtype)
+    weight = (torch.randn(experts, hidden_dim, generator=generator) / hidden_dim**0.5).to(weight_dtype or x_dtype)
+    bias = torch.rand(experts, generator=generator) / 4
+    return [t.to(device) for t in (x, weight, bias)]
+
+
+def route_by_hand(x, weight, bias, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor):
+    """What `topk_router` returns, in fp64 and token by token; among equals the lower index comes first."""
+    logits = x.double().cpu() @ weight.double().cpu().T
+    scores = logits.sigmoid()
+    size = scores.shape[1] // num_group
+    weights = torch.empty(scores.shape[0], top_k, dtype=torch.float64)
+    ids = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
+    for token, choice in enumerate((scores + bias.double().cpu()).tolist()):
+        groups = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(num_group)]
+        winners = sorted(range(num_group), key=lambda g: (-groups[g], g))[:topk_group]
+        # False before True: experts of other groups come last, in their own order.
+        ranked = sorted(range(len(choice)), key=lambda e: (False, -choice[e], e) if e // size in winners else (True, e))
+        ids[token] = torch.tensor(ranked[:top_k])
+        weights[token] = scores[token, ids[token]]
+    if norm_topk_prob:
+        weights /= weights.sum(dim=1, keepdim=True)
+    return logits, weights * routed_scaling_factor, ids
+
+
+def assert_routes(results, expected):
+    """fp32 results of `topk_router` against those of `route_by_hand`."""
+    logits, weights, ids = results
+    assert (logits.dtype, weights.dtype, ids.dtype) == (torch.float32, torch.float32, torch.int64)
+    assert torch.equal(ids.cpu(), expected[2])
+    torch.testing.assert_close(logits.cpu().double(), expected[0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(weights.cpu().double(), expected[1], rtol=4e-6, atol=1e-7)
+
+
+ROUTERS = [  # E, num_group, topk_group, top_k, norm_topk_prob
+    (256, 8, 4, 8, True),  # DeepSeek-V3
+    (64, 1, 1, 6, True),  # Moonlight
+    (12, 3, 2, 5, False),  # no power of two
+    (30, 5, 1, 6, True),  # a whole group
+    (7, 1, 1, 7, False),  # every expert
+    (80, 2, 2, 32, True),  # every group
+    (12, 4, 1, 5, True),  # more than the winning group has
+    (22, 11, 3, 4, True),  # groups of two
+]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from oracle import in_fp64, layer
+from oracle import in_fp64, layer, router
 
 pytestmark = pytest.mark.gpu
 
@@ -62,18 +62,47 @@ def test_forward_never_waits_for_the_host(kernel, tokens):
     assert torch.equal(out, expected)
 
 
-def test_routing_takes_at_most_three_launches(kernel):
-    index = layer(4096, 256, 8, 1, 1, device="cuda")[1]
-    kernel.route(index, 256)
+def launches(function):
+    """Names of the kernels and copies that a call brings to the GPU."""
+    function()
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            kernel.route(index, 256)
+            function()
             torch.cuda.synchronize()
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
-    launches = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert 1 <= len(launches) <= 3, launches
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_routing_takes_at_most_three_launches(kernel):
+    index = layer(4096, 256, 8, 1, 1, device="cuda")[1]
+    names = launches(lambda: kernel.route(index, 256))
+    assert 1 <= len(names) <= 3, names
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_router_takes_at_most_two_launches(kernel, tokens, requires_grad):
+    x, weight, bias = router(tokens, 256, 1024, torch.bfloat16, device="cuda")
+    x.requires_grad_(requires_grad)
+    names = launches(lambda: kernel.topk_router(x, weight, bias, 8, 8, 4, True, 2.5))
+    assert 1 <= len(names) <= 2, names
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 600])
+def test_router_in_a_graph_without_waiting(kernel, tokens):
+    args = (8, 8, 4, True, 2.5)
+    static = router(tokens, 256, 1024, torch.bfloat16, device="cuda")
+    kernel.topk_router(*static, *args)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a host sync would raise
+        results = kernel.topk_router(*static, *args)
+    for seed in (1, 2):
+        for old, new in zip(static, router(tokens, 256, 1024, torch.bfloat16, device="cuda", seed=seed)):
+            old.copy_(new)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, kernel.topk_router(*static, *args)))
 
 
 def test_two_streams_do_not_disturb_each_other(kernel):

@@ -20,7 +20,7 @@ FILES = [
 LEVELS = [
     ["__init__"],
     ["layers", "integration"],
-    ["functional", "lora"],
+    ["functional", "router", "lora"],
     ["torch_ops", "routing", "quant", "reference"],
     ["kernels", "tuning"],
     ["_ops"],

@@ -1,9 +1,12 @@
-"""A DeepSeek-V3 that fits a test: every kind of layer, one of them dense, random weights."""
+"""A DeepSeek-V3 that fits a test: every kind of layer, one of them dense, random weights; and a router alone."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 NUM_MOE_LAYERS = 2
 
@@ -46,3 +49,20 @@ def experts_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def prompt(vocab_size: int = 128) -> torch.Tensor:
     return torch.randint(0, vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def stock_router(weight, bias, top_k, num_group, topk_group, norm, scaling):
+    """Transformers' router with these parameters."""
+    config = SimpleNamespace(
+        num_experts_per_tok=top_k,
+        num_local_experts=weight.shape[0],
+        hidden_size=weight.shape[1],
+        routed_scaling_factor=scaling,
+        n_group=num_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm,
+    )
+    module = DeepseekV3TopkRouter(config)
+    module.weight = torch.nn.Parameter(weight)
+    module.e_score_correction_bias = bias
+    return module

@@ -6,6 +6,7 @@ Everything in `__all__` is the public API of this kernel version.
 from . import layers, reference
 from .functional import grouped_gemm, moe_experts, route
 from .integration import register
+from .router import topk_router
 from .routing import Routing
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "reference",
     "register",
     "route",
+    "topk_router",
 ]

@@ -1,7 +1,8 @@
 """Everything that knows Transformers: which of its modules we can serve, and how they find us.
 
-Three ways lead here: a KernelConfig or `use_kernels=True` makes `kernelize` put `MoEExperts.forward` on each experts
-module; `experts_implementation="moe_grouped_gemm"` makes the module's own forward call `experts_forward`.
+Three ways lead here: a KernelConfig or `use_kernels=True` makes `kernelize` put the forward of one of our layers on
+each module that it serves; `experts_implementation="moe_grouped_gemm"` makes the experts' own forward call
+`experts_forward`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from types import MethodType
 import torch
 from torch import nn
 
-from . import functional
+from . import functional, router
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
-LAYER_NAME = "MoEExperts"  # for `kernelize`; given a KernelConfig, Transformers takes the name of the layer's class
+# For `kernelize`; given a KernelConfig, Transformers takes the name of the layer's class.
+EXPERTS_LAYER = "MoEExperts"
+ROUTER_LAYER = "DeepseekV3TopkRouter"
 
 # What Transformers' experts have as `act_fn` -> our names.
 _ACTIVATIONS = {
@@ -55,6 +58,22 @@ def experts_forward(
             return out.to(hidden_states.dtype)
     # The innermost function is the eager one: FP8Experts is decorated anew for every module.
     return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights)
+
+
+def router_forward(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward of Transformers' DeepseekV3TopkRouter: (..., H) -> what `topk_router` returns for (T, H)."""
+    if not (_is_dense(hidden_states) and _is_dense(module.weight)):
+        return type(module).forward(module, hidden_states)
+    return router.topk_router(
+        hidden_states.view(-1, module.hidden_dim),
+        module.weight,
+        module.e_score_correction_bias,
+        module.top_k,
+        module.num_group,
+        module.topk_group,
+        bool(module.norm_topk_prob),  # None means no, too
+        module.routed_scaling_factor,
+    )
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -93,10 +112,23 @@ def _may_replace_forward(marked: type, module: nn.Module) -> bool:
     if type(module).forward is not marked.forward or _activation(module) is None:
         return False  # a subclass with a forward of its own, or a variant that we do not compute
     module.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
-    forward = vars(module).get("forward")
-    if forward is None:
-        return True
-    return isinstance(forward, MethodType) and forward.__func__ in (marked.forward, MoEExperts.forward)
+    return _is_unwrapped(module, marked.forward, MoEExperts.forward)
+
+
+def _may_replace_router(module: nn.Module) -> bool:
+    """As `_may_replace_forward`; a router below a wrapper stays the stock one."""
+    from .layers import DeepseekV3TopkRouter
+
+    if not hasattr(module, "topk_group"):
+        return False  # an older Transformers, whose MoE block makes the choice
+    stock_forward = _router_class().forward
+    return type(module).forward is stock_forward and _is_unwrapped(module, stock_forward, DeepseekV3TopkRouter.forward)
+
+
+def _is_unwrapped(module: nn.Module, *forwards) -> bool:
+    """Whether `module.forward` is one of these functions, bound to whatever module."""
+    forward = module.forward
+    return isinstance(forward, MethodType) and forward.__func__ in forwards
 
 
 def _mark(cls: type) -> type:
@@ -105,7 +137,7 @@ def _mark(cls: type) -> type:
     from transformers.integrations.moe import _default_apply_gate
 
     if vars(cls).get("_apply_gate") is _default_apply_gate:
-        replace_kernel_forward_from_hub(cls, LAYER_NAME, functools.partial(_may_replace_forward, cls))
+        replace_kernel_forward_from_hub(cls, EXPERTS_LAYER, functools.partial(_may_replace_forward, cls))
     return cls
 
 
@@ -117,6 +149,11 @@ def stock_experts_class(config) -> type:
         if len(classes) == 1:
             return _mark(classes[0])
     raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one experts class")
+
+
+def is_stock_experts(module: object) -> bool:
+    """Whether the module is what some `stock_experts_class` makes."""
+    return getattr(type(module), "kernel_layer_name", None) == EXPERTS_LAYER
 
 
 def _experts_classes(modeling: str) -> list[type]:
@@ -131,6 +168,28 @@ def _experts_classes(modeling: str) -> list[type]:
         spec = importlib.util.find_spec(modeling)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     return decorated()
+
+
+@functools.cache
+def _router_class() -> type:
+    """Transformers' DeepseekV3TopkRouter; its name may point at our stand-in."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+    path = modeling_deepseek_v3.__name__, ROUTER_LAYER
+    return next(cls for cls in nn.Module.__subclasses__() if (cls.__module__, cls.__name__) == path)
+
+
+def stock_router_class(config=None) -> type:
+    """Transformers' DeepseekV3TopkRouter, marked for `kernelize`; there is one, whatever the config."""
+    from kernels import replace_kernel_forward_from_hub
+
+    cls = _router_class()
+    replace_kernel_forward_from_hub(cls, ROUTER_LAYER, _may_replace_router)
+    return cls
+
+
+def is_stock_router(module: object) -> bool:
+    return isinstance(module, _router_class())
 
 
 @dataclass(frozen=True)
@@ -155,8 +214,9 @@ def _register_interface() -> None:
 def register() -> None:
     """Make this kernel available to Transformers.
 
-    Afterwards `use_kernels=True` (or `kernelize`) puts it into every experts module that it can serve, in models loaded
-    before or after, and `experts_implementation="moe_grouped_gemm"` selects it by name. May be called again.
+    Afterwards `use_kernels=True` (or `kernelize`) puts it into every experts module that it can serve and into
+    DeepSeek-V3's routers, in models loaded before or after, and `experts_implementation="moe_grouped_gemm"` selects the
+    experts by name. May be called again.
 
     Raises:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
@@ -164,12 +224,14 @@ def register() -> None:
     _check_versions()
     from kernels import Mode, register_kernel_mapping
 
-    from .layers import MoEExperts
+    from .layers import DeepseekV3TopkRouter, MoEExperts
 
     _register_interface()
-    layer = _LoadedLayer(MoEExperts)
-    modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
-    register_kernel_mapping({LAYER_NAME: {"cuda": modes, "cpu": modes}})
+    for name, cls in ((EXPERTS_LAYER, MoEExperts), (ROUTER_LAYER, DeepseekV3TopkRouter)):
+        layer = _LoadedLayer(cls)
+        modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
+        register_kernel_mapping({name: {"cuda": modes, "cpu": modes}})
+    stock_router_class()
     for cls in nn.Module.__subclasses__():
         _mark(cls)
     _mark_on_import()
@@ -201,6 +263,7 @@ def _check_versions() -> None:
         from kernels import replace_kernel_forward_from_hub  # noqa: F401
         from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS  # noqa: F401
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate  # noqa: F401
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{requirement}: {error}") from error
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):

@@ -1,6 +1,6 @@
 """nn.Modules that `kernelize` swaps in.
 
-Transformers loads `MoEExperts` by name and looks for `MoEExpertsLayout` beside it. Importing this file does not import
+Transformers loads a layer by name and looks for its `...Layout` beside it. Importing this file does not import
 Transformers.
 """
 
@@ -28,21 +28,43 @@ class MoEExperts(nn.Module):
         return integration.experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
+class DeepseekV3TopkRouter(nn.Module):
+    """Replaces the forward of Transformers' DeepseekV3TopkRouter, as `MoEExperts` does that of the experts."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(..., H) hidden states -> (T, E) fp32 router logits, (T, top_k) fp32 weights, (T, top_k) int64 ids."""
+        return integration.router_forward(self, hidden_states)
+
+
 class _StandIn(type):
-    """A class whose instances are those of the class it stands in for."""
+    """A class whose instances are those of the class it stands in for.
+
+    `Layout(config)` is the stock module of the config's own model, made visible to `kernelize`: parameters,
+    initialisation, parallelism, saving and the un-kernelized forward are the stock ones by construction. They have to
+    be, because Transformers never takes a stand-in back: it builds every later model of the process with it.
+    `isinstance(module, Layout)` holds, because `_init_weights` and output recording ask for the class under its patched
+    name.
+    """
 
     def __call__(cls, config) -> nn.Module:
-        return integration.stock_experts_class(config)(config)
+        return cls.stock_class(config)(config)
 
     def __instancecheck__(cls, instance) -> bool:
-        return getattr(type(instance), "kernel_layer_name", None) == integration.LAYER_NAME
+        return cls.is_stock(instance)
 
 
 class MoEExpertsLayout(nn.Module, metaclass=_StandIn):
-    """What Transformers builds in place of an experts class that a KernelConfig maps to `MoEExperts`.
+    """What Transformers builds in place of an experts class that a KernelConfig maps to `MoEExperts`."""
 
-    `MoEExpertsLayout(config)` is the experts module of the config's own model, made visible to `kernelize`: parameters,
-    initialisation, expert parallelism, saving and the un-kernelized forward are the stock ones by construction. They
-    have to be, because Transformers never takes a stand-in back: it builds every later model of the process with it.
-    `isinstance(experts, MoEExpertsLayout)` holds, because `_init_weights` asks for the class under its patched name.
-    """
+    stock_class = staticmethod(integration.stock_experts_class)
+    is_stock = staticmethod(integration.is_stock_experts)
+
+
+class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
+    """What Transformers builds in place of a router that a KernelConfig maps to `DeepseekV3TopkRouter`."""
+
+    stock_class = staticmethod(integration.stock_router_class)
+    is_stock = staticmethod(integration.is_stock_router)

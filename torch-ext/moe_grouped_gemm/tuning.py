@@ -1,4 +1,4 @@
-"""Which tile sizes the grouped GEMMs use: tuned ones from configs/*.json, for other GPUs and layers heuristics."""
+"""Which tile sizes the GEMMs use: tuned ones from configs/*.json, for other GPUs and layers heuristics."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ class ExpertsConfig(NamedTuple):
     down: GemmConfig | DecodeConfig
 
 
+class RouterConfig(NamedTuple):
+    """Launch configuration of the router's GEMM."""
+
+    BLOCK_T: int
+    BLOCK_E: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
 def _pair(
     block_m, up_n, up_k, up_warps, up_stages, down_n, down_k, down_warps, down_stages, min_m=None, tma=True, ws=False
 ):
@@ -79,6 +89,16 @@ FP32 = [
     (float("inf"), _pair(64, 32, 16, 4, 2, 64, 16, 8, 2, tma=False)),
 ]
 
+# The router, by tokens. Few tokens: small tiles of experts, so that many programs share in reading the weight.
+ROUTER_HOPPER = [
+    (16, RouterConfig(16, 16, 128, 4, 5)),
+    (64, RouterConfig(64, 16, 128, 4, 4)),
+    (512, RouterConfig(64, 64, 64, 4, 4)),
+    (float("inf"), RouterConfig(128, 128, 64, 8, 4)),
+]
+ROUTER_PORTABLE = [(16, RouterConfig(16, 16, 128, 4, 3)), (float("inf"), RouterConfig(64, 64, 64, 8, 3))]
+ROUTER_FP32 = [(16, RouterConfig(16, 16, 32, 4, 2)), (float("inf"), RouterConfig(64, 64, 32, 8, 2))]
+
 
 def is_decode(rows: int, tokens: int, num_experts: int, expert_bytes: int) -> bool:
     """Whether each of these rows should read its expert's weights for itself.
@@ -97,6 +117,12 @@ def _heuristics(dtype: torch.dtype, capability: tuple[int, int]):
     if dtype == torch.float32:
         return FP32
     return HOPPER if capability[0] == 9 else PORTABLE
+
+
+def ways(config: GemmConfig) -> set[GemmConfig]:
+    """This configuration, and what functional.py makes of it for tensors that its kernel cannot read."""
+    without = config._replace(WARP_SPECIALIZED=False)
+    return {config, without, without._replace(USE_TMA=False)}
 
 
 def all_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[ExpertsConfig]:
@@ -127,6 +153,18 @@ def _table(shape, dtype, capability, device_name):
     # Nearest in log(rows): neighbours meet at the geometric mean of theirs.
     limits = [math.sqrt(a * b) / shape[0] for (a, _), (b, _) in zip(entries, entries[1:])]
     return [(limit, config) for limit, (_, config) in zip([*limits, math.inf], entries)]
+
+
+def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, RouterConfig]]:
+    """(most tokens, configuration); dtype is that of the products: fp32 unless both operands share a 16-bit type."""
+    if dtype == torch.float32:
+        return ROUTER_FP32
+    return ROUTER_HOPPER if capability[0] == 9 else ROUTER_PORTABLE
+
+
+def router_config(tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> RouterConfig:
+    """Configuration for this many tokens on a GPU of this compute capability."""
+    return next(config for most, config in router_configs(dtype, capability) if tokens <= most)
 
 
 # --- tuned files ------------------------------------------------------------------------------------------------------

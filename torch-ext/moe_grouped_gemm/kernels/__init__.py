@@ -3,6 +3,17 @@
 from .combine import combine
 from .decode import down_decode, gate_up_decode
 from .grouped_gemm import gate_up, grouped_gemm
+from .router import router_logits, router_topk
 from .routing import route, tile_schedule
 
-__all__ = ["combine", "down_decode", "gate_up", "gate_up_decode", "grouped_gemm", "route", "tile_schedule"]
+__all__ = [
+    "combine",
+    "down_decode",
+    "gate_up",
+    "gate_up_decode",
+    "grouped_gemm",
+    "route",
+    "router_logits",
+    "router_topk",
+    "tile_schedule",
+]

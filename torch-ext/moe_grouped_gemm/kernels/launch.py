@@ -9,7 +9,8 @@ _compiled = {}
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """1 for a device that is no GPU: kernels are only compiled with tensors from there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # Triton's own functions of these names are wrapped for use inside kernels too, at 2 us a call.
