@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: venv build style test bench demo
+.PHONY: venv build style test bench plot demo
 
 venv: $(READY)
 
@@ -30,6 +30,11 @@ test: style
 
 bench: build
 	$(PYTHON) benchmarks/benchmark_moe.py
+	$(PYTHON) benchmarks/generate.py
+	$(PYTHON) benchmarks/plot.py
+
+plot: $(READY)
+	$(PYTHON) benchmarks/plot.py
 
 demo: build
 	$(PYTHON) examples/demo.py $(if $(MODEL),--model $(MODEL))

@@ -3,7 +3,9 @@
 import ast
 import json
 import runpy
+import shutil
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -62,3 +64,49 @@ def test_generate_times_nothing_that_is_wrong(kernel, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="logits differ by .*: nothing is timed"):
         run("generate.py", "--batches", 1, "--out", out, monkeypatch=monkeypatch)
     assert not out.exists()
+
+
+# Figures
+
+GENERATE = {
+    "gpu": "NVIDIA H200",
+    "parameters": 16e9,
+    "cases": [
+        {"phase": "decode", "mode": "static", "batch": 64, "tokens": 128}
+        | {"stock_ms": 90.0, "grouped_mm_ms": 20.0, "use_kernels_ms": 16.0},
+        {"phase": "prefill", "mode": "eager", "batch": 1, "tokens": 4096, "stock_ms": 90.0, "use_kernels_ms": 64.0},
+    ],
+}
+
+
+def texts(svg):
+    return [element.text.strip() for element in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("result", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.name)
+def test_figures_are_those_of_the_results(monkeypatch, tmp_path, result):
+    """A committed figure, drawn again from the committed numbers, is the same to the byte."""
+    shutil.copy(result, tmp_path)
+    run("plot.py", tmp_path / result.name, monkeypatch=monkeypatch)
+    assert (tmp_path / f"{result.stem}.svg").read_bytes() == result.with_suffix(".svg").read_bytes()
+
+
+def test_figure_of_the_layer(monkeypatch, tmp_path):
+    case = {"routing": "uniform", "roof_us": 10.0, "ours_graph_us": 12.0, "ours_eager_us": 40.0, "eager_eager_us": 90.0}
+    cases = [{"workload": name, "tokens": tokens, **case} for name in ("dsv3", "moonlight") for tokens in (1, 64)]
+    path = tmp_path / "NVIDIA-H200.json"
+    path.write_text(json.dumps({"gpu": "NVIDIA H200", "cases": cases}))
+    run("plot.py", path, monkeypatch=monkeypatch)
+    assert {"dsv3", "moonlight", "roof", "this kernel"} <= set(texts(path.with_suffix(".svg")))
+
+
+def test_figure_of_the_model(monkeypatch, tmp_path):
+    path = tmp_path / "NVIDIA-H200-generate.json"
+    path.write_text(json.dumps(GENERATE))
+    drawn = []
+    for _ in range(2):
+        run("plot.py", path, monkeypatch=monkeypatch)
+        drawn.append(path.with_suffix(".svg").read_bytes())
+    assert drawn[0] == drawn[1]
+    # Against the faster of the two stock implementations.
+    assert {"1.41x", "64,000/s", "1.25x", "4,000/s", "batch 64"} <= set(texts(path.with_suffix(".svg")))
