@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: venv build style test bench tune demo
+.PHONY: venv build style test bench plot tune demo
 
 venv: $(READY)
 
@@ -30,6 +30,11 @@ test: style
 
 bench: build
 	$(PYTHON) benchmarks/benchmark_moe.py
+	$(PYTHON) benchmarks/generate.py
+	$(PYTHON) benchmarks/plot.py
+
+plot: $(READY)
+	$(PYTHON) benchmarks/plot.py
 
 # The second build puts the new configurations to use.
 tune: build

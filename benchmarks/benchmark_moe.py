@@ -210,9 +210,15 @@ def row(case):
 
 
 def commit():
-    root = Path(__file__).resolve().parent
-    run = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return run.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    """HEAD, marked if anything but results differs from it."""
+
+    def git(*args):
+        command = ["git", "-C", Path(__file__).resolve().parent, *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    head = git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown")
+    return head + ("-dirty" if changes else "")
 
 
 def main():

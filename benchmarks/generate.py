@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""Times a whole model: stock Transformers against `use_kernels=True`, in prefill and in decoding.
+
+    python benchmarks/generate.py                      # all of it, and benchmarks/results/<gpu>-generate.json
+    python benchmarks/generate.py --modes eager        # without the minutes that torch.compile takes
+    python benchmarks/generate.py --modes static --batches 64
+
+A DeepSeek-V3 of the 16B "moonlight" size with random weights (on a CPU a small one, to see that the script runs).
+Modes: "eager", and "static": `generate(..., cache_implementation="static")`, which compiles the decoding step and
+records it as a CUDA graph. Prefill is never compiled. Logits are compared in every mode and batch before anything is
+timed, and nothing is written unless they agree. A run adds its cases to those of earlier runs of the same commit.
+
+(Not called benchmark_*.py: `kernels benchmark` would ask it for a Benchmark class.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+# Read when Transformers is imported: its own Hub kernels (RMSNorm, ...) stay off, so that only ours make a difference.
+os.environ["USE_HUB_KERNELS"] = "NO"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import torch
+import transformers
+import triton
+from demo import DEVICE, REPO_ID, ROOT, Clock, moonlight_config, small_config
+from kernels import get_kernel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from benchmark_moe import commit
+
+PREFILL, PROMPT, NEW_TOKENS = (4096, 128, 64) if DEVICE == "cuda" else (64, 16, 4)
+ROUNDS = 3
+GROUPED_MM = "grouped_mm_throughout"
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def build_models(kernel) -> dict[str, PreTrainedModel]:
+    """One set of weights in three models.
+
+    stock: what Transformers does by itself: grouped_mm, but batched_mm while `generate` decodes on a GPU.
+    grouped_mm: stock kept from that switch, which helps at batch 1 and hurts beyond.
+    use_kernels: this kernel.
+    """
+    config = moonlight_config(torch.cuda.mem_get_info()[0]) if DEVICE == "cuda" else small_config()
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        stock = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    weights = {id(tensor): tensor for tensor in (*stock.parameters(), *stock.buffers())}
+    # deepcopy takes what is in its memo for copied already.
+    models = {name: copy.deepcopy(stock, dict(weights)) for name in ("grouped_mm", "use_kernels")}
+    # `generate` switches only what is called "grouped_mm".
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED_MM, grouped_mm_experts_forward)
+    models["grouped_mm"].set_experts_implementation(GROUPED_MM)
+    kernel.register()
+    models["use_kernels"].set_use_kernels(True)
+    return {"stock": stock, **models}
+
+
+def check_models(models: dict[str, PreTrainedModel], kernel) -> None:
+    """Each model runs what its name says."""
+    ours = kernel.layers.MoEExperts.forward
+    for name, implementation in (("stock", "grouped_mm"), ("grouped_mm", GROUPED_MM), ("use_kernels", None)):
+        model = models[name]
+        forwards = [m.forward.__func__ for path, m in model.named_modules() if path.endswith(".mlp.experts")]
+        if implementation is None:
+            right = forwards and all(forward is ours for forward in forwards)
+        else:
+            right = ours not in forwards and model.config._experts_implementation == implementation
+        if not right:
+            raise SystemExit(f"{name}: {model.config._experts_implementation}, {forwards[0]}: nothing is timed")
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def random_tokens(batch: int, length: int, vocab_size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, vocab_size, (batch, length), generator=generator).to(DEVICE)  # neither padding nor end
+
+
+class ForcedTokens(LogitsProcessor):
+    """Whatever a model would choose, the next token is that of `tokens`: all models see the same, routed the same."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = self.tokens[:, input_ids.shape[1], None]
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0)
+
+
+def generate(model, tokens, prompt_length, mode, progress):
+    """(seconds from each token to the next, logits of each); the first of both is prefill."""
+    clock = Clock(progress)
+    prompt = tokens[:, :prompt_length]
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=tokens.shape[1] - prompt_length,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=clock,
+        logits_processor=[ForcedTokens(tokens)],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **({"cache_implementation": "static"} if mode == "static" else {}),
+    )
+    return [after - before for before, after in zip(clock.times, clock.times[1:])], out.logits
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def compare(logits, expected) -> tuple[float, float]:
+    """Of two sequences of (N, vocabulary): the relative difference, and the share of rows with another top token."""
+    difference = norm = flips = rows = 0.0
+    for a, b in zip(logits, expected):
+        a, b = a.float(), b.float()
+        difference += (a - b).square().sum().double()
+        norm += b.square().sum().double()
+        flips += (a.argmax(-1) != b.argmax(-1)).sum()
+        rows += len(a)
+    return float((difference / norm).sqrt()), float(flips / rows)
+
+
+@torch.no_grad()
+def prefill_logits(model, tokens):
+    return model(tokens).logits[0].split(512)
+
+
+def bf16_noise(model, tokens, expected) -> tuple[float, float]:
+    """How far two of Transformers' own implementations are apart: grouped_mm and eager."""
+    model.set_experts_implementation("eager")
+    noise = compare(prefill_logits(model, tokens), expected)
+    model.set_experts_implementation("grouped_mm")
+    return noise
+
+
+def check_logits(case: str, found: tuple[float, float], noise: tuple[float, float]) -> None:
+    """Three times the noise, and two flips in a hundred: a batch of 1 has only 65 rows to count."""
+    (error, flips), (error_noise, flips_noise) = found, noise
+    if not (error <= 3 * error_noise and flips <= 3 * flips_noise + 0.02):
+        raise SystemExit(
+            f"{case}: logits differ by {error:.2g} and in {flips:.1%} of the top tokens, where Transformers' own "
+            f"implementations differ by {error_noise:.2g} and in {flips_noise:.1%}: nothing is timed"
+        )
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def run_case(models, phase, mode, batch, noise, progress) -> dict:
+    """Milliseconds until the first token, or of a decoding step: the best of three rounds, the models taking turns.
+
+    A round gives the median of its steps: each call of `generate` makes a new static cache, so that the graphs of its
+    first steps may be recorded anew. The run before the rounds compiles, warms up and is compared.
+    """
+    prompt_length, new_tokens = (PREFILL, 1) if phase == "prefill" else (PROMPT, 1 + NEW_TOKENS)
+    tokens = random_tokens(batch, prompt_length + new_tokens, models["stock"].config.vocab_size)
+    case = {"phase": phase, "mode": mode, "batch": batch, "tokens": prompt_length}
+    torch.compiler.reset()  # or a second batch size would be compiled with a symbolic shape
+    for name, model in models.items():
+        progress.set_description(f"{phase} {mode} batch {batch} {name}")
+        seconds, logits = generate(model, tokens, prompt_length, mode, progress)
+        if mode == "static":
+            case[f"{name}_compile_s"] = sum(seconds[1:4])  # compile, warm up, record
+        if name == "stock":
+            expected = logits
+            continue
+        found = compare(logits, expected)
+        check_logits(f"{phase} {mode} batch {batch} {name}", found, noise)
+        if name == "use_kernels":
+            case["relative_error"], case["top1_agreement"] = found[0], 1 - found[1]
+            case["stock_relative_error"], case["stock_top1_agreement"] = noise[0], 1 - noise[1]
+    del expected, logits
+    rounds = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            seconds, _ = generate(model, tokens, prompt_length, mode, progress)
+            rounds[name].append(1e3 * (seconds[0] if phase == "prefill" else statistics.median(seconds[1:])))
+    for name, times in rounds.items():
+        case[f"{name}_ms"] = min(times)
+    return case
+
+
+def key(case: dict) -> tuple:
+    return case["phase"], case["mode"], case["batch"]
+
+
+def earlier_cases(out: Path, header: dict) -> dict[tuple, dict]:
+    """Those in the file, if they were measured on the same machine, commit and versions."""
+    if not out.exists():
+        return {}
+    result = json.loads(out.read_text())
+    cases = result.pop("cases")
+    return {key(case): case for case in cases} if result == header else {}
+
+
+def row(case: dict) -> str:
+    stock = min(case[f"{name}_ms"] for name in ("stock", "grouped_mm") if f"{name}_ms" in case)
+    ours = case["use_kernels_ms"]
+    tokens = case["batch"] * (case["tokens"] if case["phase"] == "prefill" else 1)
+    return (
+        f"{case['phase']:8} {case['mode']:7} {case['batch']:5} {case['stock_ms']:10.2f} {stock:10.2f} {ours:10.2f}"
+        f" {1e3 * tokens / stock:10.0f} {1e3 * tokens / ours:10.0f} {stock / ours:8.2f}x"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], help="sequences decoded at once")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "static"), default=["eager", "static"])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-generate.json")
+    args = parser.parse_args()
+
+    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
+    kernel = get_kernel(REPO_ID, version=1)
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    out = args.out or ROOT / "benchmarks/results" / f"{gpu.replace(' ', '-')}-generate.json"
+    models = build_models(kernel)
+    check_models(models, kernel)
+    stock = models["stock"]
+    header = {
+        "gpu": gpu,
+        "commit": commit(),
+        "versions": {m.__name__: m.__version__ for m in (torch, triton, transformers)},
+        "layers": stock.config.num_hidden_layers,
+        "parameters": sum(weight.numel() for weight in stock.parameters()),
+    }
+    cases = earlier_cases(out, header)
+
+    tokens = random_tokens(1, PREFILL, stock.config.vocab_size)
+    expected = prefill_logits(stock, tokens)
+    noise = bf16_noise(stock, tokens, expected)
+    check_logits("prefill", compare(prefill_logits(models["use_kernels"], tokens), expected), noise)
+    del expected
+
+    # Prefill is grouped_mm anyway, and for one token batched_mm is the faster.
+    both = {name: models[name] for name in ("stock", "use_kernels")}
+    todo = [("prefill", "eager", 1)] if "eager" in args.modes else []
+    todo += [("decode", mode, batch) for mode in args.modes for batch in args.batches]
+    todo = [(models if batch > 1 else both, phase, mode, batch) for phase, mode, batch in todo]
+    total = sum((1 + ROUNDS) * len(m) * (2 if phase == "prefill" else 2 + NEW_TOKENS) for m, phase, *_ in todo)
+    with tqdm(total=total, unit="token") as progress:
+        for case_models, phase, mode, batch in todo:
+            case = run_case(case_models, phase, mode, batch, noise, progress)
+            cases[key(case)] = case
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({**header, "cases": list(cases.values())}, indent=1) + "\n")
+
+    print(f"{gpu}, {header['parameters'] / 1e9:.1f}B parameters; Transformers' own experts differ by {noise[0]:.2g}")
+    print(f"{'':22} {'milliseconds':^32} {'tokens/s':^21}")
+    print(f"{'phase':8} {'mode':7} {'batch':>5} {'generate':>10} {'best stock':>10} {'ours':>10}", end="")
+    print(f" {'best stock':>10} {'ours':>10} {'speed-up':>9}")
+    for case in cases.values():
+        print(row(case))
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
