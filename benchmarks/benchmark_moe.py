@@ -15,6 +15,9 @@ import json
 import os
 import statistics
 import subprocess
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ WORKLOADS = {  # H, I, E, top_k, T
 }
 SKEWED_TOKENS = 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
+ROUTED = {"moonlight": (1, 1), "dsv3": (8, 4)}  # n_group, topk_group
+ROUTED_TOKENS = (1, 64, 1024, 4096)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -164,6 +169,60 @@ def stock_module(hidden_dim, inter, experts, top_k, weights):
     return module.requires_grad_(False)
 
 
+@contextmanager
+def portable(kernel):
+    """As on a GPU that the kernel has no table for."""
+    functional = import_module(f"{kernel.__name__}.functional")
+    os.environ["MOE_GROUPED_GEMM_PORTABLE"] = "1"
+    for function in (functional._capability, functional._device_name):
+        function.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ["MOE_GROUPED_GEMM_PORTABLE"]
+        for function in (functional._capability, functional._device_name):
+            function.cache_clear()
+
+
+def run_router_case(kernel, workload, tokens):
+    """DeepSeek-V3's router against Transformers' own; the weight in bf16 as in its checkpoints."""
+    from transformers.models.deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    hidden_dim, _, experts, top_k, _ = WORKLOADS[workload]
+    groups, winners = ROUTED[workload]
+    config = DeepseekV3Config(
+        hidden_size=hidden_dim,
+        n_routed_experts=experts,
+        num_experts_per_tok=top_k,
+        n_group=groups,
+        topk_group=winners,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
+    with torch.device("cuda"):
+        module = DeepseekV3TopkRouter(config).bfloat16().requires_grad_(False)
+    module.weight.normal_(0, hidden_dim**-0.5)
+    module.e_score_correction_bias = torch.rand(experts, device="cuda") / 4
+    x = torch.randn(tokens, hidden_dim, device="cuda", dtype=torch.bfloat16)
+    args = (module.weight, module.e_score_correction_bias, top_k, groups, winners, True, 2.5)
+
+    def ours():
+        return kernel.topk_router(x, *args)
+
+    ids, stock_ids = ours()[2].sort()[0], module(x)[2].sort()[0]
+    if not (ids == stock_ids).all(dim=1).float().mean() > 0.999:
+        raise SystemExit(f"router of {workload}, T={tokens}: other experts than stock: nothing is timed")
+    return {
+        "workload": workload,
+        "tokens": tokens,
+        "ours_graph_us": graph_time([ours]),
+        "ours_eager_us": eager_time([ours]),
+        "stock_graph_us": graph_time([lambda: module(x)]),
+        "stock_eager_us": eager_time([lambda: module(x)]),
+    }
+
+
 def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
     hidden_dim, inter, experts, top_k, _ = WORKLOADS[workload]
     sets = [routed_tokens(tokens, hidden_dim, experts, top_k, "cuda", zipf) for _ in range(4 if tokens <= 64 else 1)]
@@ -186,6 +245,8 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
         "ours_graph_us": graph_time(ours),
         "ours_eager_us": eager_time(ours),
     }
+    with portable(kernel):
+        case["ours_portable_graph_us"] = graph_time(ours)
     for name in STOCK:
         if name == "batched_mm":  # it copies the weights of every slot
             copies = tokens * top_k * 3 * hidden_dim * inter * 2
@@ -243,6 +304,7 @@ def main():
         "versions": {m.__name__: m.__version__ for m in (torch, triton, transformers)},
         "ceilings": ceilings,
         "cases": [],
+        "router_cases": [],
     }
     out = args.out or root / "benchmarks/results" / f"{gpu.replace(' ', '-')}.json"
     print(f"{gpu}: {ceilings['flops'] / 1e12:.0f} TFLOP/s sustained, {ceilings['bytes'] / 1e12:.2f} TB/s read")
@@ -261,6 +323,12 @@ def main():
             result["cases"].append(case)
         del weights, module
         torch.cuda.empty_cache()
+    print("router, microseconds: ours and stock, graph and eager")
+    for workload, t in product([w for w in args.workloads if w in ROUTED], ROUTED_TOKENS):
+        with torch.no_grad():
+            case = run_router_case(kernel, workload, t)
+        print(f"{workload:15} {t:6} " + " ".join(f"{us:10.1f}" for key, us in case.items() if key.endswith("_us")))
+        result["router_cases"].append(case)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(out)
