@@ -69,19 +69,17 @@ def test_route(kernel, launch, tokens, experts, top_k, ids, dtype):
 
 
 def assert_schedules(schedule, offsets, block_m):
-    """Each expert's tiles once, one after another; their number, and 0."""
+    """Each expert's tiles once, one after another, experts by falling number of rows; the number of tiles, and 0."""
     expert, first_tile, first_row, row_end, (num_tiles, claims, *_) = schedule.tolist()
-    assert num_tiles == sum(-(-(end - begin) // block_m) for begin, end in zip(offsets, offsets[1:])) and claims == 0
-    seen = set()
+    assert claims == 0
+    rows = [end - begin for begin, end in zip(offsets, offsets[1:])]
     tile = 0
-    while tile < num_tiles:
-        e = expert[tile]
-        seen.add(e)
-        tiles = -(-(offsets[e + 1] - offsets[e]) // block_m)
-        for t in range(tile, tile + tiles):
-            assert (expert[t], first_tile[t], first_row[t], row_end[t]) == (e, tile, offsets[e], offsets[e + 1])
-        tile += tiles
-    assert seen == {e for e, (begin, end) in enumerate(zip(offsets, offsets[1:])) if begin < end}
+    for e in sorted(range(len(rows)), key=lambda e: -rows[e]):
+        for tile_of_e in range(tile, tile - (-rows[e] // block_m)):
+            found = (expert[tile_of_e], first_tile[tile_of_e], first_row[tile_of_e], row_end[tile_of_e])
+            assert found == (e, tile, offsets[e], offsets[e + 1])
+        tile -= -rows[e] // block_m
+    assert tile == num_tiles
     assert set(expert[num_tiles:]) <= {-1}
 
 

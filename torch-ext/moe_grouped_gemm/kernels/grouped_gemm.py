@@ -23,11 +23,14 @@ from .launch import cdiv, launch
 def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
     """Expert, its first row, this program's first row, the row after the expert's last, and the column tile.
 
-    Expert -1: nothing to do.
+    Expert -1: nothing to do. Programs take turns between the two halves of the tiles: those of experts with many rows,
+    which wait for the matrix units, run beside those of experts with few, which wait for memory.
     """
+    num_tiles = tl.load(schedule_ptr + 4 * max_tiles) * n_tiles
     pid = tl.program_id(0)
-    tile = pid // n_tiles
-    expert = tl.load(schedule_ptr + tile)
+    pid = pid // 2 + pid % 2 * tl.cdiv(num_tiles, 2)
+    tile = tl.minimum(pid // n_tiles, max_tiles - 1)
+    expert = tl.where(pid < num_tiles, tl.load(schedule_ptr + tile), -1)
     first_tile = tl.load(schedule_ptr + max_tiles + tile)
     first_row = tl.load(schedule_ptr + 2 * max_tiles + tile)
     row_end = tl.load(schedule_ptr + 3 * max_tiles + tile)

@@ -108,7 +108,8 @@ def _load(x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GR
         # Every tile done is a claim made, so this is the last one: leave the counter as it was.
         if claimed == num_tiles - 1:
             gl.store(claims_ptr, 0)
-        expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tile, n_tiles, GROUP_M)
+        turn = tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2)
+        expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
         place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n)
         w_row = expert * N + tile_n * BLOCK_N
         for k in range(k_tiles):

@@ -9,9 +9,6 @@ Grid of the sort: a program for each BLOCK_S slots. Each needs the number of slo
 its own; up to CHUNKS chunks of slots it counts them itself, beyond that a first launch counts them chunk by chunk.
 """
 
-import functools
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -37,21 +34,22 @@ def _count(ids, mask, E, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _store_schedule(schedule_ptr, counts, block, blocks, E, stride_e, max_tiles, BLOCK_M, BLOCK_E: tl.constexpr):
+def _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLOCK_E: tl.constexpr):
     """This block's share of the schedule (see `route`) of the experts that own `counts` [BLOCK_E] rows."""
     offs_e = tl.arange(0, BLOCK_E)
     row_ends = tl.cumsum(counts, 0)
-    # Not one after another: where neighbours are popular alike, the matrix units would be busy first and memory later.
-    expert = offs_e * stride_e % E
-    counts = tl.where(offs_e < E, tl.gather(counts, expert, 0), 0)
-    row_ends = tl.gather(row_ends, expert, 0)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
-    tile_ends = tl.cumsum(tiles, 0)
-    first_tile = tile_ends - tiles
+    # Tiles of the experts that come before: those of more rows, and of as many and a lower id.
+    first_tile = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, BLOCK_E, 16):
+        offs_o = start + tl.arange(0, 16)
+        others = tl.gather(counts, offs_o, 0)[:, None]
+        before = (others > counts[None, :]) | ((others == counts[None, :]) & (offs_o[:, None] < offs_e[None, :]))
+        first_tile += tl.sum(tl.where(before, (others + BLOCK_M - 1) // BLOCK_M, 0), axis=0)
     for i in range(block, tl.max(tiles, axis=0), blocks):  # tile i of every expert that has one
         ptrs = schedule_ptr + first_tile + i
         mask = i < tiles
-        tl.store(ptrs, expert, mask=mask)
+        tl.store(ptrs, offs_e, mask=mask)
         tl.store(ptrs + max_tiles, first_tile, mask=mask)
         tl.store(ptrs + 2 * max_tiles, row_ends - counts, mask=mask)
         tl.store(ptrs + 3 * max_tiles, row_ends, mask=mask)
@@ -89,7 +87,6 @@ def _route_kernel(
     schedule_ptr,  # (5, max_tiles) int32
     S,
     E,
-    stride_e,
     max_tiles,
     BLOCK_M,
     BLOCK_S: tl.constexpr,
@@ -144,7 +141,9 @@ def _route_kernel(
     if block == 0:
         tl.store(expert_offsets_ptr + offs_e, ends - counts, mask=offs_e < E)
         tl.store(expert_offsets_ptr + E, routed)
-    _store_schedule(schedule_ptr, counts, block, tl.num_programs(0), E, stride_e, max_tiles, BLOCK_M, BLOCK_E)
+    blocks = tl.minimum(tl.num_programs(0), 16)
+    if block < blocks:
+        _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_tiles", "BLOCK_M"])
@@ -152,7 +151,6 @@ def _schedule_kernel(
     expert_offsets_ptr,  # (E + 1,) int32
     schedule_ptr,  # (5, max_tiles) int32
     E,
-    stride_e,
     num_rows,
     max_tiles,
     BLOCK_M,
@@ -164,14 +162,7 @@ def _schedule_kernel(
     # Offsets that promise more rows than there are must not lead out of memory.
     counts = tl.minimum(ends, num_rows) - tl.minimum(begins, num_rows)
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    _store_schedule(schedule_ptr, counts, block, blocks, E, stride_e, max_tiles, BLOCK_M, BLOCK_E)
-
-
-@functools.cache
-def _stride(num_experts: int) -> int:
-    """Multiples of it, modulo num_experts, visit every expert once, and neighbours far from each other."""
-    golden = int(0.618 * num_experts)
-    return next(s for s in range(max(1, golden), 2 * num_experts) if math.gcd(s, num_experts) == 1)
+    _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLOCK_E)
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
@@ -182,10 +173,10 @@ def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
 def route(top_k_index, num_experts, block_m):
     """expert_offsets (E + 1,), sorted_slots (S,), slot_positions (S,), schedule (5, max_tiles); all int32.
 
-    top_k_index is contiguous. Tiles of one expert follow each other. Column t of the schedule describes tile t: its
-    expert (-1: no such tile), the expert's first tile, its first row and the row after its last. The last row holds the
-    number of tiles, and 0: the counter by which the programs of a persistent GEMM share the tiles out. They leave it as
-    they found it.
+    top_k_index is contiguous. Column t of the schedule describes tile t: its expert (-1: no such tile), the expert's
+    first tile, its first row and the row after its last. Tiles of an expert follow each other, those of experts with
+    more rows come first. The last row holds the number of tiles, and 0: the counter by which the programs of a
+    persistent GEMM share the tiles out. They leave it as they found it.
     """
     S = top_k_index.numel()
     tiles = max_tiles(S, num_experts, block_m)
@@ -210,7 +201,7 @@ def route(top_k_index, num_experts, block_m):
         _route_kernel,
         (cdiv(S, block_s), 1, 1),
         (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule)
-        + (S, num_experts, _stride(num_experts), tiles, block_m, block_s, block_e, chunk, chunks <= CHUNKS),
+        + (S, num_experts, tiles, block_m, block_s, block_e, chunk, chunks <= CHUNKS),
         (key, chunks <= CHUNKS),
         num_warps=4,
     )
@@ -226,7 +217,7 @@ def tile_schedule(expert_offsets, num_rows, block_m):
     launch(
         _schedule_kernel,
         (min(8, cdiv(tiles, block_e)), 1, 1),
-        (expert_offsets, schedule, num_experts, _stride(num_experts), num_rows, tiles, block_m, block_e),
+        (expert_offsets, schedule, num_experts, num_rows, tiles, block_m, block_e),
         (expert_offsets.device, expert_offsets.data_ptr() % 16, num_experts),
         num_warps=4,
     )
