@@ -44,7 +44,7 @@ def check(target, name, kernel, dtype, config) -> bool:
     if target.backend == "cuda":
         registers, stack = registers_and_stack(kernel.asm["cubin"])
         usage = f"{registers} registers, {stack} B stack, "
-        if stack:
+        if stack > 16:  # less is a value or two put aside outside the loop
             faults.append("spills")
         if target.arch == 90 and ("gemm" in name or name == "_gate_up_kernel") and dtype != torch.float32:
             if "wgmma.mma_async" not in kernel.asm["ptx"]:

@@ -142,7 +142,7 @@ def test_fp32_follows_the_tf32_switch(kernel, monkeypatch):
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
         errors.append(((kernel.moe_experts(*args) - exact).norm() / exact.norm()).item())
-    assert errors[0] < 1e-6 and 1e-5 < errors[1] < 2e-3, errors
+    assert errors[0] < 1e-6 and 1e-5 < errors[1] < 5e-3, errors
 
 
 def test_memcheck_finds_nothing():

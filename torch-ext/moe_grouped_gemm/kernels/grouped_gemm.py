@@ -27,10 +27,10 @@ def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_
     which wait for the matrix units, run beside those of experts with few, which wait for memory.
     """
     num_tiles = tl.load(schedule_ptr + 4 * max_tiles) * n_tiles
-    pid = tl.program_id(0)
-    pid = pid // 2 + pid % 2 * tl.cdiv(num_tiles, 2)
+    turn = tl.program_id(0)
+    pid = turn // 2 + turn % 2 * tl.cdiv(num_tiles, 2)
     tile = tl.minimum(pid // n_tiles, max_tiles - 1)
-    expert = tl.where(pid < num_tiles, tl.load(schedule_ptr + tile), -1)
+    expert = tl.where(turn < num_tiles, tl.load(schedule_ptr + tile), -1)
     first_tile = tl.load(schedule_ptr + max_tiles + tile)
     first_row = tl.load(schedule_ptr + 2 * max_tiles + tile)
     row_end = tl.load(schedule_ptr + 3 * max_tiles + tile)
