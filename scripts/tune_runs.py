@@ -76,7 +76,7 @@ def without_memory(layer: Layer, tokens: int, dtype: torch.dtype) -> Inputs:
 def compile_candidate(candidate, calls, dtype, target, shared_limit) -> str | None:
     """Fills Triton's cache with what these calls (layer, tokens) need; says why the candidate must not be used."""
     kernel, config = candidate
-    schedule = torch.empty(5, 2, dtype=torch.int32, device="meta")
+    schedule = torch.empty(5, 3, dtype=torch.int32, device="meta")
     for way in tuning.ways(config) if kernel != "route" else [config]:
         compiled = compile_only(target)
         try:

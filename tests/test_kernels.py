@@ -69,12 +69,13 @@ def test_route(kernel, launch, tokens, experts, top_k, ids, dtype):
 
 
 def assert_schedules(schedule, offsets, block_m):
-    """Each expert's tiles once, one after another, experts by falling number of rows; the number of tiles, and 0."""
-    expert, first_tile, first_row, row_end, (num_tiles, claims, *_) = schedule.tolist()
-    assert claims == 0
+    """Each expert's tiles once, one after another, experts with many rows first; and three numbers."""
+    expert, first_tile, first_row, row_end, (num_tiles, claims, is_mixed, *_) = schedule.tolist()
     rows = [end - begin for begin, end in zip(offsets, offsets[1:])]
+    assert claims == 0
+    assert is_mixed == (max(rows) > 2 * block_m and min((r for r in rows if r), default=block_m) < block_m)
     tile = 0
-    for e in sorted(range(len(rows)), key=lambda e: -rows[e]):
+    for e in sorted(range(len(rows)), key=lambda e: rows[e] <= 2 * block_m):
         for tile_of_e in range(tile, tile - (-rows[e] // block_m)):
             found = (expert[tile_of_e], first_tile[tile_of_e], first_row[tile_of_e], row_end[tile_of_e])
             assert found == (e, tile, offsets[e], offsets[e + 1])

@@ -23,12 +23,13 @@ from .launch import cdiv, launch
 def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
     """Expert, its first row, this program's first row, the row after the expert's last, and the column tile.
 
-    Expert -1: nothing to do. Programs take turns between the two halves of the tiles: those of experts with many rows,
-    which wait for the matrix units, run beside those of experts with few, which wait for memory.
+    Expert -1: nothing to do. If some experts have many rows and others few, programs take turns between the two halves
+    of the tiles: those that wait for the matrix units then run beside those that wait for memory.
     """
     num_tiles = tl.load(schedule_ptr + 4 * max_tiles) * n_tiles
+    is_mixed = tl.load(schedule_ptr + 4 * max_tiles + 2)
     turn = tl.program_id(0)
-    pid = turn // 2 + turn % 2 * tl.cdiv(num_tiles, 2)
+    pid = tl.where(is_mixed != 0, turn // 2 + turn % 2 * tl.cdiv(num_tiles, 2), turn)
     tile = tl.minimum(pid // n_tiles, max_tiles - 1)
     expert = tl.where(turn < num_tiles, tl.load(schedule_ptr + tile), -1)
     first_tile = tl.load(schedule_ptr + max_tiles + tile)

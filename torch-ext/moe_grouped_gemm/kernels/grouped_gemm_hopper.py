@@ -98,6 +98,7 @@ def _load(x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GR
     n_tiles = gl.cdiv(N, BLOCK_N)
     num_tiles = gl.load(schedule_ptr + 4 * max_tiles) * n_tiles
     claims_ptr = schedule_ptr + 4 * max_tiles + 1
+    is_mixed = gl.load(schedule_ptr + 4 * max_tiles + 2)
     stage = 0
     phase = 0
     place = 0
@@ -108,7 +109,7 @@ def _load(x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GR
         # Every tile done is a claim made, so this is the last one: leave the counter as it was.
         if claimed == num_tiles - 1:
             gl.store(claims_ptr, 0)
-        turn = tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2)
+        turn = gl.where(is_mixed != 0, tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2), tile)
         expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
         place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n)
         w_row = expert * N + tile_n * BLOCK_N

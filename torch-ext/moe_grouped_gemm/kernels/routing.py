@@ -39,13 +39,11 @@ def _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLO
     offs_e = tl.arange(0, BLOCK_E)
     row_ends = tl.cumsum(counts, 0)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
-    # Tiles of the experts that come before: those of more rows, and of as many and a lower id.
-    first_tile = tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, BLOCK_E, 16):
-        offs_o = start + tl.arange(0, 16)
-        others = tl.gather(counts, offs_o, 0)[:, None]
-        before = (others > counts[None, :]) | ((others == counts[None, :]) & (offs_o[:, None] < offs_e[None, :]))
-        first_tile += tl.sum(tl.where(before, (others + BLOCK_M - 1) // BLOCK_M, 0), axis=0)
+    # Experts with many rows come first.
+    is_popular = counts > 2 * BLOCK_M
+    popular_tiles = tl.where(is_popular, tiles, 0)
+    popular_ends, ends = tl.cumsum(popular_tiles, 0), tl.cumsum(tiles - popular_tiles, 0)
+    first_tile = tl.where(is_popular, popular_ends, tl.sum(popular_tiles, axis=0) + ends) - tiles
     for i in range(block, tl.max(tiles, axis=0), blocks):  # tile i of every expert that has one
         ptrs = schedule_ptr + first_tile + i
         mask = i < tiles
@@ -57,6 +55,9 @@ def _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLO
     if block == 0:
         tl.store(schedule_ptr + 4 * max_tiles, num_tiles)
         tl.store(schedule_ptr + 4 * max_tiles + 1, 0)
+        least = tl.min(tl.where(counts > 0, counts, BLOCK_M), axis=0)
+        is_mixed = (tl.max(counts, axis=0) > 2 * BLOCK_M) & (least < BLOCK_M)
+        tl.store(schedule_ptr + 4 * max_tiles + 2, is_mixed.to(tl.int32))
     for start in range(num_tiles + block * BLOCK_E, max_tiles, blocks * BLOCK_E):
         tl.store(schedule_ptr + start + offs_e, -1, mask=start + offs_e < max_tiles)
 
@@ -166,8 +167,8 @@ def _schedule_kernel(
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """Most tiles of block_m rows that num_rows rows can need, however they fall to the experts; at least 2."""
-    return max(2, num_rows // block_m + min(num_experts, num_rows))
+    """Most tiles of block_m rows that num_rows rows can need, however they fall to the experts; at least 3."""
+    return max(3, num_rows // block_m + min(num_experts, num_rows))
 
 
 def route(top_k_index, num_experts, block_m):
@@ -175,8 +176,9 @@ def route(top_k_index, num_experts, block_m):
 
     top_k_index is contiguous. Column t of the schedule describes tile t: its expert (-1: no such tile), the expert's
     first tile, its first row and the row after its last. Tiles of an expert follow each other, those of experts with
-    more rows come first. The last row holds the number of tiles, and 0: the counter by which the programs of a
-    persistent GEMM share the tiles out. They leave it as they found it.
+    more than 2 * block_m rows come first. The last row holds three numbers: how many tiles there are; 0, the counter by
+    which the programs of a persistent GEMM share them out, and which they leave as they found it; 1 if there are experts
+    with more than 2 * block_m rows and others with less than block_m.
     """
     S = top_k_index.numel()
     tiles = max_tiles(S, num_experts, block_m)
