@@ -252,6 +252,8 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
             copies = tokens * top_k * 3 * hidden_dim * inter * 2
             if copies > 0.8 * torch.cuda.mem_get_info()[0]:
                 continue
+        if name == "eager" and tokens > 64:  # never the fastest, and slow to time
+            continue
         module.config._experts_implementation = name
         stock = [lambda args=args: module(*args) for args in sets]
         case[f"{name}_eager_us"] = eager_time(stock)

@@ -176,9 +176,9 @@ def route(top_k_index, num_experts, block_m):
 
     top_k_index is contiguous. Column t of the schedule describes tile t: its expert (-1: no such tile), the expert's
     first tile, its first row and the row after its last. Tiles of an expert follow each other, those of experts with
-    more than 2 * block_m rows come first. The last row holds three numbers: how many tiles there are; 0, the counter by
-    which the programs of a persistent GEMM share them out, and which they leave as they found it; 1 if there are experts
-    with more than 2 * block_m rows and others with less than block_m.
+    more than 2 * block_m rows come first. The last row holds three numbers: how many tiles there are; 0, the counter
+    by which the programs of a persistent GEMM share them out, and which they leave as they found it; 1 if there are
+    experts with more than 2 * block_m rows and others with less than block_m.
     """
     S = top_k_index.numel()
     tiles = max_tiles(S, num_experts, block_m)
