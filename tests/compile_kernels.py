@@ -46,7 +46,11 @@ def check(target, name, kernel, dtype, config) -> bool:
         usage = f"{registers} registers, {stack} B stack, "
         if stack > 16:  # less is a value or two put aside outside the loop
             faults.append("spills")
-        if target.arch == 90 and ("gemm" in name or name == "_gate_up_kernel") and dtype != torch.float32:
+        if (
+            target.arch == 90
+            and ("gemm" in name or "grad" in name or name == "_gate_up_kernel")
+            and dtype != torch.float32
+        ):
             if "wgmma.mma_async" not in kernel.asm["ptx"]:
                 faults.append("no wgmma")
         if name == "_router_logits_kernel" and not re.search(r"\badd(\.rn)?\.f32", kernel.asm["ptx"]):
@@ -65,9 +69,31 @@ def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inte
     x, a, w1, w2 = empty(96, hidden), empty(96, inter), empty(experts, 2 * inter, hidden), empty(experts, hidden, inter)
     slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
     for up in ways(config.gate_up):
-        yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up)
+        for z in (None, empty(96, 2 * inter)):
+            yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up, z)
     for down in ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+
+
+def backward_launches(kernels, dtype, configs, precisions):
+    """As `launches`, for the backward; and the forward that saves for it."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, a, z = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER)
+    w1, w2 = empty(EXPERTS, 2 * INTER, HIDDEN), empty(EXPERTS, HIDDEN, INTER)
+    weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
+    offsets, schedule = empty(EXPERTS + 1, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
+    for (_, config), precision in product(configs, precisions):
+        first, second, wgrad = config
+        for needs_a in (True, False):
+            args = (x, w2, z, slots, weights, schedule, "silu", needs_a, precision, first)
+            yield dtype, first, partial(kernels.down_dgrad, *args)
+        yield dtype, second, partial(kernels.gate_up_dgrad, z, w1, schedule, precision, second)
+        yield dtype, wgrad, partial(kernels.wgrad, z, x, slots, offsets, "q", precision, wgrad)
+        yield dtype, wgrad, partial(kernels.wgrad, x, a, slots, offsets, "p", precision, wgrad)
+        yield dtype, wgrad, partial(kernels.wgrad, z, a, slots, offsets, "", precision, wgrad)
 
 
 def launches(package, target):
@@ -99,6 +125,7 @@ def launches(package, target):
             # Transposed in place, as a backward needs.
             w = w1.transpose(1, 2)[:, :, :INTER]
             yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down)
+        yield from backward_launches(kernels, dtype, tuning.backward_configs(dtype, capability), precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     for _, config in tuning.router_configs(torch.float32, capability):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -30,48 +31,56 @@ CASES = [  # T, E, top_k, H, I, ids
 NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 
 
-def gradients(launch, dout, x, index, weights, gate_up_proj, down_proj, activation, config):  # noqa: F811
-    """All four, by the kernels; the pre-activation by torch."""
-    experts, top_k = gate_up_proj.shape[0], index.shape[1]
-    offsets, slots, positions, schedule = launch.route(index, experts, config.BLOCK_M)
-    z = x.new_full((slots.numel(), gate_up_proj.shape[1]), float("nan"))
-    bounds = offsets.tolist()
-    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        z[begin:end] = x[slots[begin:end] // top_k] @ gate_up_proj[expert].T
-    dz, weighted_a, dweights = launch.down_dgrad(
-        dout, down_proj, z, slots, weights, schedule, activation, "ieee", config
-    )
-    dx_rows = launch.gate_up_dgrad(dz, gate_up_proj, schedule, "ieee", config)
-    routed = bounds[-1]
-    assert all(rows[routed:].isnan().all() for rows in (dz, weighted_a, dx_rows)), (
-        "rows of skipped slots are not written"
-    )
-    dx = launch.combine(dx_rows, positions, torch.ones_like(weights))
-    dweights = torch.where(positions >= 0, dweights[positions.clamp(min=0)], 0.0).view_as(weights)
-    dgate_up = launch.wgrad(dz, x, slots, offsets, "q", "ieee", config)
-    ddown = launch.wgrad(dout, weighted_a, slots, offsets, "p", "ieee", config)
-    return dx, dweights.to(weights.dtype), dgate_up, ddown
+@pytest.fixture
+def path(kernel, monkeypatch):
+    """functional.py, with small tiles, run on what is there."""
+    functional, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "tuning"))
+    config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, False)
+    monkeypatch.setattr(functional, "_config", lambda *args: tuning.ExpertsConfig(config, config))
+    monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuning, "backward_config", lambda *args: tuning.BackwardConfig(config, config, config))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    return functional
+
+
+def gradients(training, backward, dout, args, activation, needs_grad):
+    _, _, weights, gate_up_proj, down_proj = args
+    out, z, *routing = training(*args, activation)
+    return out, backward(dout, args[0], weights, gate_up_proj, down_proj, z, *routing, activation, needs_grad)
 
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids", CASES)
-def test_gradients(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, activation, dtype):  # noqa: F811
-    config = import_module(f"{kernel.__name__}.tuning").GemmConfig(16, 16, 32, 32, 2, 4, 2, False)
+def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, activation, dtype):
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
-    x, index, weights, gate_up_proj, down_proj = args
-    weights[(index < 0) | (index >= experts)] = float("nan")
-    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    got = gradients(launch, dout, *args, activation, config)
-    needed = [True] * 4
-    expected = kernel.reference.moe_experts_backward(dout, *args, activation, needed)
-    exact = kernel.reference.moe_experts_backward(dout.double(), *in_fp64(args), activation, needed)
-    for name, *triple in zip(NAMES, got, expected, exact):
+    args[2][(args[1] < 0) | (args[1] >= experts)] = float("nan")
+    dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    ours = path._training_gpu, path._backward_gpu
+    reference = kernel.reference.moe_experts_training, kernel.reference.moe_experts_backward
+    everything = activation, [True] * 4
+    out, grads = gradients(*ours, dout, args, *everything)
+    expected_out, expected = gradients(*reference, dout, args, *everything)
+    exact_out, exact = gradients(*reference, dout.double(), in_fp64(args), *everything)
+    for name, *triple in zip(("out", *NAMES), (out, *grads), (expected_out, *expected), (exact_out, *exact)):
         try:
             assert_as_good_as_torch(*triple)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+@on_triton
+@pytest.mark.parametrize("needed", range(4))
+def test_only_what_is_needed(path, needed):
+    """One gradient alone is what it is among all."""
+    args = layer(20, 4, 2, 64, 32, torch.float32, DEVICE, "sentinels")
+    dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ours = path._training_gpu, path._backward_gpu
+    _, together = gradients(*ours, dout, args, "silu", [True] * 4)
+    _, alone = gradients(*ours, dout, args, "silu", [i == needed for i in range(4)])
+    for i in range(4):
+        assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
 
 
 @on_triton

@@ -21,7 +21,7 @@ LEVELS = [
     ["__init__"],
     ["layers", "integration"],
     ["functional", "router", "lora"],
-    ["torch_ops", "routing", "quant", "reference"],
+    ["checks", "torch_ops", "routing", "quant", "reference"],
     ["kernels", "tuning"],
     ["_ops"],
 ]

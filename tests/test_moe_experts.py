@@ -188,11 +188,17 @@ def test_gradients_are_deterministic(kernel, device):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 def test_explicit_backward_is_the_gradient_of_the_reference(kernel, activation):
-    # The GPU and torch.compile use this backward; autograd through the reference checks it.
+    # torch.compile uses this backward on a CPU, and the kernels' tests compare with it.
     args = named(layer(33, 4, 2, 24, 12, torch.float64, ids="sentinels"))
     expected = gradients(lambda *a: kernel.reference.moe_experts(*a, activation), args)
     dout = torch.randn(33, 24, generator=torch.Generator().manual_seed(1)).double()
-    got = kernel.reference.moe_experts_backward(dout, *(t for _, t in args), activation, [True] * 4)
+    x, index, weights, gate_up_proj, down_proj = (t for _, t in args)
+    out, *saved = kernel.reference.moe_experts_training(x, index, weights, gate_up_proj, down_proj, activation)
+    torch.testing.assert_close(
+        out, kernel.reference.moe_experts(x, index, weights, gate_up_proj, down_proj, activation)
+    )
+    inputs = (dout, x, weights, gate_up_proj, down_proj)
+    got = kernel.reference.moe_experts_backward(*inputs, *saved, activation, [True] * 4)
     for name, grad in zip(NAMES, got):
         torch.testing.assert_close(grad, expected[name])
 

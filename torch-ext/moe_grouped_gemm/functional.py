@@ -8,6 +8,7 @@ import os
 import torch
 
 from . import reference, tuning
+from .checks import check_experts, check_floats, check_index, device_type, shape
 from .routing import Routing, route_torch
 from .torch_ops import register_op
 
@@ -62,20 +63,19 @@ def moe_experts(
 
     Under `torch.autocast` the three float operands of the GEMMs are cast first, as `torch.nn.functional.linear` does.
     """
-    device_type = _device_type("hidden_states", hidden_states)
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    device = device_type("hidden_states", hidden_states)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
-    _check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if torch.compiler.is_compiling():
-        return _moe_experts_op(*inputs, activation)
-    if device_type == "cpu":
+        return _training_op(*inputs, activation)[0] if needs_grad else _moe_experts_op(*inputs, activation)
+    if device == "cpu":
         return reference.moe_experts(*inputs, activation)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return _moe_experts_op(*inputs, activation)
-    return _experts_gpu(*inputs, activation)
+    return _training_op(*inputs, activation)[0] if needs_grad else _experts_gpu(*inputs, activation)
 
 
 def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
@@ -122,7 +122,94 @@ _moe_experts_op = register_op(
 )
 
 
-def _experts_backward_fake(dout, x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, needs_grad):
+# --- moe_experts with gradients ---------------------------------------------------------------------------------------
+
+
+def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
+    """As `_experts_gpu` for many slots; also z (S, 2I) before the activation, and the routing."""
+    experts, rows, _ = gate_up_proj.shape
+    z = hidden_states.new_empty(top_k_index.numel(), rows)
+    if z.numel() == 0 or hidden_states.numel() == 0:
+        return hidden_states.new_zeros(hidden_states.shape), z, *route_torch(top_k_index, experts)
+    kernels = _kernels()
+    with torch.cuda.device_of(hidden_states):
+        if hidden_states.stride(1) != 1:
+            hidden_states = hidden_states.contiguous()
+        precision = _input_precision()
+        up_config, down_config = _config(z.shape[0], down_proj)
+        *routing, schedule = kernels.route(top_k_index.contiguous(), experts, up_config.BLOCK_M)
+        _, sorted_slots, slot_positions = routing
+        up_config = _as_readable(up_config, gate_up_proj)
+        top_k = top_k_index.shape[1]
+        a = kernels.gate_up(
+            hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config, z
+        )
+        y = kernels.grouped_gemm(a, down_proj, schedule, precision, _as_readable(down_config, a, down_proj))
+        return kernels.combine(y, slot_positions, top_k_weights.contiguous()), z, *routing
+
+
+def _training_forward(hidden_states, *args):
+    forward = reference.moe_experts_training if hidden_states.device.type == "cpu" else _training_gpu
+    return forward(hidden_states, *args)
+
+
+def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
+    return out, z, *_route_fake(top_k_index, gate_up_proj.shape[0])
+
+
+_training_op = register_op(
+    "moe_experts_training",
+    "(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
+    " str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _training_forward,
+    fake=_training_fake,
+)
+
+
+def _backward_gpu(
+    dout, hidden_states, top_k_weights, gate_up_proj, down_proj, z, offsets, slots, positions, activation, needs_grad
+):
+    """Gradients by kernels: of the two GEMMs' inputs, then of the weights."""
+    inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj)
+    grads = [t.new_zeros(t.shape if needed else 0) for t, needed in zip(inputs, needs_grad)]
+    if z.numel() == 0 or hidden_states.numel() == 0:
+        return tuple(grads)
+    needs_x, needs_weights, needs_gate_up, needs_down = needs_grad
+    kernels = _kernels()
+    with torch.cuda.device_of(dout):
+        # What the kernels read row by row.
+        dout, hidden_states, gate_up_proj, down_proj = (
+            t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states, gate_up_proj, down_proj)
+        )
+        top_k_weights = top_k_weights.contiguous()
+        precision = _input_precision()
+        experts, rows = gate_up_proj.shape[0], z.shape[0]
+        config = tuning.backward_config(rows, experts, z.dtype, _capability(dout.device.index))
+        schedule = kernels.tile_schedule(offsets, rows, config.down_dgrad.BLOCK_M)
+        dz, weighted_a, dweights = kernels.down_dgrad(
+            dout, down_proj, z, slots, top_k_weights, schedule, activation, needs_down, precision, config.down_dgrad
+        )
+        if needs_weights:
+            dweights = torch.where(positions >= 0, dweights[positions.clamp(min=0).long()], 0.0)
+            grads[1] = dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
+        if needs_x:
+            dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, config.gate_up_dgrad)
+            grads[0] = kernels.combine(dx, positions, torch.ones_like(top_k_weights, dtype=torch.float32))
+        if needs_gate_up:
+            grads[2] = kernels.wgrad(dz, hidden_states, slots, offsets, "q", precision, config.wgrad)
+        if needs_down:
+            grads[3] = kernels.wgrad(dout, weighted_a, slots, offsets, "p", precision, config.wgrad)
+    return tuple(grads)
+
+
+def _backward_impl(dout, *args):
+    backward = reference.moe_experts_backward if dout.device.type == "cpu" else _backward_gpu
+    return backward(dout, *args)
+
+
+def _backward_fake(dout, x, top_k_weights, gate_up_proj, down_proj, z, offsets, slots, positions, act, needs_grad):
     inputs = (x, top_k_weights, gate_up_proj, down_proj)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
@@ -130,29 +217,30 @@ def _experts_backward_fake(dout, x, top_k_index, top_k_weights, gate_up_proj, do
     )
 
 
-_moe_experts_backward_op = register_op(
+_backward_op = register_op(
     "moe_experts_backward",
-    "(Tensor dout, Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj,"
-    " Tensor down_proj, str activation, bool[] needs_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.moe_experts_backward,
-    fake=_experts_backward_fake,
+    "(Tensor dout, Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, Tensor z,"
+    " Tensor expert_offsets, Tensor sorted_slots, Tensor slot_positions, str activation, bool[] needs_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    fake=_backward_fake,
 )
 
 
-def _experts_setup_context(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+def _training_setup_context(ctx, inputs, output):
+    hidden_states, _, top_k_weights, gate_up_proj, down_proj, ctx.activation = inputs
+    ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, *output[1:])
 
 
-def _experts_backward(ctx, dout):
+def _training_backward(ctx, dout, *_):
     needs_x, _, *needs_others, _ = ctx.needs_input_grad
     needs_grad = [needs_x, *needs_others]
-    grads = _moe_experts_backward_op(dout, *ctx.saved_tensors, ctx.activation, needs_grad)
+    grads = _backward_op(dout, *ctx.saved_tensors, ctx.activation, needs_grad)
     dx, dweights, dgate_up, ddown = (grad if needed else None for grad, needed in zip(grads, needs_grad))
     return dx, None, dweights, dgate_up, ddown, None
 
 
-_moe_experts_op.register_autograd(_experts_backward, setup_context=_experts_setup_context)
+_training_op.register_autograd(_training_backward, setup_context=_training_setup_context)
 
 
 # --- building blocks --------------------------------------------------------------------------------------------------
@@ -167,7 +255,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     Returns:
         Routing with expert_offsets (E + 1,), sorted_slots (S,) and slot_positions (S,), all int32; S = T * top_k.
     """
-    _check_index(top_k_index)
+    check_index(top_k_index)
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
     return Routing(*_route_op(top_k_index, num_experts))
@@ -203,19 +291,17 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Te
         ValueError: shapes or devices do not fit together.
         TypeError: a dtype is not supported or differs from x.
     """
-    _check_floats(x=x, weight=weight)
+    check_floats(x=x, weight=weight)
     if x.ndim != 2:
-        raise ValueError(f"x: expected (S, K), got {_shape(x)}")
+        raise ValueError(f"x: expected (S, K), got {shape(x)}")
     if weight.ndim != 3 or weight.shape[2] != x.shape[1] or weight.shape[0] < 1:
-        raise ValueError(
-            f"weight: expected (E, N, {x.shape[1]}) with E >= 1 to fit x {_shape(x)}, got {_shape(weight)}"
-        )
+        raise ValueError(f"weight: expected (E, N, {x.shape[1]}) with E >= 1 to fit x {shape(x)}, got {shape(weight)}")
     if expert_offsets.dtype != torch.int32:
         raise TypeError(f"expert_offsets: expected int32, got {expert_offsets.dtype}")
     if expert_offsets.shape != (weight.shape[0] + 1,) or not expert_offsets.is_contiguous():
         raise ValueError(
-            f"expert_offsets: expected contiguous ({weight.shape[0] + 1},) to fit weight {_shape(weight)}, "
-            f"got {_shape(expert_offsets)}"
+            f"expert_offsets: expected contiguous ({weight.shape[0] + 1},) to fit weight {shape(weight)}, "
+            f"got {shape(expert_offsets)}"
         )
     if expert_offsets.device != x.device:
         raise ValueError(f"expert_offsets: expected on {x.device} like x, got {expert_offsets.device}")
@@ -244,10 +330,25 @@ _grouped_gemm_op = register_op(
     _grouped_gemm_forward,
     fake=lambda x, weight, expert_offsets: x.new_empty(x.shape[0], weight.shape[1]),
 )
+
+
+def _grouped_gemm_dw(dy, x, expert_offsets):
+    if x.device.type == "cpu":
+        return reference.grouped_gemm_dw(dy, x, expert_offsets)
+    experts = expert_offsets.shape[0] - 1
+    if x.numel() == 0 or dy.numel() == 0:
+        return x.new_zeros(experts, dy.shape[1], x.shape[1])
+    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
+    with torch.cuda.device_of(x):
+        config = tuning.backward_config(x.shape[0], experts, x.dtype, _capability(x.device.index)).wgrad
+        # No gather: any int32 tensor will do for the slots.
+        return _kernels().wgrad(dy, x, expert_offsets, expert_offsets, "", _input_precision(), config)
+
+
 _grouped_gemm_dw_op = register_op(
     "grouped_gemm_dw",
     "(Tensor dy, Tensor x, Tensor expert_offsets) -> Tensor",
-    reference.grouped_gemm_dw,
+    _grouped_gemm_dw,
     fake=lambda dy, x, expert_offsets: x.new_empty(expert_offsets.shape[0] - 1, dy.shape[1], x.shape[1]),
 )
 
@@ -264,78 +365,6 @@ def _grouped_gemm_backward(ctx, dy):
 _grouped_gemm_op.register_autograd(
     _grouped_gemm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-_FLOATS = {
-    "cuda": (torch.bfloat16, torch.float16, torch.float32),
-    "cpu": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
-}
-
-
-def _device_type(name: str, x: torch.Tensor) -> str:
-    if x.device.type not in _FLOATS:
-        raise ValueError(f"{name}: expected on cpu or cuda, got {x.device}")
-    return x.device.type
-
-
-def _shape(x: torch.Tensor) -> tuple:
-    return tuple(x.shape)
-
-
-def _check_floats(**tensors: torch.Tensor) -> None:
-    """All tensors share the device and the supported dtype of the first."""
-    names = iter(tensors)
-    first = next(names)
-    x = tensors[first]
-    device_type = _device_type(first, x)
-    allowed = _FLOATS[device_type]
-    if x.dtype not in allowed:
-        raise TypeError(f"{first}: expected one of {', '.join(map(str, allowed))} on {device_type}, got {x.dtype}")
-    for name in names:
-        if tensors[name].dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} like {first}, got {tensors[name].dtype}")
-        if tensors[name].device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} like {first}, got {tensors[name].device}")
-
-
-def _check_index(top_k_index: torch.Tensor) -> None:
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        # A float tensor that asks for gradients lands here as well.
-        raise TypeError(f"top_k_index: expected int32 or int64, got {top_k_index.dtype}")
-    if top_k_index.ndim != 2:
-        raise ValueError(f"top_k_index: expected (T, top_k), got {_shape(top_k_index)}")
-
-
-def _check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
-    _check_floats(hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj)
-    _check_index(top_k_index)
-    if hidden_states.ndim != 2:
-        raise ValueError(f"hidden_states: expected (T, H), got {_shape(hidden_states)}")
-    tokens, hidden_dim = hidden_states.shape
-    if top_k_index.shape[0] != tokens:
-        raise ValueError(f"top_k_index: expected ({tokens}, top_k) to fit hidden_states, got {_shape(top_k_index)}")
-    if top_k_weights.shape != top_k_index.shape:
-        raise ValueError(f"top_k_weights: expected {_shape(top_k_index)} like top_k_index, got {_shape(top_k_weights)}")
-    if not top_k_weights.is_floating_point():
-        raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")
-    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % 2:
-        raise ValueError(
-            f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {_shape(gate_up_proj)}"
-        )
-    experts, rows, _ = gate_up_proj.shape
-    if experts == 0:
-        raise ValueError(f"gate_up_proj: expected at least one expert, got {_shape(gate_up_proj)}")
-    if down_proj.shape != (experts, hidden_dim, rows // 2):
-        raise ValueError(
-            f"down_proj: expected {(experts, hidden_dim, rows // 2)} to fit gate_up_proj, got {_shape(down_proj)}"
-        )
-    for name, x in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
-        if x.device != hidden_states.device:
-            raise ValueError(f"{name}: expected on {hidden_states.device} like hidden_states, got {x.device}")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------

@@ -92,51 +92,79 @@ def _grouped_mm_can_read(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return aligned and weight.is_contiguous() and x.is_contiguous()
 
 
-def moe_experts_backward(
-    dout: torch.Tensor,
+def moe_experts_training(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     activation: str,
+) -> tuple[torch.Tensor, ...]:
+    """`moe_experts`, z (S, 2I) = [gate; up] of each sorted row, and expert_offsets, sorted_slots and slot_positions.
+
+    Rows of z that belong to no expert are zero here, and anything on a GPU.
+    """
+    act_fn, _ = ACTIVATIONS[activation]
+    sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up_proj.shape[0])
+    routed = int(expert_offsets[-1])
+    slots = sorted_slots[:routed]
+    tokens = slots // max(1, top_k_index.shape[1])
+    z = hidden_states.new_zeros(sorted_slots.numel(), gate_up_proj.shape[1])
+    z[:routed] = _grouped_linear(hidden_states[tokens], gate_up_proj, expert_offsets)
+    gate, up = z[:routed].chunk(2, dim=-1)
+    y = _grouped_linear(act_fn(gate) * up, down_proj, expert_offsets)
+    y = y * top_k_weights.reshape(-1, 1)[slots].to(_acc_dtype(y))
+    out = torch.zeros(hidden_states.shape, dtype=y.dtype, device=y.device).index_add_(0, tokens, y)
+    positions = torch.full_like(sorted_slots, -1)
+    positions[slots] = torch.arange(routed, device=slots.device)
+    return out.to(hidden_states.dtype), z, expert_offsets, sorted_slots.int(), positions.int()
+
+
+def moe_experts_backward(
+    dout: torch.Tensor,
+    hidden_states: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    z: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    sorted_slots: torch.Tensor,
+    slot_positions: torch.Tensor,
+    activation: str,
     needs_grad: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (hidden_states, top_k_weights, gate_up_proj, down_proj); an empty tensor where none is needed.
 
-    The forward is computed again, expert by expert, so nothing but its inputs needs to be saved.
+    z and the routing as `moe_experts_training` returns them.
     """
     act_fn, act_backward = ACTIVATIONS[activation]
-    top_k = top_k_index.shape[1]
+    top_k = top_k_weights.shape[1]
     acc_dtype = _acc_dtype(hidden_states)
     weights = top_k_weights.reshape(-1, 1).to(acc_dtype)
     dx = torch.zeros(hidden_states.shape if needs_grad[0] else 0, dtype=acc_dtype, device=dout.device)
     dweights = torch.zeros(weights.numel() if needs_grad[1] else 0, dtype=acc_dtype, device=dout.device)
     dgate_up = torch.zeros_like(gate_up_proj) if needs_grad[2] else gate_up_proj.new_empty(0)
     ddown = torch.zeros_like(down_proj) if needs_grad[3] else down_proj.new_empty(0)
-    sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up_proj.shape[0])
-    counts = expert_offsets.diff().tolist()
-    for expert, slots in enumerate(sorted_slots[: sum(counts)].split(counts)):
-        if not counts[expert]:
+    bounds = expert_offsets.tolist()
+    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        if begin == end:
             continue
+        slots = sorted_slots[begin:end].long()
         tokens = slots // top_k
-        x = hidden_states[tokens]
-        gate, up = F.linear(x, gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = z[begin:end].chunk(2, dim=-1)
         act = act_fn(gate)
         a = act * up
-        dy = dout[tokens]
+        b = dout[tokens] @ down_proj[expert]
         if needs_grad[1]:
-            dweights[slots] = (dy * F.linear(a, down_proj[expert]).to(acc_dtype)).sum(-1)
-        dy = (dy * weights[slots]).to(x.dtype)
+            dweights[slots] = (b.to(acc_dtype) * a).sum(-1)
         if needs_grad[3]:
-            torch.mm(dy.T, a, out=ddown[expert])
+            torch.mm(dout[tokens].T, (a * weights[slots]).to(a.dtype), out=ddown[expert])
         if not (needs_grad[0] or needs_grad[2]):
             continue
-        da = dy @ down_proj[expert]
-        dgate = act_backward(da * up, gate)
-        dz = torch.cat([dgate, da * act], dim=-1)
+        da = (b * weights[slots]).to(a.dtype)
+        dz = torch.cat([act_backward(da * up, gate), da * act], dim=-1)
         if needs_grad[2]:
-            torch.mm(dz.T, x, out=dgate_up[expert])
+            torch.mm(dz.T, hidden_states[tokens], out=dgate_up[expert])
         if needs_grad[0]:
             # Not index_add_: on CUDA that is atomic, and a token may come to one expert twice.
             dx.index_put_((tokens,), (dz @ gate_up_proj[expert]).to(acc_dtype), accumulate=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import reference, tuning
-from .functional import _FLOATS, _capability, _device_type, _kernels, _shape
+from .checks import FLOATS, device_type, shape
+from .functional import _capability, _kernels
 from .torch_ops import register_op
 
 
@@ -134,7 +135,7 @@ _topk_router_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(hidden_states, weight, e_score_correction_bias, top_k, num_group, topk_group) -> None:
-    allowed = _FLOATS[_device_type("hidden_states", hidden_states)]
+    allowed = FLOATS[device_type("hidden_states", hidden_states)]
     for name, x in (
         ("hidden_states", hidden_states),
         ("weight", weight),
@@ -145,13 +146,13 @@ def _check(hidden_states, weight, e_score_correction_bias, top_k, num_group, top
         if x.device != hidden_states.device:
             raise ValueError(f"{name}: expected on {hidden_states.device} like hidden_states, got {x.device}")
     if hidden_states.ndim != 2:
-        raise ValueError(f"hidden_states: expected (T, H), got {_shape(hidden_states)}")
+        raise ValueError(f"hidden_states: expected (T, H), got {shape(hidden_states)}")
     if weight.ndim != 2 or weight.shape[1] != hidden_states.shape[1]:
-        raise ValueError(f"weight: expected (E, {hidden_states.shape[1]}) to fit hidden_states, got {_shape(weight)}")
+        raise ValueError(f"weight: expected (E, {hidden_states.shape[1]}) to fit hidden_states, got {shape(weight)}")
     experts = weight.shape[0]
     if e_score_correction_bias.shape != (experts,):
         raise ValueError(
-            f"e_score_correction_bias: expected ({experts},) to fit weight, got {_shape(e_score_correction_bias)}"
+            f"e_score_correction_bias: expected ({experts},) to fit weight, got {shape(e_score_correction_bias)}"
         )
     if num_group < 1 or experts % num_group or experts < 2 * num_group:
         raise ValueError(f"num_group: expected to divide {experts} experts into groups of at least 2, got {num_group}")

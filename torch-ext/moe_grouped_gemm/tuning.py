@@ -45,6 +45,14 @@ class ExpertsConfig(NamedTuple):
     down: GemmConfig | DecodeConfig
 
 
+class BackwardConfig(NamedTuple):
+    """The three kernels of the backward; the first two share BLOCK_M, and with it the tile schedule."""
+
+    down_dgrad: GemmConfig
+    gate_up_dgrad: GemmConfig
+    wgrad: GemmConfig
+
+
 class RouterConfig(NamedTuple):
     """Launch configuration of the router's GEMM."""
 
@@ -88,6 +96,21 @@ FP32 = [
     (12, _pair(16, 32, 32, 4, 2, 64, 32, 4, 2, tma=False)),
     (float("inf"), _pair(64, 32, 16, 4, 2, 64, 16, 8, 2, tma=False)),
 ]
+
+# The backward: down_dgrad, gate_up_dgrad (both with this BLOCK_M), wgrad; by rows per expert as above.
+BACKWARD_HOPPER = [
+    (64, BackwardConfig(*(GemmConfig(64, 64, 128, 64, 8, 4, 4, False) for _ in range(3)))),
+    (
+        float("inf"),
+        BackwardConfig(
+            GemmConfig(128, 128, 128, 64, 8, 8, 4, False),
+            GemmConfig(128, 128, 256, 64, 8, 8, 4, False),
+            GemmConfig(128, 128, 256, 64, 8, 8, 3, False),
+        ),
+    ),
+]
+BACKWARD_PORTABLE = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 32, 8, 4, 3, False) for _ in range(3))))]
+BACKWARD_FP32 = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 16, 8, 8, 2, False) for _ in range(3))))]
 
 # The router, by tokens. Few tokens: small tiles of experts, so that many programs share in reading the weight.
 ROUTER_HOPPER = [
@@ -153,6 +176,18 @@ def _table(shape, dtype, capability, device_name):
     # Nearest in log(rows): neighbours meet at the geometric mean of theirs.
     limits = [math.sqrt(a * b) / shape[0] for (a, _), (b, _) in zip(entries, entries[1:])]
     return [(limit, config) for limit, (_, config) in zip([*limits, math.inf], entries)]
+
+
+def backward_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, BackwardConfig]]:
+    """(most rows per expert, configuration)."""
+    if dtype == torch.float32:
+        return BACKWARD_FP32
+    return BACKWARD_HOPPER if capability[0] == 9 else BACKWARD_PORTABLE
+
+
+def backward_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
+    """Configuration for `rows` routed rows over `num_experts` experts."""
+    return next(config for most, config in backward_configs(dtype, capability) if rows / num_experts <= most)
 
 
 def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, RouterConfig]]:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_gemm import _activate, _locate_tile
+from .grouped_gemm import _activate, _halves, _locate_tile
 from .launch import cdiv, launch
 
 
@@ -64,11 +64,6 @@ def _rows_times_weight(
 
 
 @triton.jit
-def _halves(x):
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
 def _quarters(x):
     """The four quarters of the columns of x."""
     left, right = _halves(x)
@@ -85,7 +80,7 @@ def _down_dgrad_kernel(
     sorted_slots_ptr,  # (S,) int32
     top_k_weights_ptr,  # (S,)
     dz_ptr,  # (S, 2I)
-    weighted_a_ptr,  # (S, I)
+    weighted_a_ptr,  # (S, I), or None
     partials_ptr,  # (tiles of I, S) fp32: <b, a> over the columns of each tile
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -131,8 +126,9 @@ def _down_dgrad_kernel(
         dtype = dz_ptr.dtype.element_ty
         tl.store(dz_ptr + offs_z, (da * up * _activation_slope(gate, ACTIVATION)).to(dtype), mask=mask)
         tl.store(dz_ptr + offs_z + I, (da * act).to(dtype), mask=mask)
-        offs_a = offs_m[:, None].to(tl.int64) * I + offs_n[None, :]
-        tl.store(weighted_a_ptr + offs_a, (weight * a).to(dtype), mask=mask)
+        if weighted_a_ptr is not None:
+            offs_a = offs_m[:, None].to(tl.int64) * I + offs_n[None, :]
+            tl.store(weighted_a_ptr + offs_a, (weight * a).to(dtype), mask=mask)
     tl.store(partials_ptr + tile_n.to(tl.int64) * S + offs_m, dweight, mask=mask_m)
 
 
@@ -212,8 +208,8 @@ def _wgrad_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, input_precision, config):
-    """dout (T, H), w (E, H, I), z (S, 2I) -> dz (S, 2I), weighted_a (S, I), dweights (S,) fp32, rows in sorted order.
+def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, needs_a, input_precision, config):
+    """dout (T, H), w (E, H, I), z (S, 2I) -> dz (S, 2I), weighted_a (S, I) or None, dweights (S,) fp32, sorted.
 
     Rows of dout and of w, and top_k_weights, are contiguous. Rows that belong to no expert stay unwritten.
     """
@@ -221,7 +217,7 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, in
     rows, tiles = sorted_slots.numel(), schedule.shape[1]
     n_tiles = cdiv(inter, config.BLOCK_N)
     dz = torch.empty_like(z)
-    weighted_a = z.new_empty(rows, inter)
+    weighted_a = z.new_empty(rows, inter) if needs_a else None
     partials = torch.empty((n_tiles, rows), dtype=torch.float32, device=z.device)
     top_k = rows // dout.shape[0]
     sizes = (inter, hidden_dim, dout.stride(0), w.stride(0), w.stride(1))
@@ -232,7 +228,7 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, in
         (tiles * n_tiles, 1, 1),
         (dout, w, z, sorted_slots, top_k_weights, dz, weighted_a, partials, schedule, tiles, top_k, rows)
         + (*sizes, *constants),
-        (z.device, z.dtype, top_k_weights.dtype, alignment, top_k, sizes, constants, config[5:7]),
+        (z.device, z.dtype, top_k_weights.dtype, needs_a, alignment, top_k, sizes, constants, config[5:7]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -90,10 +90,21 @@ def _store_rows(y_ptr, y, row, row_end, offs_n, N):
 
 
 @triton.jit
-def _glu(acc, ACTIVATION: tl.constexpr):
-    """[M, 2 N] of gate and up -> [M, N]."""
-    gate, up = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-    return _activate(gate, ACTIVATION) * up
+def _store_glu(a_ptr, z_ptr, gate, up, row, row_end, offs_n, I, ACTIVATION: tl.constexpr):
+    """act(gate) * up, and for a backward what it is made of."""
+    _store_rows(a_ptr, _activate(gate, ACTIVATION) * up, row, row_end, offs_n, I)
+    if z_ptr is not None:
+        offs_m = row + tl.arange(0, gate.shape[0])
+        z_ptrs = z_ptr + offs_m[:, None].to(tl.int64) * (2 * I) + offs_n[None, :]
+        mask = (offs_m < row_end)[:, None] & (offs_n < I)[None, :]
+        tl.store(z_ptrs, gate.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptrs + I, up.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -101,6 +112,7 @@ def _gate_up_tile(
     x_ptr,
     w_ptr,
     a_ptr,
+    z_ptr,
     sorted_slots_ptr,
     expert,
     row,
@@ -175,10 +187,14 @@ def _gate_up_tile(
         if not USE_TMA:
             w_ptrs += BLOCK_K * stride_wk
 
-    a = _glu(acc, ACTIVATION) if ROWS_FIRST else (_activate(gate, ACTIVATION) * up).T
-    _store_rows(a_ptr, a, row, row_end, offs_n, I)
+    if ROWS_FIRST:
+        gate, up = _halves(acc)
+        _store_glu(a_ptr, z_ptr, gate, up, row, row_end, offs_n, I, ACTIVATION)
+    else:
+        _store_glu(a_ptr, z_ptr, gate.T, up.T, row, row_end, offs_n, I, ACTIVATION)
     if MORE_M:
-        _store_rows(a_ptr, _glu(more_acc, ACTIVATION), row + BLOCK_M, row_end, offs_n, I)
+        gate, up = _halves(more_acc)
+        _store_glu(a_ptr, z_ptr, gate, up, row + BLOCK_M, row_end, offs_n, I, ACTIVATION)
 
 
 # max_tiles follows T: a new T must not compile anew.
@@ -187,6 +203,7 @@ def _gate_up_kernel(
     x_ptr,  # (T, H)
     w_ptr,  # (E, 2I, H), rows [gate; up]; with USE_TMA a descriptor of it as (E, 2, I, H)
     a_ptr,  # (S, I)
+    z_ptr,  # (S, 2I), rows [gate; up] before the activation; None if nobody wants it
     sorted_slots_ptr,  # (S,) int32
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -225,6 +242,7 @@ def _gate_up_kernel(
                 x_ptr,
                 w_ptr,
                 a_ptr,
+                z_ptr,
                 sorted_slots_ptr,
                 expert,
                 row,
@@ -361,8 +379,8 @@ def _grouped_gemm_kernel(
             )
 
 
-def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, config):
-    """x (T, H), w (E, 2I, H) -> (S, I); rows of skipped slots stay unwritten."""
+def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, config, z=None):
+    """x (T, H), w (E, 2I, H) -> (S, I), and z (S, 2I) filled; rows of skipped slots stay unwritten."""
     _, rows, hidden_dim = w.shape
     inter = rows // 2
     tiles = schedule.shape[1]
@@ -377,8 +395,8 @@ def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, co
     launch(
         _gate_up_kernel,
         (tiles * cdiv(inter, block_n), 1, 1),
-        (x, w_arg, a, sorted_slots, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        (x, w_arg, a, z, sorted_slots, schedule, tiles, *sizes, *constants),
+        (x.device, x.dtype, z is None, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -1,0 +1,76 @@
+"""Checks of arguments: each error names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+
+FLOATS = {
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+    "cpu": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+}
+
+
+def device_type(name: str, x: torch.Tensor) -> str:
+    if x.device.type not in FLOATS:
+        raise ValueError(f"{name}: expected on cpu or cuda, got {x.device}")
+    return x.device.type
+
+
+def shape(x: torch.Tensor) -> tuple:
+    return tuple(x.shape)
+
+
+def check_floats(**tensors: torch.Tensor) -> None:
+    """All tensors share the device and the supported dtype of the first."""
+    names = iter(tensors)
+    first = next(names)
+    x = tensors[first]
+    kind = device_type(first, x)
+    allowed = FLOATS[kind]
+    if x.dtype not in allowed:
+        raise TypeError(f"{first}: expected one of {', '.join(map(str, allowed))} on {kind}, got {x.dtype}")
+    for name in names:
+        if tensors[name].dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} like {first}, got {tensors[name].dtype}")
+        if tensors[name].device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} like {first}, got {tensors[name].device}")
+
+
+def check_index(top_k_index: torch.Tensor) -> None:
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        # A float tensor that asks for gradients lands here as well.
+        raise TypeError(f"top_k_index: expected int32 or int64, got {top_k_index.dtype}")
+    if top_k_index.ndim != 2:
+        raise ValueError(f"top_k_index: expected (T, top_k), got {shape(top_k_index)}")
+
+
+def check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
+    check_floats(hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj)
+    check_index(top_k_index)
+    if hidden_states.ndim != 2:
+        raise ValueError(f"hidden_states: expected (T, H), got {shape(hidden_states)}")
+    tokens, hidden_dim = hidden_states.shape
+    if top_k_index.shape[0] != tokens:
+        raise ValueError(f"top_k_index: expected ({tokens}, top_k) to fit hidden_states, got {shape(top_k_index)}")
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(f"top_k_weights: expected {shape(top_k_index)} like top_k_index, got {shape(top_k_weights)}")
+    if not top_k_weights.is_floating_point():
+        raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")
+    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % 2:
+        raise ValueError(
+            f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {shape(gate_up_proj)}"
+        )
+    experts, rows, _ = gate_up_proj.shape
+    if experts == 0:
+        raise ValueError(f"gate_up_proj: expected at least one expert, got {shape(gate_up_proj)}")
+    if down_proj.shape != (experts, hidden_dim, rows // 2):
+        raise ValueError(
+            f"down_proj: expected {(experts, hidden_dim, rows // 2)} to fit gate_up_proj, got {shape(down_proj)}"
+        )
+    for name, x in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        if x.device != hidden_states.device:
+            raise ValueError(f"{name}: expected on {hidden_states.device} like hidden_states, got {x.device}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
