@@ -86,11 +86,12 @@ def backward_launches(kernels, dtype, configs, precisions):
     weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
     offsets, schedule = empty(EXPERTS + 1, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
     for (_, config), precision in product(configs, precisions):
-        first, second, wgrad = config
-        for needs_a in (True, False):
+        wgrad = config.wgrad
+        for first, needs_a in product({config.down_dgrad, config.down_dgrad._replace(USE_TMA=False)}, (True, False)):
             args = (x, w2, z, slots, weights, schedule, "silu", needs_a, precision, first)
             yield dtype, first, partial(kernels.down_dgrad, *args)
-        yield dtype, second, partial(kernels.gate_up_dgrad, z, w1, schedule, precision, second)
+        for second in {config.gate_up_dgrad, config.gate_up_dgrad._replace(USE_TMA=False)}:
+            yield dtype, second, partial(kernels.gate_up_dgrad, z, w1, schedule, precision, second)
         yield dtype, wgrad, partial(kernels.wgrad, z, x, slots, offsets, "q", precision, wgrad)
         yield dtype, wgrad, partial(kernels.wgrad, x, a, slots, offsets, "p", precision, wgrad)
         yield dtype, wgrad, partial(kernels.wgrad, z, a, slots, offsets, "", precision, wgrad)

@@ -31,11 +31,11 @@ CASES = [  # T, E, top_k, H, I, ids
 NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 
 
-@pytest.fixture
-def path(kernel, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["loads", "tma"])
+def path(kernel, monkeypatch, request):
     """functional.py, with small tiles, run on what is there."""
     functional, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "tuning"))
-    config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, False)
+    config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, USE_TMA=request.param)
     monkeypatch.setattr(functional, "_config", lambda *args: tuning.ExpertsConfig(config, config))
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "backward_config", lambda *args: tuning.BackwardConfig(config, config, config))

@@ -189,13 +189,23 @@ def _backward_gpu(
         config = tuning.backward_config(rows, experts, z.dtype, _capability(dout.device.index))
         schedule = kernels.tile_schedule(offsets, rows, config.down_dgrad.BLOCK_M)
         dz, weighted_a, dweights = kernels.down_dgrad(
-            dout, down_proj, z, slots, top_k_weights, schedule, activation, needs_down, precision, config.down_dgrad
+            dout,
+            down_proj,
+            z,
+            slots,
+            top_k_weights,
+            schedule,
+            activation,
+            needs_down,
+            precision,
+            _as_readable(config.down_dgrad, down_proj),
         )
         if needs_weights:
             dweights = torch.where(positions >= 0, dweights[positions.clamp(min=0).long()], 0.0)
             grads[1] = dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
         if needs_x:
-            dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, config.gate_up_dgrad)
+            dgrad_config = _as_readable(config.gate_up_dgrad, gate_up_proj)
+            dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, dgrad_config)
             grads[0] = kernels.combine(dx, positions, torch.ones_like(top_k_weights, dtype=torch.float32))
         if needs_gate_up:
             grads[2] = kernels.wgrad(dz, hidden_states, slots, offsets, "q", precision, config.wgrad)

@@ -99,12 +99,12 @@ FP32 = [
 
 # The backward: down_dgrad, gate_up_dgrad (both with this BLOCK_M), wgrad; by rows per expert as above.
 BACKWARD_HOPPER = [
-    (64, BackwardConfig(*(GemmConfig(64, 64, 128, 64, 8, 4, 4, False) for _ in range(3)))),
+    (64, BackwardConfig(*(GemmConfig(64, 64, 128, 64, 8, 4, 4, True) for _ in range(3)))),
     (
         float("inf"),
         BackwardConfig(
-            GemmConfig(128, 128, 128, 64, 8, 8, 4, False),
-            GemmConfig(128, 128, 256, 64, 8, 8, 4, False),
+            GemmConfig(128, 128, 128, 64, 8, 8, 4, True),
+            GemmConfig(128, 128, 256, 64, 8, 8, 4, True),
             GemmConfig(128, 128, 256, 64, 8, 8, 3, False),
         ),
     ),

@@ -16,6 +16,7 @@ wgrad a program for each tile of each expert's gradient, which walks the expert'
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm import _activate, _halves, _locate_tile
 from .launch import cdiv, launch
@@ -41,25 +42,34 @@ def _activation_slope(x, ACTIVATION: tl.constexpr):
 def _rows_times_weight(
     x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns
     mask_m,
-    w_ptr,  # this expert's (K, N)
-    offs_n,
+    w_ptr,  # (E, K, N); with USE_TMA a descriptor of it
+    expert,
+    tile_n,
     K,
     N,
+    stride_we,
     stride_wk,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """[BLOCK_M, K] @ [K, BLOCK_N] in fp32."""
     offs_k = tl.arange(0, BLOCK_K)
-    w_ptrs = w_ptr + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
-    acc = tl.zeros((x_ptrs.shape[0], offs_n.shape[0]), tl.float32)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if not USE_TMA:
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
+    acc = tl.zeros((x_ptrs.shape[0], BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * stride_wk
+        if USE_TMA:
+            w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
+        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
     return acc
 
 
@@ -75,7 +85,7 @@ def _quarters(x):
 @triton.jit(do_not_specialize=["max_tiles", "S"])
 def _down_dgrad_kernel(
     dout_ptr,  # (T, H)
-    w_ptr,  # (E, H, I)
+    w_ptr,  # (E, H, I); with USE_TMA a descriptor of it
     z_ptr,  # (S, 2I), rows [gate; up]
     sorted_slots_ptr,  # (S,) int32
     top_k_weights_ptr,  # (S,)
@@ -95,6 +105,7 @@ def _down_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -104,10 +115,10 @@ def _down_dgrad_kernel(
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < row_end
     slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptrs = dout_ptr + (slots // top_k)[:, None].to(tl.int64) * stride_dt + tl.arange(0, BLOCK_K)[None, :]
-    w_ptr += expert.to(tl.int64) * stride_we
-    b = _rows_times_weight(x_ptrs, mask_m, w_ptr, offs_n, H, I, stride_wk, BLOCK_K, INPUT_PRECISION)
+    b = _rows_times_weight(
+        x_ptrs, mask_m, w_ptr, expert, tile_n, H, I, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
+    )
 
     weight = tl.load(top_k_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
     dweight = tl.zeros((BLOCK_M,), tl.float32)
@@ -135,7 +146,7 @@ def _down_dgrad_kernel(
 @triton.jit(do_not_specialize=["max_tiles"])
 def _gate_up_dgrad_kernel(
     dz_ptr,  # (S, 2I)
-    w_ptr,  # (E, 2I, H)
+    w_ptr,  # (E, 2I, H); with USE_TMA a descriptor of it
     dx_ptr,  # (S, H)
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -147,6 +158,7 @@ def _gate_up_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(H, BLOCK_N), BLOCK_M, GROUP_M)
@@ -156,8 +168,9 @@ def _gate_up_dgrad_kernel(
     mask_m = offs_m < row_end
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptrs = dz_ptr + offs_m[:, None].to(tl.int64) * K + tl.arange(0, BLOCK_K)[None, :]
-    w_ptr += expert.to(tl.int64) * stride_we
-    dx = _rows_times_weight(x_ptrs, mask_m, w_ptr, offs_n, K, H, stride_wk, BLOCK_K, INPUT_PRECISION)
+    dx = _rows_times_weight(
+        x_ptrs, mask_m, w_ptr, expert, tile_n, K, H, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
+    )
     dx_ptrs = dx_ptr + offs_m[:, None].to(tl.int64) * H + offs_n[None, :]
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < H)[None, :])
 
@@ -208,6 +221,14 @@ def _wgrad_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
+def _tile(config):
+    return config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M, config.USE_TMA
+
+
+def _weight(w, config):
+    return TensorDescriptor(w, w.shape, w.stride(), [1, config.BLOCK_K, config.BLOCK_N]) if config.USE_TMA else w
+
+
 def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, needs_a, input_precision, config):
     """dout (T, H), w (E, H, I), z (S, 2I) -> dz (S, 2I), weighted_a (S, I) or None, dweights (S,) fp32, sorted.
 
@@ -221,12 +242,25 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, ne
     partials = torch.empty((n_tiles, rows), dtype=torch.float32, device=z.device)
     top_k = rows // dout.shape[0]
     sizes = (inter, hidden_dim, dout.stride(0), w.stride(0), w.stride(1))
-    constants = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M, activation, input_precision)
+    constants = (*_tile(config), activation, input_precision)
     alignment = (dout.data_ptr() % 16, w.data_ptr() % 16, top_k_weights.data_ptr() % 16)
     launch(
         _down_dgrad_kernel,
         (tiles * n_tiles, 1, 1),
-        (dout, w, z, sorted_slots, top_k_weights, dz, weighted_a, partials, schedule, tiles, top_k, rows)
+        (
+            dout,
+            _weight(w, config),
+            z,
+            sorted_slots,
+            top_k_weights,
+            dz,
+            weighted_a,
+            partials,
+            schedule,
+            tiles,
+            top_k,
+            rows,
+        )
         + (*sizes, *constants),
         (z.device, z.dtype, top_k_weights.dtype, needs_a, alignment, top_k, sizes, constants, config[5:7]),
         num_warps=config.num_warps,
@@ -241,11 +275,11 @@ def gate_up_dgrad(dz, w, schedule, input_precision, config):
     tiles = schedule.shape[1]
     dx = dz.new_empty(dz.shape[0], hidden_dim)
     sizes = (K, hidden_dim, w.stride(0), w.stride(1))
-    constants = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M, input_precision)
+    constants = (*_tile(config), input_precision)
     launch(
         _gate_up_dgrad_kernel,
         (tiles * cdiv(hidden_dim, config.BLOCK_N), 1, 1),
-        (dz, w, dx, schedule, tiles, *sizes, *constants),
+        (dz, _weight(w, config), dx, schedule, tiles, *sizes, *constants),
         (dz.device, dz.dtype, w.data_ptr() % 16, sizes, constants, config[5:7]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
