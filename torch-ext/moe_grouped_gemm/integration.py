@@ -238,7 +238,7 @@ def _lora_factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.L
             B, A, scaling = wrapper.get_delta_factors(adapter)
             rank = A.shape[1]
             if (A.shape, B.shape) != ((experts, rank, columns), (experts, rows, rank)) or wrapper.lora_variant:
-                raise TypeError(f"adapter {adapter!r} is no product of {tuple(B.shape)} and {tuple(A.shape)}")
+                raise TypeError("an adapter is not the product of two plain factors")
             factors.append(lora.LoraFactors(A, B, scaling))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         return _warn_of_peft(f"{type(error).__name__}: {error}")
