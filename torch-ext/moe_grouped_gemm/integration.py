@@ -208,7 +208,7 @@ def _check_peft() -> None:
     # Transformers may be building a model around us: on "meta", in another dtype and with torch.nn.init switched off.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         module = nn.Module()
-        module.weight = nn.Parameter(torch.empty(2, 4, 3, dtype=torch.float32))
+        module.weight = nn.Parameter(torch.empty(2, 4, 3, dtype=torch.float64))
         options = {"config": LoraConfig(), "lora_alpha": 3}
         wrapper = ParamWrapper(module, "a", parameter_name="weight", r=1, **options)
         wrapper.update_layer("b", r=2, **options)

@@ -34,11 +34,11 @@ def moe_experts_lora(
 ) -> torch.Tensor:
     """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
 
-    Result and the other arguments as in `moe_experts`. Nothing of a weight's size is made; the gradient of a weight
-    only if it is asked for, and no two adapters need the same rank.
+    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Nothing of a weight's size is made,
+    but for the gradient of a weight that requires one, and the cast of one that has another dtype than autocast's.
 
-    Saved for backward, besides the inputs: per routed slot the rows of both GEMMs (H + I), gate, up and act(gate) (3I),
-    the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
+    Saved for backward: the inputs, by reference, and per routed slot the rows of both GEMMs (H + I), gate, up and
+    act(gate) (3I), the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
     """
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
