@@ -6,9 +6,10 @@ import torch
 
 from . import reference, tuning
 from .functional import _FLOATS, _capability, _device_type, _kernels, _shape
-from .torch_ops import register_op
+from .torch_ops import register_op, rejects_transforms
 
 
+@rejects_transforms
 def topk_router(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
