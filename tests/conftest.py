@@ -44,6 +44,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads on such small matrices wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def no_other_kernels(monkeypatch):
     """`use_kernels=True` on a GPU also looks for Transformers' own kernels (RMSNorm, ...) on the Hub."""

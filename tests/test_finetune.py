@@ -11,7 +11,7 @@ from conftest import ROOT
 
 STEPS = 20
 
-pytestmark = pytest.mark.usefixtures("no_other_kernels")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
 
 
 @pytest.fixture

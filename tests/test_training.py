@@ -11,7 +11,7 @@ from oracle import layer
 from tiny_models import WAYS, prompt, tiny_model
 from two_processes import run_two_processes
 
-pytestmark = pytest.mark.usefixtures("no_other_kernels")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
 
 
 def compiled(function, device):

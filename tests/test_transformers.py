@@ -28,16 +28,7 @@ from two_processes import run_two_processes
 HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
 INTERFACE = "moe_grouped_gemm"
 
-pytestmark = pytest.mark.usefixtures("no_other_kernels")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on such small matrices wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
 
 
 @pytest.fixture(scope="module")
