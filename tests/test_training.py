@@ -89,7 +89,7 @@ def test_non_leaf_weights(kernel, experts, device):
         weight = torch.baddbmm(gate_up_proj, b, a, alpha=0.1)
         return torch.autograd.grad(function(x, *routing, weight, down_proj).square().sum(), [a, b])
 
-    torch.testing.assert_close(grads(experts), grads(kernel.reference.moe_experts))
+    torch.testing.assert_close(grads(experts), grads(kernel.reference.moe_experts), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["whole-step", "backward-only"])
