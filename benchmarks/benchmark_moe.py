@@ -273,15 +273,16 @@ def row(case):
 
 
 def commit():
-    """HEAD, marked if anything but results differs from it."""
+    """$COMMIT, for a copy of the tree; or HEAD, marked if anything but results differs from it."""
 
     def git(*args):
         command = ["git", "-C", Path(__file__).resolve().parent, *args]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
-    head = git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown")
-    return head + ("-dirty" if changes else "")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changes else "")
 
 
 def main():

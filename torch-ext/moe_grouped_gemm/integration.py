@@ -1,8 +1,8 @@
-"""Everything that knows Transformers: which of its modules we can serve, and how they find us.
+"""Everything that knows Transformers and PEFT: which modules we can serve, and how they find us.
 
 Three ways lead here: a KernelConfig or `use_kernels=True` makes `kernelize` put the forward of one of our layers on
 each module that it serves; `experts_implementation="moe_grouped_gemm"` makes the experts' own forward call
-`experts_forward`.
+`experts_forward`. PEFT's adapters on expert weights come to `experts_forward` as factors, through `_activate_lora`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ import functools
 import importlib.util
 import inspect
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 
 import torch
 from torch import nn
 
-from . import functional, router
+from . import functional, lora, router
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
 # For `kernelize`; given a KernelConfig, Transformers takes the name of the layer's class.
 EXPERTS_LAYER = "MoEExperts"
 ROUTER_LAYER = "DeepseekV3TopkRouter"
+
+_WEIGHTS = ("gate_up_proj", "down_proj")
+# Of a module while PEFT's wrappers around it run: (name of a weight, factors) of each active adapter.
+_ADAPTERS = "_moe_grouped_gemm_adapters"
 
 # What Transformers' experts have as `act_fn` -> our names.
 _ACTIVATIONS = {
@@ -54,7 +60,12 @@ def experts_forward(
         if _is_dense(gate_up_proj) and _is_dense(down_proj):
             # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
             x = hidden_states.to(gate_up_proj.dtype)
-            out = functional.moe_experts(x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+            inputs = (x, top_k_index, top_k_weights, gate_up_proj, down_proj)
+            if adapters := getattr(module, _ADAPTERS, ()):
+                factors = [tuple(f for name, f in adapters if name == weight) for weight in _WEIGHTS]
+                out = lora.moe_experts_lora(*inputs, *factors, activation)
+            else:
+                out = functional.moe_experts(*inputs, activation)
             return out.to(hidden_states.dtype)
     # The innermost function is the eager one: FP8Experts is decorated anew for every module.
     return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights)
@@ -131,6 +142,118 @@ def _is_unwrapped(module: nn.Module, *forwards) -> bool:
     return isinstance(forward, MethodType) and forward.__func__ in forwards
 
 
+def _runs_on_kernel(module: nn.Module) -> bool:
+    """Whether `module(...)` is bound to end in `experts_forward`, and there in our own computation."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from .layers import MoEExperts
+
+    if _activation(module) is None or not all(_is_dense(getattr(module, name)) for name in _WEIGHTS):
+        return False
+    forward = getattr(module, "_old_forward", module.forward)  # accelerate's hook keeps what it wraps there
+    if not isinstance(forward, MethodType):
+        return False
+    if forward.__func__ is MoEExperts.forward:
+        return True
+    dispatches = any("_apply_gate" in vars(cls) and cls.forward is forward.__func__ for cls in type(module).__mro__)
+    name = module.config._experts_implementation
+    return dispatches and name == EXPERTS_IMPLEMENTATION and ALL_EXPERTS_FUNCTIONS.get(name) is experts_forward
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _meet_peft() -> None:
+    """Let PEFT's wrapper of a weight give its factors to a module that runs on this kernel.
+
+    The wrapper registers a parametrization around every forward, and torch evaluates a parametrization as it is
+    registered: W + BA would be made for all experts even if nobody read it. So this steps in before. Every other
+    module, and a PEFT that does not do what we replace, keeps PEFT's own way.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
+        from peft.tuners.lora.layer import ParamWrapper
+
+        materialize = ParamWrapper._activate_lora
+        _check_peft()
+    except Exception as error:  # whatever PEFT has become
+        return _warn_of_peft(f"{type(error).__name__}: {error}")
+
+    @functools.wraps(materialize)
+    @contextmanager
+    def activate_lora(self, active_adapters):
+        module = self.get_base_layer()
+        factors = _lora_factors(self, active_adapters) if _runs_on_kernel(module) else None
+        if factors is None:
+            with materialize(self, active_adapters):
+                yield
+            return
+        outer = getattr(module, _ADAPTERS, ())  # of the wrapper around this one, which has another weight
+        setattr(module, _ADAPTERS, (*outer, *((self.parameter_name, f) for f in factors)))
+        try:
+            yield
+        finally:
+            setattr(module, _ADAPTERS, outer)
+
+    ParamWrapper._activate_lora = activate_lora
+
+
+def _check_peft() -> None:
+    """Ask PEFT itself, on two experts of 4 x 3: does its wrapper add `get_delta_factors` to the weight and no more?"""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import ParamWrapper
+
+    # Transformers may be building a model around us: on "meta", in another dtype and with torch.nn.init switched off.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.empty(2, 4, 3, dtype=torch.float64))
+        options = {"config": LoraConfig(), "lora_alpha": 3}
+        wrapper = ParamWrapper(module, "a", parameter_name="weight", r=1, **options)
+        wrapper.update_layer("b", r=2, **options)
+        for parameter in wrapper.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        expected = module.weight.clone()
+        for active in (["a"], ["a", "b"]):
+            lhs, rhs, scaling = wrapper.get_delta_factors(active[-1])
+            expected += scaling * lhs @ rhs
+            with wrapper._activate_lora(active):
+                torch.testing.assert_close(module.weight, expected)
+
+
+def _lora_factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.LoraFactors] | None:
+    """The factors of the adapters that PEFT would add to the wrapped weight; None if they are not as expected.
+
+    In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast.
+    """
+    if wrapper.parameter_name not in _WEIGHTS:
+        return None
+    factors = []
+    try:
+        experts, rows, columns = wrapper.get_param().shape
+        for adapter in active_adapters:
+            if adapter not in wrapper.lora_A:
+                continue
+            B, A, scaling = wrapper.get_delta_factors(adapter)
+            rank = A.shape[1]
+            if (A.shape, B.shape) != ((experts, rank, columns), (experts, rows, rank)) or wrapper.lora_variant:
+                raise TypeError("an adapter is not the product of two plain factors")
+            factors.append(lora.LoraFactors(A, B, scaling))
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        return _warn_of_peft(f"{type(error).__name__}: {error}")
+    return factors
+
+
+@functools.cache
+def _warn_of_peft(reason: str) -> None:
+    warnings.warn(
+        f"moe-grouped-gemm cannot take adapters on expert weights from PEFT ({reason}). Results are right all the same,"
+        " but each forward makes W + BA for all experts.",
+        stacklevel=2,
+    )
+
+
 def _mark(cls: type) -> type:
     """Give `kernelize` a name for `cls`, if Transformers' decorator gave it the gate that we compute."""
     from kernels import replace_kernel_forward_from_hub
@@ -144,6 +267,7 @@ def _mark(cls: type) -> type:
 def stock_experts_class(config) -> type:
     """The experts class of the model that `config` belongs to, marked for `kernelize`."""
     _register_interface()
+    _meet_peft()
     for config_class in type(config).__mro__:
         classes = _experts_classes(config_class.__module__.replace("configuration_", "modeling_"))
         if len(classes) == 1:
@@ -227,6 +351,7 @@ def register() -> None:
     from .layers import DeepseekV3TopkRouter, MoEExperts
 
     _register_interface()
+    _meet_peft()
     for name, cls in ((EXPERTS_LAYER, MoEExperts), (ROUTER_LAYER, DeepseekV3TopkRouter)):
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
