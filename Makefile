@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: venv build style test bench plot tune demo
+.PHONY: venv build style test bench plot tune demo finetune
 
 venv: $(READY)
 
@@ -43,3 +43,6 @@ tune: build
 
 demo: build
 	$(PYTHON) examples/demo.py $(if $(MODEL),--model $(MODEL))
+
+finetune: build
+	$(PYTHON) examples/finetune_lora.py

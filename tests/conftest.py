@@ -42,3 +42,20 @@ def kernel():
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads on such small matrices wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_other_kernels(monkeypatch):
+    """`use_kernels=True` on a GPU also looks for Transformers' own kernels (RMSNorm, ...) on the Hub."""
+    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
+    with kernels.use_kernel_mapping({}, inherit_mapping=False):
+        yield

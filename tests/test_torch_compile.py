@@ -2,29 +2,21 @@
 
 import pytest
 import torch
-from kernels import use_kernel_mapping
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, CompileConfig
+from transformers import CompileConfig
 
 from oracle import layer
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt
+from tiny_models import NUM_MOE_LAYERS, WAYS, prompt, tiny_model
 
 # Not first a number that some other dimension has: dynamo would take the two for one.
 TOKENS = (7, 2, 64, 300)
-WAYS = ["use_kernels", "moe_grouped_gemm"]
+
+pytestmark = pytest.mark.usefixtures("no_other_kernels")
 
 
 @pytest.fixture(params=["inference", "training"])
 def training(request):
     return request.param == "training"
-
-
-@pytest.fixture(autouse=True)
-def no_other_kernels(monkeypatch):
-    """`use_kernels=True` on a GPU also looks for Transformers' own kernels (RMSNorm, ...) on the Hub."""
-    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
-    with use_kernel_mapping({}, inherit_mapping=False):
-        yield
 
 
 @pytest.fixture
@@ -33,20 +25,6 @@ def backend(device):
     torch.compiler.reset()
     yield CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     torch.compiler.reset()
-
-
-def tiny_model(device, kernel=None, way=None):
-    """Stock without a way; the weights are the same every time."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepseek_v3_config()).to(device).eval()
-    if way is not None:
-        kernel.register()
-    if way == "use_kernels":
-        model.set_use_kernels(True)
-        assert all(e.forward.__func__ is kernel.layers.MoEExperts.forward for e in experts_of(model))
-    elif way is not None:
-        model.set_experts_implementation(way)
-    return model
 
 
 def run(function, inputs, training):

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import os
 import re
 import runpy
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from kernels import Mode, kernelize, use_kernel_mapping
+from kernels import Mode, kernelize
 from safetensors import safe_open
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, KernelConfig
@@ -24,18 +23,12 @@ from transformers.monkey_patching import clear_patch_mapping, register_patch_map
 from transformers.utils import kernel_config as kernel_config_module
 
 from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt, save_deepseek_v3
+from two_processes import run_two_processes
 
 HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
 INTERFACE = "moe_grouped_gemm"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on such small matrices wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +36,6 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("deepseek-v3")
     save_deepseek_v3(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_other_kernels(monkeypatch):
-    """`use_kernels=True` on a GPU also looks for Transformers' own kernels (RMSNorm, ...) on the Hub."""
-    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
-    with use_kernel_mapping({}, inherit_mapping=False):
-        yield
 
 
 @pytest.fixture
@@ -270,24 +255,7 @@ def test_device_map_with_disk(checkpoint, registered, calls, tmp_path, kwargs):
 def test_distributed(checkpoint, tmp_path):
     """Two gloo processes, each way, equal one process: see distributed_worker.py."""
     torch.save(logits(load(checkpoint)), tmp_path / "logits.pt")
-    worker = Path(__file__).parent / "distributed_worker.py"
-    arguments = [checkpoint, tmp_path / "logits.pt", tmp_path / "rendezvous"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, *arguments, str(rank)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two_processes("distributed_worker.py", checkpoint, tmp_path / "logits.pt", tmp_path / "rendezvous")
 
 
 # Way 1

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 NUM_MOE_LAYERS = 2
+WAYS = ["use_kernels", "moe_grouped_gemm"]
 
 
 def deepseek_v3_config() -> DeepseekV3Config:
@@ -45,6 +46,20 @@ def experts_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     experts = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
     assert len(experts) == NUM_MOE_LAYERS
     return experts
+
+
+def tiny_model(device, kernel=None, way=None):
+    """Stock without a way; the weights are the same every time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(deepseek_v3_config()).to(device).eval()
+    if way is not None:
+        kernel.register()
+    if way == "use_kernels":
+        model.set_use_kernels(True)
+        assert all(e.forward.__func__ is kernel.layers.MoEExperts.forward for e in experts_of(model))
+    elif way is not None:
+        model.set_experts_implementation(way)
+    return model
 
 
 def prompt(vocab_size: int = 128) -> torch.Tensor:

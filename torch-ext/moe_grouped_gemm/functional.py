@@ -10,7 +10,7 @@ import torch
 from . import reference, tuning
 from .checks import check_experts, check_floats, check_index, device_type, shape
 from .routing import Routing, route_torch
-from .torch_ops import register_op
+from .torch_ops import register_op, rejects_transforms
 
 MIN_TRITON = (3, 6)
 
@@ -33,6 +33,7 @@ def _kernels():
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
 
+@rejects_transforms
 def moe_experts(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -288,6 +289,7 @@ _route_op = register_op(
 )
 
 
+@rejects_transforms
 def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
     """y[r] = weight[e] @ x[r] for expert_offsets[e] <= r < expert_offsets[e + 1]; differentiable in x and weight.
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 
 from . import functional, reference
+from .checks import check_experts
+from .torch_ops import rejects_transforms
 
 
 class LoraFactors(NamedTuple):
@@ -22,6 +24,7 @@ class LoraFactors(NamedTuple):
     scaling: float
 
 
+@rejects_transforms
 def moe_experts_lora(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -44,7 +47,7 @@ def moe_experts_lora(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
-    functional._check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     act_fn, _ = reference.ACTIVATIONS[activation]
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)

@@ -7,9 +7,10 @@ import torch
 from . import reference, tuning
 from .checks import FLOATS, device_type, shape
 from .functional import _capability, _kernels
-from .torch_ops import register_op
+from .torch_ops import register_op, rejects_transforms
 
 
+@rejects_transforms
 def topk_router(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
