@@ -63,20 +63,26 @@ def moe_experts(
 
     Under `torch.autocast` the three float operands of the GEMMs are cast first, as `torch.nn.functional.linear` does.
     """
-    device_type = _device_type("hidden_states", hidden_states)
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
+    hidden_states, gate_up_proj, down_proj = _autocast(hidden_states, gate_up_proj, down_proj)
     _check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
     if torch.compiler.is_compiling():
         return _moe_experts_op(*inputs, activation)
-    if device_type == "cpu":
+    if hidden_states.device.type == "cpu":
         return reference.moe_experts(*inputs, activation)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _moe_experts_op(*inputs, activation)
     return _experts_gpu(*inputs, activation)
+
+
+def _autocast(hidden_states, *weights):
+    """The operands of the GEMMs in the dtype that `torch.autocast` asks for, if it is on."""
+    device_type = _device_type("hidden_states", hidden_states)
+    if not torch.is_autocast_enabled(device_type):
+        return hidden_states, *weights
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) for x in (hidden_states, *weights))
 
 
 def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
