@@ -173,15 +173,18 @@ def stock_module(hidden_dim, inter, experts, top_k, weights):
 def portable(kernel):
     """As on a GPU that the kernel has no table for."""
     functional = import_module(f"{kernel.__name__}.functional")
+
+    def forget():
+        functional._capability.cache_clear()
+        functional._device_name.cache_clear()
+
     os.environ["MOE_GROUPED_GEMM_PORTABLE"] = "1"
-    for function in (functional._capability, functional._device_name):
-        function.cache_clear()
+    forget()
     try:
         yield
     finally:
         del os.environ["MOE_GROUPED_GEMM_PORTABLE"]
-        for function in (functional._capability, functional._device_name):
-            function.cache_clear()
+        forget()
 
 
 def run_router_case(kernel, workload, tokens):

@@ -22,6 +22,9 @@ import kernels  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Of torch.compile. No C++ compiler is needed on the CPU; on a GPU it is the default.
+COMPILE_BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
+
 # Fills torch.empty with NaN: an output row that no kernel writes shows.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -59,3 +62,50 @@ def no_other_kernels(monkeypatch):
     monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
     with kernels.use_kernel_mapping({}, inherit_mapping=False):
         yield
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """record(module, name): a list that gets the arguments of every call of this function; the call goes on."""
+
+    def record(module, name):
+        calls = []
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
+        return calls
+
+    return record
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from tiny_models import save_deepseek_v3
+
+    path = tmp_path_factory.mktemp("deepseek-v3")
+    save_deepseek_v3(path)
+    return path
+
+
+@pytest.fixture
+def registered(kernel):
+    kernel.register()
+    return kernel
+
+
+@pytest.fixture
+def loadable_by_kernel_config(monkeypatch):
+    """The Hub, unreachable here, would resolve the version to its branch. What a load leaves behind is taken back."""
+    from transformers.monkey_patching import clear_patch_mapping
+
+    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
+    yield
+    clear_patch_mapping()
+
+
+@pytest.fixture
+def cpu_in_kernel_config(monkeypatch):
+    """Lets way 1 run on a CPU, too: Transformers refuses it by this list alone."""
+    from transformers.utils import kernel_config
+
+    devices = [*kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
+    monkeypatch.setattr(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import COMPILE_BACKENDS
 from oracle import DTYPES, assert_as_good_as_torch, layer
 
 
@@ -72,7 +73,7 @@ def test_building_blocks_compile(kernel, device):
 
     x, index, _, weight, _ = layer(16, 4, 2, 64, 32, device=device)
     torch.compiler.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    compiled = torch.compile(block, fullgraph=True, backend=COMPILE_BACKENDS[device])
     torch.testing.assert_close(compiled(index, x, weight), block(index, x, weight))
 
 

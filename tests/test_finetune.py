@@ -27,17 +27,9 @@ def example(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def calls(kernel, monkeypatch):
-    """One entry for every call of `experts_forward`: what proves that a model runs on this kernel."""
-    calls = []
-    experts_forward = kernel.integration.experts_forward
-
-    def recording_experts_forward(*args):
-        calls.append(args)
-        return experts_forward(*args)
-
-    monkeypatch.setattr(kernel.integration, "experts_forward", recording_experts_forward)
-    return calls
+def calls(kernel, record):
+    """The arguments of every call of `experts_forward`: what proves that a model runs on this kernel."""
+    return record(kernel.integration, "experts_forward")
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import COMPILE_BACKENDS
 from oracle import DTYPES, assert_as_good_as_torch, in_fp64, layer
 
 CASES = [  # T, E, top_k, H, I, ids
@@ -215,10 +216,7 @@ def test_gradcheck(kernel):
 @pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
 def test_compiles_into_one_graph(kernel, device, backward):
     torch.compiler.reset()
-    # No C++ compiler needed on the CPU; on a GPU the default, inductor.
-    compiled = torch.compile(
-        kernel.moe_experts, fullgraph=True, dynamic=True, backend="aot_eager" if device == "cpu" else "inductor"
-    )
+    compiled = torch.compile(kernel.moe_experts, fullgraph=True, dynamic=True, backend=COMPILE_BACKENDS[device])
     for tokens in (33, 64):
         args = named(layer(tokens, 4, 2, 64, 32, device=device))
         if backward:

@@ -11,15 +11,12 @@ from importlib import import_module
 import accelerate
 import pytest
 import torch
-from kernels import use_kernel_mapping
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, KernelConfig
-from transformers.monkey_patching import clear_patch_mapping
-from transformers.utils import kernel_config as kernel_config_module
 
-from tiny_models import NUM_MOE_LAYERS, prompt, save_deepseek_v3
+from tiny_models import NUM_MOE_LAYERS, prompt
 
 GATE_UP, DOWN = TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 WAYS = [
@@ -28,44 +25,19 @@ WAYS = [
 ]
 BY_NAME = WAYS[1].values[0]
 
+# In this order: what is registered is ours alone.
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered")
+
 
 @pytest.fixture(scope="module")
 def lora(kernel):
     return import_module(f"{kernel.__name__}.lora")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on such small matrices wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("deepseek-v3")
-    save_deepseek_v3(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def registered(kernel, monkeypatch):
-    """Ours alone: neither Transformers' kernels nor what a test before has registered."""
-    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
-    with use_kernel_mapping({}, inherit_mapping=False):
-        kernel.register()
-        yield
-
-
 @pytest.fixture
-def calls(lora, monkeypatch):
+def calls(lora, record):
     """The arguments of every call of `moe_experts_lora`: what proves that an adapter is computed here."""
-    calls = []
-    moe_experts_lora = lora.moe_experts_lora
-    monkeypatch.setattr(lora, "moe_experts_lora", lambda *args: calls.append(args) or moe_experts_lora(*args))
-    return calls
+    return record(lora, "moe_experts_lora")
 
 
 def load(path, dtype=torch.float32, **kwargs):
@@ -343,16 +315,11 @@ def unmet(kernel, monkeypatch):
     kernel.integration._warn_of_peft.cache_clear()
 
 
-def test_kernel_config(checkpoint, pair, unmet, calls, monkeypatch):
+@pytest.mark.usefixtures("loadable_by_kernel_config", "cpu_in_kernel_config")
+def test_kernel_config(pair, unmet, calls):
     """Way 1 meets PEFT without register(), while Transformers builds the model; here on a CPU."""
-    devices = [*kernel_config_module.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
-    monkeypatch.setattr(kernel_config_module, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)
-    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
     mapping = KernelConfig({"DeepseekV3Experts": "org/moe-grouped-gemm:MoEExperts"})
-    try:
-        ours, stock = pair({"use_kernels": True, "kernel_config": mapping})
-    finally:
-        clear_patch_mapping()
+    ours, stock = pair({"use_kernels": True, "kernel_config": mapping})
     for training in (False, True):
         assert_equal(ours.train(training), stock.train(training), calls)
 

@@ -4,7 +4,9 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch import library
 
+from conftest import COMPILE_BACKENDS
 from oracle import ROUTERS, assert_routes, in_fp64, route_by_hand, router
 from tiny_models import stock_router
 
@@ -170,15 +172,13 @@ def test_one_gradient_alone(kernel, device, which):
 def test_op_is_registered_well(kernel, device):
     x, weight, bias = router(5, 12, 16, device=device)
     args = (x.requires_grad_(), weight.requires_grad_(), bias, 4, 3, 2, True, 2.5)
-    torch.library.opcheck(op(kernel), args)
+    library.opcheck(op(kernel), args)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
 def test_compiles_into_one_graph(kernel, device, backward):
     torch.compiler.reset()
-    compiled = torch.compile(
-        kernel.topk_router, fullgraph=True, dynamic=True, backend="aot_eager" if device == "cpu" else "inductor"
-    )
+    compiled = torch.compile(kernel.topk_router, fullgraph=True, dynamic=True, backend=COMPILE_BACKENDS[device])
     for tokens in (33, 64):
         x, weight, bias = router(tokens, 24, 48, device=device)
         args = (x.requires_grad_(backward), weight.requires_grad_(backward), bias, 6, 4, 2, True, 2.5)

@@ -6,46 +6,24 @@ from importlib import import_module
 import accelerate
 import pytest
 import torch
-from kernels import Mode, kernelize, use_kernel_mapping
+from kernels import Mode, kernelize
 from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
-from transformers.utils import kernel_config as kernel_config_module
+from transformers.monkey_patching import register_patch_mapping
 
+from conftest import COMPILE_BACKENDS
 from oracle import in_fp64, router
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, prompt, save_deepseek_v3, stock_router
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, prompt, stock_router
 
 HUB_NAME = "org/moe-grouped-gemm:DeepseekV3TopkRouter"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("deepseek-v3")
-    save_deepseek_v3(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_other_kernels(monkeypatch):
-    """Neither Transformers' own kernels nor what a test before has registered."""
-    monkeypatch.setattr("transformers.integrations.hub_kernels._KERNEL_MAPPING_CACHE", {})
-    with use_kernel_mapping({}, inherit_mapping=False):
-        yield
+pytestmark = pytest.mark.usefixtures("no_other_kernels")
 
 
 @pytest.fixture
-def registered(kernel):
-    kernel.register()
-    return kernel
-
-
-@pytest.fixture
-def calls(kernel, monkeypatch):
-    calls = []
-    module = import_module(f"{kernel.__name__}.router")
-    topk_router = module.topk_router
-    monkeypatch.setattr(module, "topk_router", lambda *args: calls.append(args) or topk_router(*args))
-    return calls
+def calls(kernel, record):
+    return record(import_module(f"{kernel.__name__}.router"), "topk_router")
 
 
 def load(path, **kwargs):
@@ -122,7 +100,7 @@ def test_hidden_states_of_any_rank(checkpoint, registered, device):
 def test_layer_compiles_into_one_graph(checkpoint, registered, device):
     module = routers_of(load(checkpoint, device_map=device))[0]
     kernelize(module, mode=Mode.INFERENCE | Mode.TORCH_COMPILE, device=device)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    compiled = torch.compile(module, fullgraph=True, backend=COMPILE_BACKENDS[device])
     x = torch.randn(2, 3, 64, device=device)
     torch.testing.assert_close(compiled(x), module(x))
 
@@ -160,14 +138,9 @@ def test_fp64_module_keeps_its_forward(registered, calls):
 
 
 @pytest.fixture
-def kernel_config_on_cpu(monkeypatch):
-    """As in a process that never called register(), with a KernelConfig that takes a CPU; see test_transformers.py."""
+def kernel_config_on_cpu(monkeypatch, loadable_by_kernel_config, cpu_in_kernel_config):
+    """As in a process that never called register()."""
     monkeypatch.delattr(DeepseekV3TopkRouter, "kernel_layer_name", raising=False)
-    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
-    devices = [*kernel_config_module.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
-    monkeypatch.setattr(kernel_config_module, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)
-    yield
-    clear_patch_mapping()
 
 
 @pytest.mark.usefixtures("kernel_config_on_cpu")

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 
+from conftest import COMPILE_BACKENDS
 from oracle import layer
 from tiny_models import NUM_MOE_LAYERS, WAYS, prompt, tiny_model
 
@@ -21,9 +22,9 @@ def training(request):
 
 @pytest.fixture
 def backend(device):
-    """Counts its graphs. On the CPU no C++ compiler is needed; on a GPU the default, inductor."""
+    """Counts its graphs."""
     torch.compiler.reset()
-    yield CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
+    yield CompileCounterWithBackend(COMPILE_BACKENDS[device])
     torch.compiler.reset()
 
 

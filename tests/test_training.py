@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from conftest import COMPILE_BACKENDS
 from oracle import layer
 from tiny_models import WAYS, prompt, tiny_model
 from two_processes import run_two_processes
@@ -15,9 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
 
 
 def compiled(function, device):
-    """No C++ compiler needed on the CPU; on a GPU the default, inductor."""
     torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    return torch.compile(function, fullgraph=True, backend=COMPILE_BACKENDS[device])
 
 
 # --- moe_experts ------------------------------------------------------------------------------------------------------

@@ -20,28 +20,15 @@ from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.integrations import finegrained_fp8, moe
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
-from transformers.utils import kernel_config as kernel_config_module
 
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt, save_deepseek_v3
+from conftest import COMPILE_BACKENDS
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt
 from two_processes import run_two_processes
 
 HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
 INTERFACE = "moe_grouped_gemm"
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("deepseek-v3")
-    save_deepseek_v3(path)
-    return path
-
-
-@pytest.fixture
-def registered(kernel):
-    kernel.register()
-    return kernel
 
 
 @pytest.fixture
@@ -52,25 +39,15 @@ def unregistered(monkeypatch):
 
 
 @pytest.fixture
-def calls(kernel, monkeypatch):
+def calls(kernel, record):
     """The arguments of every call of `moe_experts`: what proves that a model runs on this kernel."""
-    calls = []
-    moe_experts = kernel.functional.moe_experts
-
-    def recording_moe_experts(*args):
-        calls.append(args)
-        return moe_experts(*args)
-
-    monkeypatch.setattr(kernel.functional, "moe_experts", recording_moe_experts)
-    return calls
+    return record(kernel.functional, "moe_experts")
 
 
 @pytest.fixture
-def kernel_config(unregistered, kernel, monkeypatch):
-    """A KernelConfig as users write it; the Hub, unreachable here, would resolve the version to its branch."""
-    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
-    yield KernelConfig({"DeepseekV3Experts": HUB_NAME})
-    clear_patch_mapping()
+def kernel_config(unregistered, kernel, loadable_by_kernel_config):
+    """A KernelConfig as users write it."""
+    return KernelConfig({"DeepseekV3Experts": HUB_NAME})
 
 
 @pytest.fixture
@@ -195,7 +172,7 @@ def test_torch_compile(checkpoint, registered, device):
     arguments = [tensor.to(device) for tensor in (x, ids, weights)]
     for way in WAYS:
         experts = experts_of(load(checkpoint, device_map=device, **way.values[0]))[0]
-        compiled = torch.compile(experts, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+        compiled = torch.compile(experts, fullgraph=True, backend=COMPILE_BACKENDS[device])
         torch.testing.assert_close(compiled(*arguments), experts(*arguments))
 
 
@@ -267,13 +244,6 @@ def test_kernel_config_refuses_cpu(checkpoint, kernel_config, kernel):
     with pytest.raises(ValueError, match="Only devices in .* are supported, got: cpu"):
         load(checkpoint, use_kernels=True, kernel_config=kernel_config)
     assert torch.equal(logits(load(checkpoint)), reference)
-
-
-@pytest.fixture
-def cpu_in_kernel_config(monkeypatch):
-    """Lets way 1 run on a CPU, too: Transformers refuses it by this list alone."""
-    devices = [*kernel_config_module.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
-    monkeypatch.setattr(kernel_config_module, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)
 
 
 @pytest.mark.usefixtures("cpu_in_kernel_config")

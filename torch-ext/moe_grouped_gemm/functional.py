@@ -64,19 +64,25 @@ def moe_experts(
 
     Under `torch.autocast` the three float operands of the GEMMs are cast first, as `torch.nn.functional.linear` does.
     """
-    device = device_type("hidden_states", hidden_states)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
+    hidden_states, gate_up_proj, down_proj = _autocast(hidden_states, gate_up_proj, down_proj)
     check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if torch.compiler.is_compiling():
         return _training_op(*inputs, activation)[0] if needs_grad else _moe_experts_op(*inputs, activation)
-    if device == "cpu":
+    if hidden_states.device.type == "cpu":
         return reference.moe_experts(*inputs, activation)
     return _training_op(*inputs, activation)[0] if needs_grad else _experts_gpu(*inputs, activation)
+
+
+def _autocast(hidden_states, *weights):
+    """The operands of the GEMMs in the dtype that `torch.autocast` asks for, if it is on."""
+    device = device_type("hidden_states", hidden_states)
+    if not torch.is_autocast_enabled(device):
+        return hidden_states, *weights
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in (hidden_states, *weights))
 
 
 def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):

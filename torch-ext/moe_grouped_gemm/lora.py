@@ -43,10 +43,7 @@ def moe_experts_lora(
     Saved for backward: the inputs, by reference, and per routed slot the rows of both GEMMs (H + I), gate, up and
     act(gate) (3I), the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
     """
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
+    hidden_states, gate_up_proj, down_proj = functional._autocast(hidden_states, gate_up_proj, down_proj)
     check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     act_fn, _ = reference.ACTIVATIONS[activation]
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
@@ -102,11 +99,11 @@ class _Combine(torch.autograd.Function):
         dy = dweights = None
         if ctx.needs_input_grad[0]:
             row_weights = top_k_weights.reshape(-1, 1)[sorted_slots]
-            dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(_sum_dtype(y))).to(y.dtype)
+            dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(reference._acc_dtype(y))).to(y.dtype)
         if ctx.needs_input_grad[1]:
             dweights = torch.zeros_like(top_k_weights)
             for k, positions in enumerate(slot_positions.unbind(1)):
-                products = (dout.to(_sum_dtype(y)) * y[positions.clamp(min=0)]).sum(dim=1)
+                products = (dout.to(reference._acc_dtype(y)) * y[positions.clamp(min=0)]).sum(dim=1)
                 dweights[:, k] = products.masked_fill(positions < 0, 0)
         return dy, dweights, None, None
 
@@ -116,13 +113,9 @@ def _tokens(sorted_slots, slot_positions):
     return sorted_slots // max(slot_positions.shape[1], 1)
 
 
-def _sum_dtype(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _weighted_sum(rows, weights, slot_positions):
     """out[t] = sum over k of weights[t, k] * rows[slot_positions[t, k]], where that is not negative."""
-    out = rows.new_zeros(slot_positions.shape[0], rows.shape[1], dtype=_sum_dtype(rows))
+    out = rows.new_zeros(slot_positions.shape[0], rows.shape[1], dtype=reference._acc_dtype(rows))
     for positions, weight in zip(slot_positions.unbind(1), weights.unbind(1)):
         products = rows[positions.clamp(min=0)] * weight[:, None].to(out.dtype)
         out += products.masked_fill(positions[:, None] < 0, 0)  # not weight 0: rows and weights may be NaN

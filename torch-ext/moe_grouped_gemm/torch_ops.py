@@ -6,6 +6,7 @@ import functools
 from typing import Callable
 
 import torch
+from torch import library
 from torch.autograd import forward_ad
 
 from ._ops import add_op_namespace_prefix
@@ -26,7 +27,7 @@ def register_op(name: str, schema: str, impl: Callable, fake: Callable):
         with torch.autocast(tensor.device.type, enabled=False):
             return impl(tensor, *args)
 
-    op = torch.library.custom_op(add_op_namespace_prefix(name), without_autocast, mutates_args=(), schema=schema)
+    op = library.custom_op(add_op_namespace_prefix(name), without_autocast, mutates_args=(), schema=schema)
     op.register_fake(fake)
 
     def backward(ctx, *grads):

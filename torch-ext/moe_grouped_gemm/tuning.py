@@ -158,8 +158,12 @@ def experts_config(rows: int, shape, dtype: torch.dtype, capability: tuple[int, 
 
     shape: (E, H, I), that of the down projection. An empty device_name asks for the heuristics.
     """
-    table = _table(shape, dtype, capability, device_name)
-    return table[bisect_left(table, (rows / shape[0],))][1]
+    return _find(_table(shape, dtype, capability, device_name), rows / shape[0])
+
+
+def _find(table, size: float):
+    """Of (most, configuration), ascending: the first configuration that serves this size."""
+    return table[bisect_left(table, (size,))][1]
 
 
 @functools.cache
@@ -199,7 +203,7 @@ def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tupl
 
 def router_config(tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> RouterConfig:
     """Configuration for this many tokens on a GPU of this compute capability."""
-    return next(config for most, config in router_configs(dtype, capability) if tokens <= most)
+    return _find(router_configs(dtype, capability), tokens)
 
 
 # --- tuned files ------------------------------------------------------------------------------------------------------
