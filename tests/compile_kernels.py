@@ -81,8 +81,7 @@ def backward_launches(kernels, dtype, configs, precisions):
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, a, z = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER)
-    w1, w2 = empty(EXPERTS, 2 * INTER, HIDDEN), empty(EXPERTS, HIDDEN, INTER)
+    x, a, z, w2 = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER), empty(EXPERTS, HIDDEN, INTER)
     weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
     offsets, schedule = empty(EXPERTS + 1, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
     for (_, config), precision in product(configs, precisions):
@@ -90,8 +89,6 @@ def backward_launches(kernels, dtype, configs, precisions):
         for first, needs_a in product({config.down_dgrad, config.down_dgrad._replace(USE_TMA=False)}, (True, False)):
             args = (x, w2, z, slots, weights, schedule, "silu", needs_a, precision, first)
             yield dtype, first, partial(kernels.down_dgrad, *args)
-        for second in {config.gate_up_dgrad, config.gate_up_dgrad._replace(USE_TMA=False)}:
-            yield dtype, second, partial(kernels.gate_up_dgrad, z, w1, schedule, precision, second)
         yield dtype, wgrad, partial(kernels.wgrad, z, x, slots, offsets, "q", precision, wgrad)
         yield dtype, wgrad, partial(kernels.wgrad, x, a, slots, offsets, "p", precision, wgrad)
         yield dtype, wgrad, partial(kernels.wgrad, z, a, slots, offsets, "", precision, wgrad)
@@ -122,10 +119,10 @@ def launches(package, target):
         precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
             yield from gemm_launches(kernels, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
-            down = config.down._replace(USE_TMA=False, WARP_SPECIALIZED=False)
             # Transposed in place, as a backward needs.
-            w = w1.transpose(1, 2)[:, :, :INTER]
-            yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down)
+            z, w = torch.empty(96, 2 * INTER, dtype=dtype), w1.transpose(1, 2)
+            for down in tuning.ways(config.down):
+                yield dtype, down, partial(kernels.grouped_gemm, z, w, schedule, precision, down)
         yield from backward_launches(kernels, dtype, tuning.backward_configs(dtype, capability), precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)

@@ -38,7 +38,7 @@ def path(kernel, monkeypatch, request):
     config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, USE_TMA=request.param)
     monkeypatch.setattr(functional, "_config", lambda *args: tuning.ExpertsConfig(config, config))
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tuning, "backward_config", lambda *args: tuning.BackwardConfig(config, config, config))
+    monkeypatch.setattr(tuning, "backward_config", lambda *args: tuning.BackwardConfig(config, config))
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     return functional
 

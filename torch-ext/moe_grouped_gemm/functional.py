@@ -110,8 +110,7 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     up_config = _as_readable(up_config, gate_up_proj)
     top_k = top_k_index.shape[1]
     a = kernels.gate_up(hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config)
-    down_config = _as_readable(down_config, a, down_proj)
-    y = kernels.grouped_gemm(a, down_proj, schedule, precision, down_config)
+    y = _launch_grouped_gemm(a, down_proj, schedule, precision, down_config)
     return kernels.combine(y, slot_positions, top_k_weights)
 
 
@@ -151,7 +150,7 @@ def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         a = kernels.gate_up(
             hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config, z
         )
-        y = kernels.grouped_gemm(a, down_proj, schedule, precision, _as_readable(down_config, a, down_proj))
+        y = _launch_grouped_gemm(a, down_proj, schedule, precision, down_config)
         return kernels.combine(y, slot_positions, top_k_weights.contiguous()), z, *routing
 
 
@@ -211,8 +210,9 @@ def _backward_gpu(
             dweights = torch.where(positions >= 0, dweights[positions.clamp(min=0).long()], 0.0)
             grads[1] = dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
         if needs_x:
-            dgrad_config = _as_readable(config.gate_up_dgrad, gate_up_proj)
-            dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, dgrad_config)
+            dgrad_config = _config(rows, down_proj).down
+            schedule = kernels.tile_schedule(offsets, rows, dgrad_config.BLOCK_M)
+            dx = _launch_grouped_gemm(dz, gate_up_proj.transpose(1, 2), schedule, precision, dgrad_config)
             grads[0] = kernels.combine(dx, positions, torch.ones_like(top_k_weights, dtype=torch.float32))
         if needs_gate_up:
             grads[2] = kernels.wgrad(dz, hidden_states, slots, offsets, "q", precision, config.wgrad)
@@ -338,8 +338,7 @@ def _grouped_gemm_forward(x, weight, expert_offsets):
     with torch.cuda.device_of(x):
         config = _config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        config = _as_readable(config, x, weight)
-        return kernels.grouped_gemm(x, weight, schedule, _input_precision(), config, y)
+        return _launch_grouped_gemm(x, weight, schedule, _input_precision(), config, y)
 
 
 _grouped_gemm_op = register_op(
@@ -412,12 +411,19 @@ def _input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
+def _launch_grouped_gemm(x, weight, schedule, precision, config, y=None):
+    """weight (E, N, K) by rows, or the transpose of such a one: nothing is copied."""
+    kernels = _kernels()
+    config = _as_readable(config, x, weight if weight.stride(2) == 1 else weight.transpose(1, 2))
+    if config.WARP_SPECIALIZED and not kernels.can_specialize(weight):
+        config = config._replace(WARP_SPECIALIZED=False)
+    return kernels.grouped_gemm(x, weight, schedule, precision, config, y)
+
+
 def _as_readable(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:
-    """Without what the tensors, weights last, rule out; plain loads take anything."""
+    """Without what the tensors rule out; plain loads take anything."""
     if config.USE_TMA and not all(_tma_can_read(x) for x in tensors):
         return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
-    if config.WARP_SPECIALIZED and not tensors[-1].is_contiguous():
-        return config._replace(WARP_SPECIALIZED=False)
     return config
 
 

@@ -46,10 +46,9 @@ class ExpertsConfig(NamedTuple):
 
 
 class BackwardConfig(NamedTuple):
-    """The three kernels of the backward; the first two share BLOCK_M, and with it the tile schedule."""
+    """What the backward has of its own."""
 
     down_dgrad: GemmConfig
-    gate_up_dgrad: GemmConfig
     wgrad: GemmConfig
 
 
@@ -97,20 +96,16 @@ FP32 = [
     (float("inf"), _pair(64, 32, 16, 4, 2, 64, 16, 8, 2, tma=False)),
 ]
 
-# The backward: down_dgrad, gate_up_dgrad (both with this BLOCK_M), wgrad; by rows per expert as above.
+# The backward: down_dgrad, wgrad; by rows per expert as above.
 BACKWARD_HOPPER = [
-    (64, BackwardConfig(*(GemmConfig(64, 64, 128, 64, 8, 4, 4, True) for _ in range(3)))),
+    (64, BackwardConfig(GemmConfig(64, 64, 128, 64, 8, 4, 4, True), GemmConfig(64, 64, 128, 64, 8, 4, 4, False))),
     (
         float("inf"),
-        BackwardConfig(
-            GemmConfig(128, 128, 128, 64, 8, 8, 4, True),
-            GemmConfig(128, 128, 256, 64, 8, 8, 4, True),
-            GemmConfig(128, 128, 256, 64, 8, 8, 3, False),
-        ),
+        BackwardConfig(GemmConfig(128, 64, 128, 64, 8, 8, 4, True), GemmConfig(128, 128, 256, 64, 8, 8, 3, False)),
     ),
 ]
-BACKWARD_PORTABLE = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 32, 8, 4, 3, False) for _ in range(3))))]
-BACKWARD_FP32 = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 16, 8, 8, 2, False) for _ in range(3))))]
+BACKWARD_PORTABLE = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 32, 8, 4, 3, False) for _ in range(2))))]
+BACKWARD_FP32 = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 16, 8, 8, 2, False) for _ in range(2))))]
 
 # The router, by tokens. Few tokens: small tiles of experts, so that many programs share in reading the weight.
 ROUTER_HOPPER = [
@@ -191,7 +186,7 @@ def backward_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tu
 
 def backward_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
     """Configuration for `rows` routed rows over `num_experts` experts."""
-    return next(config for most, config in backward_configs(dtype, capability) if rows / num_experts <= most)
+    return _find(backward_configs(dtype, capability), rows / num_experts)
 
 
 def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, RouterConfig]]:

@@ -1,16 +1,16 @@
-"""Gradients of the layer: three kernels over rows sorted by expert. Slot s = sorted_slots[r], token t = s // top_k.
+"""Gradients of the layer: kernels over rows sorted by expert. Slot s = sorted_slots[r], token t = s // top_k.
 
     down_dgrad:     b[r] = dout[t] @ down[e],  a[r] = act(gate) * up with [gate; up] = z[r]
                     dweight[s] = <b[r], a[r]>,  da[r] = weight[s] * b[r]
                     dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a[r]
-    gate_up_dgrad:  dx[r] = dz[r] @ gate_up[e]
-    wgrad:          dw[e] = sum over the rows r of e of p[r] q[r]^T
+    grouped_gemm:  dx[r] = dz[r] @ gate_up[e]                       of grouped_gemm.py, on the transposed weight
+    wgrad:         dw[e] = sum over the rows r of e of p[r] q[r]^T
 
 so that dgate_up = wgrad(dz, x gathered), ddown = wgrad(dout gathered, weighted_a), and dhidden_states[t] is the sum of
 dx over the slots of t. <dout, y> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed.
 
-Weights are read as they are, (E, K, N): the sum runs over their rows. Grids: of the first two as in grouped_gemm.py; of
-wgrad a program for each tile of each expert's gradient, which walks the expert's rows. No atomics: sums have one order.
+Weights are read as they are, the sum running over their rows. Grids: of down_dgrad as in grouped_gemm.py; of wgrad a
+program for each tile of each expert's gradient, which walks the expert's rows. No atomics: sums have one order.
 """
 
 import torch
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_gemm import _activate, _halves, _locate_tile
+from .grouped_gemm import _activate, _gather, _halves, _is_height, _locate_tile
 from .launch import cdiv, launch
 
 
@@ -39,47 +39,83 @@ def _activation_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _rows_times_weight(
-    x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns
-    mask_m,
-    w_ptr,  # (E, K, N); with USE_TMA a descriptor of it
-    expert,
-    tile_n,
-    K,
-    N,
-    stride_we,
-    stride_wk,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """[BLOCK_M, K] @ [K, BLOCK_N] in fp32."""
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if not USE_TMA:
-        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
-    acc = tl.zeros((x_ptrs.shape[0], BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
-        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        x_ptrs += BLOCK_K
-        if USE_TMA:
-            w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
-        else:
-            w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
-            w_ptrs += BLOCK_K * stride_wk
-        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
-    return acc
-
-
-@triton.jit
 def _quarters(x):
     """The four quarters of the columns of x."""
     left, right = _halves(x)
     first, second = _halves(left)
     third, fourth = _halves(right)
     return first, second, third, fourth
+
+
+@triton.jit
+def _down_dgrad_tile(
+    dout_ptr,
+    w_ptr,
+    z_ptr,
+    sorted_slots_ptr,
+    top_k_weights_ptr,
+    dz_ptr,
+    weighted_a_ptr,
+    partials_ptr,
+    expert,
+    row,
+    row_end,
+    tile_n,
+    top_k,
+    S,
+    I,
+    H,
+    stride_dt,
+    stride_we,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_ptrs, mask_d = _gather(dout_ptr, sorted_slots_ptr, row, row_end, top_k, stride_dt, offs_k, BLOCK_M)
+    if not USE_TMA:
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
+    b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, H, BLOCK_K):
+        mask_k = offs_k < H - k
+        d = tl.load(d_ptrs, mask=mask_d & mask_k[None, :], other=0.0)
+        d_ptrs += BLOCK_K
+        if USE_TMA:
+            w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < I)[None, :], other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
+        b = tl.dot(d, w, b, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, BN]
+
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < row_end
+    slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
+    weight = tl.load(top_k_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
+    dweight = tl.zeros((BLOCK_M,), tl.float32)
+    # A quarter of the columns at a time: all at once would not fit into registers.
+    quarters = _quarters(b)
+    for i in tl.static_range(4):
+        offs_q = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        mask = mask_m[:, None] & (offs_q < I)[None, :]
+        offs_z = offs_m[:, None].to(tl.int64) * (2 * I) + offs_q[None, :]
+        gate = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(z_ptr + offs_z + I, mask=mask, other=0.0).to(tl.float32)
+        act = _activate(gate, ACTIVATION)
+        a = act * up
+        dweight += tl.sum(tl.where(mask, quarters[i] * a, 0.0), axis=1)
+        da = weight * quarters[i]
+        dtype = dz_ptr.dtype.element_ty
+        tl.store(dz_ptr + offs_z, (da * up * _activation_slope(gate, ACTIVATION)).to(dtype), mask=mask)
+        tl.store(dz_ptr + offs_z + I, (da * act).to(dtype), mask=mask)
+        if weighted_a_ptr is not None:
+            offs_a = offs_m[:, None].to(tl.int64) * I + offs_q[None, :]
+            tl.store(weighted_a_ptr + offs_a, (weight * a).to(dtype), mask=mask)
+    tl.store(partials_ptr + tile_n.to(tl.int64) * S + offs_m, dweight, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["max_tiles", "S"])
@@ -102,6 +138,7 @@ def _down_dgrad_kernel(
     stride_we,
     stride_wk,
     BLOCK_M: tl.constexpr,
+    MIN_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -112,67 +149,36 @@ def _down_dgrad_kernel(
     expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < row_end
-    slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
-    x_ptrs = dout_ptr + (slots // top_k)[:, None].to(tl.int64) * stride_dt + tl.arange(0, BLOCK_K)[None, :]
-    b = _rows_times_weight(
-        x_ptrs, mask_m, w_ptr, expert, tile_n, H, I, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
-    )
-
-    weight = tl.load(top_k_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-    dweight = tl.zeros((BLOCK_M,), tl.float32)
-    # A quarter of the columns at a time: all at once would not fit into registers.
-    quarters = _quarters(b)
-    for i in tl.static_range(4):
-        offs_n = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        mask = mask_m[:, None] & (offs_n < I)[None, :]
-        offs_z = offs_m[:, None].to(tl.int64) * (2 * I) + offs_n[None, :]
-        gate = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(z_ptr + offs_z + I, mask=mask, other=0.0).to(tl.float32)
-        act = _activate(gate, ACTIVATION)
-        a = act * up
-        dweight += tl.sum(tl.where(mask, quarters[i] * a, 0.0), axis=1)
-        da = weight * quarters[i]
-        dtype = dz_ptr.dtype.element_ty
-        tl.store(dz_ptr + offs_z, (da * up * _activation_slope(gate, ACTIVATION)).to(dtype), mask=mask)
-        tl.store(dz_ptr + offs_z + I, (da * act).to(dtype), mask=mask)
-        if weighted_a_ptr is not None:
-            offs_a = offs_m[:, None].to(tl.int64) * I + offs_n[None, :]
-            tl.store(weighted_a_ptr + offs_a, (weight * a).to(dtype), mask=mask)
-    tl.store(partials_ptr + tile_n.to(tl.int64) * S + offs_m, dweight, mask=mask_m)
-
-
-@triton.jit(do_not_specialize=["max_tiles"])
-def _gate_up_dgrad_kernel(
-    dz_ptr,  # (S, 2I)
-    w_ptr,  # (E, 2I, H); with USE_TMA a descriptor of it
-    dx_ptr,  # (S, H)
-    schedule_ptr,  # (5, max_tiles) int32
-    max_tiles,
-    K,
-    H,
-    stride_we,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(H, BLOCK_N), BLOCK_M, GROUP_M)
-    if expert < 0:
-        return
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < row_end
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_ptrs = dz_ptr + offs_m[:, None].to(tl.int64) * K + tl.arange(0, BLOCK_K)[None, :]
-    dx = _rows_times_weight(
-        x_ptrs, mask_m, w_ptr, expert, tile_n, K, H, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
-    )
-    dx_ptrs = dx_ptr + offs_m[:, None].to(tl.int64) * H + offs_n[None, :]
-    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < H)[None, :])
+    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
+    for i in tl.static_range(HEIGHTS):
+        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+            _down_dgrad_tile(
+                dout_ptr,
+                w_ptr,
+                z_ptr,
+                sorted_slots_ptr,
+                top_k_weights_ptr,
+                dz_ptr,
+                weighted_a_ptr,
+                partials_ptr,
+                expert,
+                row,
+                row_end,
+                tile_n,
+                top_k,
+                S,
+                I,
+                H,
+                stride_dt,
+                stride_we,
+                stride_wk,
+                BLOCK_M >> i,
+                BLOCK_N,
+                BLOCK_K,
+                USE_TMA,
+                ACTIVATION,
+                INPUT_PRECISION,
+            )
 
 
 @triton.jit
@@ -221,14 +227,6 @@ def _wgrad_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-def _tile(config):
-    return config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M, config.USE_TMA
-
-
-def _weight(w, config):
-    return TensorDescriptor(w, w.shape, w.stride(), [1, config.BLOCK_K, config.BLOCK_N]) if config.USE_TMA else w
-
-
 def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, needs_a, input_precision, config):
     """dout (T, H), w (E, H, I), z (S, 2I) -> dz (S, 2I), weighted_a (S, I) or None, dweights (S,) fp32, sorted.
 
@@ -242,14 +240,16 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, ne
     partials = torch.empty((n_tiles, rows), dtype=torch.float32, device=z.device)
     top_k = rows // dout.shape[0]
     sizes = (inter, hidden_dim, dout.stride(0), w.stride(0), w.stride(1))
-    constants = (*_tile(config), activation, input_precision)
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, activation, input_precision)
+    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w
     alignment = (dout.data_ptr() % 16, w.data_ptr() % 16, top_k_weights.data_ptr() % 16)
     launch(
         _down_dgrad_kernel,
         (tiles * n_tiles, 1, 1),
         (
             dout,
-            _weight(w, config),
+            w_arg,
             z,
             sorted_slots,
             top_k_weights,
@@ -262,29 +262,11 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, ne
             rows,
         )
         + (*sizes, *constants),
-        (z.device, z.dtype, top_k_weights.dtype, needs_a, alignment, top_k, sizes, constants, config[5:7]),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        (z.device, z.dtype, top_k_weights.dtype, needs_a, alignment, top_k, sizes, constants, num_warps, num_stages),
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     return dz, weighted_a, partials.sum(0)
-
-
-def gate_up_dgrad(dz, w, schedule, input_precision, config):
-    """dz (S, 2I), w (E, 2I, H) with contiguous rows -> dx (S, H); rows that belong to no expert stay unwritten."""
-    _, K, hidden_dim = w.shape
-    tiles = schedule.shape[1]
-    dx = dz.new_empty(dz.shape[0], hidden_dim)
-    sizes = (K, hidden_dim, w.stride(0), w.stride(1))
-    constants = (*_tile(config), input_precision)
-    launch(
-        _gate_up_dgrad_kernel,
-        (tiles * cdiv(hidden_dim, config.BLOCK_N), 1, 1),
-        (dz, _weight(w, config), dx, schedule, tiles, *sizes, *constants),
-        (dz.device, dz.dtype, w.data_ptr() % 16, sizes, constants, config[5:7]),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return dx
 
 
 def wgrad(p, q, sorted_slots, expert_offsets, gather, input_precision, config, dtype=None):

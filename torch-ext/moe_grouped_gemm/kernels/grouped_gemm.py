@@ -288,6 +288,7 @@ def _grouped_gemm_tile(
     ROWS_FIRST: tl.constexpr,
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
+    TRANSPOSED_W: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -313,7 +314,9 @@ def _grouped_gemm_tile(
         else:
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             x_ptrs += BLOCK_K
-        if TMA_W:
+        if TMA_W and TRANSPOSED_W:
+            w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N).T
+        elif TMA_W:
             w = w_ptr.load([expert, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
         else:
             w = tl.load(w_ptrs, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0.0)
@@ -330,7 +333,7 @@ def _grouped_gemm_tile(
 def _grouped_gemm_kernel(
     x_ptr,  # (S, K)
     x_desc,  # with USE_TMA a descriptor of x, else x
-    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
+    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it, with TRANSPOSED_W as (E, K, N)
     y_ptr,  # (S, N)
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -346,6 +349,7 @@ def _grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     USE_TMA: tl.constexpr,
+    TRANSPOSED_W: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
@@ -375,6 +379,7 @@ def _grouped_gemm_kernel(
                 MIN_M >= 64,
                 USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
                 USE_TMA,
+                TRANSPOSED_W,
                 INPUT_PRECISION,
             )
 
@@ -404,7 +409,7 @@ def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, co
 
 
 def grouped_gemm(x, w, schedule, input_precision, config, y=None):
-    """x (S, K), w (E, N, K) -> y (S, N); rows that belong to no expert keep what y held."""
+    """x (S, K), w (E, N, K), maybe stored as (E, K, N) -> y (S, N); rows that belong to no expert keep what y held."""
     _, N, K = w.shape
     if y is None:
         y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
@@ -413,11 +418,13 @@ def grouped_gemm(x, w, schedule, input_precision, config, y=None):
     tiles = schedule.shape[1]
     block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (N, K, x.stride(0), *w.stride())
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, input_precision)
+    transposed = w.stride(2) != 1
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, transposed, input_precision)
     x_arg, w_arg = x, w
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
-        w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+        stored, box = (w.transpose(1, 2), [1, block_k, block_n]) if transposed else (w, [1, block_n, block_k])
+        w_arg = TensorDescriptor(stored, stored.shape, stored.stride(), box)
     launch(
         _grouped_gemm_kernel,
         (tiles * cdiv(N, block_n), 1, 1),

@@ -91,7 +91,18 @@ def _locate_tile(schedule_ptr, max_tiles, tile, n_tiles, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _load(x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GROUP_M: gl.constexpr):
+def _load(
+    x_desc,
+    w_desc,
+    schedule_ptr,
+    max_tiles,
+    N,
+    K,
+    stages,
+    queue,
+    GROUP_M: gl.constexpr,
+    TRANSPOSED_W: gl.constexpr,
+):
     x_smem, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
     HALF: gl.constexpr = BLOCK_N // 2
@@ -112,16 +123,19 @@ def _load(x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GR
         turn = gl.where(is_mixed != 0, tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2), tile)
         expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
         place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n)
-        w_row = expert * N + tile_n * BLOCK_N
-        for k in range(k_tiles):
+        for k in range(0, K, BLOCK_K):
             mbarrier.wait(free.index(stage), phase ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
             # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights
             # past the expert's last.
-            _tma_load(x_desc, [row, k * BLOCK_K], bar, x_smem.index(stage))
-            _tma_load(w_desc, [w_row, k * BLOCK_K], bar, w_smem.index(stage).slice(0, HALF))
-            _tma_load(w_desc, [w_row + HALF, k * BLOCK_K], bar, w_smem.index(stage).slice(HALF, HALF))
+            _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
+            if TRANSPOSED_W:
+                _tma_load(w_desc, [expert * K + k, tile_n * BLOCK_N], bar, w_smem.index(stage))
+            else:
+                w_row = expert * N + tile_n * BLOCK_N
+                _tma_load(w_desc, [w_row, k], bar, w_smem.index(stage).slice(0, HALF))
+                _tma_load(w_desc, [w_row + HALF, k], bar, w_smem.index(stage).slice(HALF, HALF))
             stage, phase = _next(stage, phase, STAGES)
         tile = gl.num_programs(0) + claimed
     _put_tile(queue, place, place_phase, -1, -1, 0)
@@ -139,7 +153,7 @@ def _store_rows(y_ptr, y, row, row_end, column, N):
 
 
 @gluon.jit
-def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue):
+def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue, TRANSPOSED_W: gl.constexpr):
     x_smem, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -153,7 +167,8 @@ def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue):
             for k in range(k_tiles):
                 mbarrier.wait(full.index(stage), phase)
                 x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
-                acc = warpgroup_mma(x, w_smem.index(stage).permute((1, 0)), acc, is_async=True)
+                w = w_smem.index(stage) if TRANSPOSED_W else w_smem.index(stage).permute((1, 0))  # [BLOCK_K, BLOCK_N]
+                acc = warpgroup_mma(x, w, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 _barrier()
                 mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k > 0)
@@ -183,7 +198,7 @@ def _barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
 @gluon.jit(do_not_specialize=["max_tiles"])
 def _grouped_gemm_hopper_kernel(
     x_desc,  # (S, K)
-    w_desc,  # (E * N, K)
+    w_desc,  # (E * N, K), or with TRANSPOSED_W (E * K, N)
     y_ptr,  # (S, N)
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -191,39 +206,51 @@ def _grouped_gemm_hopper_kernel(
     K,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
+    TRANSPOSED_W: gl.constexpr,
 ):
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
+    W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED_W else [STAGES, BLOCK_N, BLOCK_K]
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
     tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queue = (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, CONSUMERS))
     k_tiles = gl.cdiv(K, BLOCK_K)
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, N, k_tiles, stages, queue)),
-            (_multiply, (1, y_ptr, N, k_tiles, stages, queue)),
-            (_load, (x_desc, w_desc, schedule_ptr, max_tiles, N, k_tiles, stages, queue, GROUP_M)),
+            (_multiply, (0, y_ptr, N, k_tiles, stages, queue, TRANSPOSED_W)),
+            (_multiply, (1, y_ptr, N, k_tiles, stages, queue, TRANSPOSED_W)),
+            (_load, (x_desc, w_desc, schedule_ptr, max_tiles, N, K, stages, queue, GROUP_M, TRANSPOSED_W)),
         ],
         [4, 1],
         [216, 72],  # registers of the second consumer and the loader; the first consumer has what is left
     )
 
 
-def _rows_descriptor(x):
-    """The rows of x, (..., K), which follow each other at one stride; 128 by BLOCK_K at a time."""
+def _rows_descriptor(x, box):
+    """The rows of x, (..., K), which follow each other at one stride."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     K = x.shape[-1]
-    return TensorDescriptor(x, [x.numel() // K, K], [x.stride(-2), 1], [128, BLOCK_K.value], layout)
+    return TensorDescriptor(x, [x.numel() // K, K], [x.stride(-2), 1], box, layout)
+
+
+def can_specialize(w) -> bool:
+    """Whether this kernel can read w (E, N, K): contiguous, or stored as (E, K, N) and K a multiple of its steps.
+
+    Else a box past the K rows of an expert would hold rows of the next one.
+    """
+    return w.is_contiguous() or (w.transpose(1, 2).is_contiguous() and w.shape[2] % BLOCK_K.value == 0)
 
 
 def grouped_gemm_hopper(x, w, schedule, config, y):
-    """x (S, K), contiguous w (E, N, K), both 16-bit -> y (S, N); rows that belong to no expert keep what y held."""
+    """x (S, K), w (E, N, K), both 16-bit -> y (S, N); rows that belong to no expert keep what y held."""
     _, N, K = w.shape
-    constants = (config.GROUP_M, config.num_stages)
+    transposed = not w.is_contiguous()
+    w_desc = _rows_descriptor(w.transpose(1, 2), [64, 256]) if transposed else _rows_descriptor(w, [128, 64])
+    constants = (config.GROUP_M, config.num_stages, transposed)
     launch(
         _grouped_gemm_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x), _rows_descriptor(w), y, schedule, schedule.shape[1], N, K, *constants),
+        (_rows_descriptor(x, [128, 64]), w_desc, y, schedule, schedule.shape[1], N, K, *constants),
         (x.device, x.dtype, N, K, constants),
         num_warps=4,
     )
