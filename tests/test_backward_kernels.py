@@ -65,7 +65,7 @@ def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids,
     exact_out, exact = gradients(*reference, dout.double(), in_fp64(args), *everything)
     for name, *triple in zip(("out", *NAMES), (out, *grads), (expected_out, *expected), (exact_out, *exact)):
         try:
-            assert_as_good_as_torch(*triple)
+            assert_as_good_as_torch(*triple, dtype)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
 

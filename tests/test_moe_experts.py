@@ -170,7 +170,7 @@ def test_gradients_match_oracle(kernel, device, tokens, experts, top_k, hidden_d
     from_torch = gradients(kernel.reference.moe_experts, named(args))
     exact = gradients(kernel.reference.moe_experts, named(in_fp64(args)))
     for name in NAMES:
-        assert_as_good_as_torch(got[name], from_torch[name], exact[name])
+        assert_as_good_as_torch(got[name], from_torch[name], exact[name], dtype)
 
 
 @pytest.mark.parametrize("trained", NAMES)
