@@ -75,23 +75,21 @@ def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inte
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
 
 
-def backward_launches(kernels, dtype, configs, precisions):
-    """As `launches`, for the backward; and the forward that saves for it."""
+def backward_launches(kernels, ways, dtype, configs, precisions):
+    """As `launches`, for what only the backward runs."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, a, z, w2 = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER), empty(EXPERTS, HIDDEN, INTER)
+    x, a, z = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER)
     weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
-    offsets, schedule = empty(EXPERTS + 1, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
+    offsets = empty(EXPERTS + 1, dtype=torch.int32)
+    yield dtype, None, partial(kernels.gather, x, slots, offsets, 6)
+    for needs_a in (True, False):
+        yield dtype, None, partial(kernels.glu_backward, a, z, weights, slots, slots, offsets, "silu", needs_a)
     for (_, config), precision in product(configs, precisions):
-        wgrad = config.wgrad
-        for first, needs_a in product({config.down_dgrad, config.down_dgrad._replace(USE_TMA=False)}, (True, False)):
-            args = (x, w2, z, slots, weights, schedule, "silu", needs_a, precision, first)
-            yield dtype, first, partial(kernels.down_dgrad, *args)
-        yield dtype, wgrad, partial(kernels.wgrad, z, x, slots, offsets, "q", precision, wgrad)
-        yield dtype, wgrad, partial(kernels.wgrad, x, a, slots, offsets, "p", precision, wgrad)
-        yield dtype, wgrad, partial(kernels.wgrad, z, a, slots, offsets, "", precision, wgrad)
+        for way in ways(config):
+            yield dtype, way, partial(kernels.wgrad, z, a, offsets, precision, way)
 
 
 def launches(package, target):
@@ -103,6 +101,7 @@ def launches(package, target):
             yield ids, None, partial(kernels.route, index, EXPERTS, 64)
     offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
     yield torch.int32, None, partial(kernels.tile_schedule, offsets, 100, 64)
+    yield torch.int32, None, partial(kernels.pad, offsets, torch.zeros(96, dtype=torch.int32))
     schedule = kernels.tile_schedule(offsets, 100, 64)
     slots = torch.zeros(96, dtype=torch.int32)
     capability = (target.arch // 10, 0) if target.backend == "cuda" else (0, 0)
@@ -123,7 +122,7 @@ def launches(package, target):
             z, w = torch.empty(96, 2 * INTER, dtype=dtype), w1.transpose(1, 2)
             for down in tuning.ways(config.down):
                 yield dtype, down, partial(kernels.grouped_gemm, z, w, schedule, precision, down)
-        yield from backward_launches(kernels, dtype, tuning.backward_configs(dtype, capability), precisions)
+        yield from backward_launches(kernels, tuning.ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     for _, config in tuning.router_configs(torch.float32, capability):

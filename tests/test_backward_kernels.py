@@ -22,11 +22,12 @@ def test_under_the_interpreter():
     )
 
 
-CASES = [  # T, E, top_k, H, I, ids
-    pytest.param(1, 4, 2, 64, 40, "distinct", id="one-token"),
-    pytest.param(45, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
-    pytest.param(100, 2, 2, 72, 136, "any", id="several-tiles-of-each"),
-    pytest.param(30, 5, 2, 64, 32, "one", id="all-on-one-expert"),
+CASES = [  # T, E, top_k, H, I, ids, activation
+    pytest.param(1, 4, 2, 64, 40, "distinct", "silu", id="one-token"),
+    pytest.param(45, 3, 2, 97, 47, "sentinels", "silu", id="tails-everywhere"),
+    pytest.param(100, 2, 2, 72, 136, "any", "gelu", id="several-tiles-of-each"),
+    pytest.param(30, 5, 2, 64, 32, "one", "relu", id="all-on-one-expert"),
+    pytest.param(9, 3, 2, 32, 48, "sentinels", "gelu_pytorch_tanh", id="sentinels"),
 ]
 NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 
@@ -38,7 +39,7 @@ def path(kernel, monkeypatch, request):
     config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, USE_TMA=request.param)
     monkeypatch.setattr(functional, "_config", lambda *args: tuning.ExpertsConfig(config, config))
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tuning, "backward_config", lambda *args: tuning.BackwardConfig(config, config))
+    monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     return functional
 
@@ -51,8 +52,7 @@ def gradients(training, backward, dout, args, activation, needs_grad):
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids", CASES)
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, activation", CASES)
 def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, activation, dtype):
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
     args[2][(args[1] < 0) | (args[1] >= experts)] = float("nan")
@@ -89,6 +89,18 @@ def test_an_expert_without_rows_has_a_zero_gradient(kernel, launch):  # noqa: F8
     offsets = torch.tensor([0, 0, 20, 20], dtype=torch.int32, device=DEVICE)
     p, q = (torch.randn(25, n, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (33, 40))
     p[20:], q[20:] = float("nan"), float("inf")  # rows of nobody
-    dw = launch.wgrad(p, q, offsets, offsets, "", "ieee", config, torch.float32)
+    dw = launch.wgrad(p, q, offsets, "ieee", config)
     torch.testing.assert_close(dw[1], p[:20].T @ q[:20], rtol=1e-4, atol=1e-4)
     assert not dw[0].any() and not dw[2].any()
+
+
+@on_triton
+def test_padded_order(launch):  # noqa: F811
+    index = torch.tensor([[2, 0], [2, 7], [5, 2], [2, 5]], dtype=torch.int32, device=DEVICE)  # of 6 experts
+    offsets, slots, positions, _ = launch.route(index, 6, 16)
+    padded_offsets, padded_slots, padded_positions = launch.pad(offsets, slots)
+    assert padded_offsets.tolist() == [0, 64, 64, 128, 128, 128, 192]
+    assert padded_positions.tolist() == [64, 0, 65, -1, 128, 66, 67, 129]
+    rows = torch.full_like(padded_slots[:192], -1)
+    rows[[0, 64, 65, 66, 67, 128, 129]] = torch.tensor([1, 0, 2, 5, 6, 4, 7], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(padded_slots[:192], rows) and (padded_slots[192:] == -1).all()

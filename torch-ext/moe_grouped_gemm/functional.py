@@ -177,48 +177,43 @@ _training_op = register_op(
 def _backward_gpu(
     dout, hidden_states, top_k_weights, gate_up_proj, down_proj, z, offsets, slots, positions, activation, needs_grad
 ):
-    """Gradients by kernels: of the two GEMMs' inputs, then of the weights."""
+    """Gradients by kernels, as in kernels/backward.py; of what is (rows, H) there is one at a time."""
     inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj)
-    grads = [t.new_zeros(t.shape if needed else 0) for t, needed in zip(inputs, needs_grad)]
     if z.numel() == 0 or hidden_states.numel() == 0:
-        return tuple(grads)
+        return tuple(t.new_zeros(t.shape if needed else 0) for t, needed in zip(inputs, needs_grad))
     needs_x, needs_weights, needs_gate_up, needs_down = needs_grad
+    dx, dweights, dgate_up, ddown = (t.new_empty(0) for t in inputs)
     kernels = _kernels()
     with torch.cuda.device_of(dout):
         # What the kernels read row by row.
-        dout, hidden_states, gate_up_proj, down_proj = (
-            t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states, gate_up_proj, down_proj)
-        )
+        dout, hidden_states = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states))
         top_k_weights = top_k_weights.contiguous()
         precision = _input_precision()
-        experts, rows = gate_up_proj.shape[0], z.shape[0]
-        config = tuning.backward_config(rows, experts, z.dtype, _capability(dout.device.index))
-        schedule = kernels.tile_schedule(offsets, rows, config.down_dgrad.BLOCK_M)
-        dz, weighted_a, dweights = kernels.down_dgrad(
-            dout,
-            down_proj,
-            z,
-            slots,
-            top_k_weights,
-            schedule,
-            activation,
-            needs_down,
-            precision,
-            _as_readable(config.down_dgrad, down_proj),
+        experts, top_k = gate_up_proj.shape[0], top_k_weights.shape[1]
+        gemm_config = _config(z.shape[0], down_proj).down
+        wgrad_config = tuning.wgrad_config(z.shape[0], experts, z.dtype, _capability(dout.device.index))
+        padded_offsets, padded_slots, padded_positions = kernels.pad(offsets, slots)
+        schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), gemm_config.BLOCK_M)
+
+        rows = kernels.gather(dout, padded_slots, padded_offsets, top_k)
+        b = _launch_grouped_gemm(rows, down_proj.transpose(1, 2), schedule, precision, gemm_config)
+        dz, weighted_a, dweights_of_slots = kernels.glu_backward(
+            b, z, top_k_weights, padded_slots, positions, padded_offsets, activation, needs_down
         )
+        del b
         if needs_weights:
-            dweights = torch.where(positions >= 0, dweights[positions.clamp(min=0).long()], 0.0)
-            grads[1] = dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
-        if needs_x:
-            dgrad_config = _config(rows, down_proj).down
-            schedule = kernels.tile_schedule(offsets, rows, dgrad_config.BLOCK_M)
-            dx = _launch_grouped_gemm(dz, gate_up_proj.transpose(1, 2), schedule, precision, dgrad_config)
-            grads[0] = kernels.combine(dx, positions, torch.ones_like(top_k_weights, dtype=torch.float32))
-        if needs_gate_up:
-            grads[2] = kernels.wgrad(dz, hidden_states, slots, offsets, "q", precision, config.wgrad)
+            dweights = dweights_of_slots.view(top_k_weights.shape).to(top_k_weights.dtype)
         if needs_down:
-            grads[3] = kernels.wgrad(dout, weighted_a, slots, offsets, "p", precision, config.wgrad)
-    return tuple(grads)
+            ddown = _launch_wgrad(rows, weighted_a, padded_offsets, precision, wgrad_config)
+        del rows, weighted_a
+        if needs_gate_up:
+            rows = kernels.gather(hidden_states, padded_slots, padded_offsets, top_k)
+            dgate_up = _launch_wgrad(dz, rows, padded_offsets, precision, wgrad_config)
+            del rows
+        if needs_x:
+            rows = _launch_grouped_gemm(dz, gate_up_proj.transpose(1, 2), schedule, precision, gemm_config)
+            dx = kernels.combine(rows, padded_positions, torch.ones_like(top_k_weights, dtype=torch.float32))
+    return dx, dweights, dgate_up, ddown
 
 
 def _backward_impl(dout, *args):
@@ -357,9 +352,9 @@ def _grouped_gemm_dw(dy, x, expert_offsets):
         return x.new_zeros(experts, dy.shape[1], x.shape[1])
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
     with torch.cuda.device_of(x):
-        config = tuning.backward_config(x.shape[0], experts, x.dtype, _capability(x.device.index)).wgrad
-        # No gather: any int32 tensor will do for the slots.
-        return _kernels().wgrad(dy, x, expert_offsets, expert_offsets, "", _input_precision(), config)
+        config = tuning.wgrad_config(x.shape[0], experts, x.dtype, _capability(x.device.index))
+        config = config._replace(WARP_SPECIALIZED=False)  # these rows are not padded
+        return _kernels().wgrad(dy, x, expert_offsets, _input_precision(), config)
 
 
 _grouped_gemm_dw_op = register_op(
@@ -418,6 +413,11 @@ def _launch_grouped_gemm(x, weight, schedule, precision, config, y=None):
     if config.WARP_SPECIALIZED and not kernels.can_specialize(weight):
         config = config._replace(WARP_SPECIALIZED=False)
     return kernels.grouped_gemm(x, weight, schedule, precision, config, y)
+
+
+def _launch_wgrad(p, q, padded_offsets, precision, config):
+    config = _as_readable(config, p, q)
+    return _kernels().wgrad(p, q, padded_offsets, precision, config)
 
 
 def _as_readable(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:

@@ -45,13 +45,6 @@ class ExpertsConfig(NamedTuple):
     down: GemmConfig | DecodeConfig
 
 
-class BackwardConfig(NamedTuple):
-    """What the backward has of its own."""
-
-    down_dgrad: GemmConfig
-    wgrad: GemmConfig
-
-
 class RouterConfig(NamedTuple):
     """Launch configuration of the router's GEMM."""
 
@@ -96,16 +89,13 @@ FP32 = [
     (float("inf"), _pair(64, 32, 16, 4, 2, 64, 16, 8, 2, tma=False)),
 ]
 
-# The backward: down_dgrad, wgrad; by rows per expert as above.
-BACKWARD_HOPPER = [
-    (64, BackwardConfig(GemmConfig(64, 64, 128, 64, 8, 4, 4, True), GemmConfig(64, 64, 128, 64, 8, 4, 4, False))),
-    (
-        float("inf"),
-        BackwardConfig(GemmConfig(128, 64, 128, 64, 8, 8, 4, True), GemmConfig(128, 128, 256, 64, 8, 8, 3, False)),
-    ),
+# wgrad, by rows per expert as above; BLOCK_K is of rows. USE_TMA goes with WARP_SPECIALIZED, whose tile is fixed.
+WGRAD_HOPPER = [
+    (32, GemmConfig(64, 64, 256, 64, 1, 4, 4, False)),
+    (float("inf"), GemmConfig(128, 128, 256, 64, 1, 8, 4, True, True)),
 ]
-BACKWARD_PORTABLE = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 32, 8, 4, 3, False) for _ in range(2))))]
-BACKWARD_FP32 = [(float("inf"), BackwardConfig(*(GemmConfig(64, 64, 64, 16, 8, 8, 2, False) for _ in range(2))))]
+WGRAD_PORTABLE = [(float("inf"), GemmConfig(64, 64, 64, 32, 1, 4, 3, False))]
+WGRAD_FP32 = [(float("inf"), GemmConfig(64, 64, 64, 16, 1, 8, 2, False))]
 
 # The router, by tokens. Few tokens: small tiles of experts, so that many programs share in reading the weight.
 ROUTER_HOPPER = [
@@ -177,16 +167,16 @@ def _table(shape, dtype, capability, device_name):
     return [(limit, config) for limit, (_, config) in zip([*limits, math.inf], entries)]
 
 
-def backward_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, BackwardConfig]]:
+def wgrad_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, GemmConfig]]:
     """(most rows per expert, configuration)."""
     if dtype == torch.float32:
-        return BACKWARD_FP32
-    return BACKWARD_HOPPER if capability[0] == 9 else BACKWARD_PORTABLE
+        return WGRAD_FP32
+    return WGRAD_HOPPER if capability[0] == 9 else WGRAD_PORTABLE
 
 
-def backward_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
-    """Configuration for `rows` routed rows over `num_experts` experts."""
-    return _find(backward_configs(dtype, capability), rows / num_experts)
+def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
+    """Configuration of wgrad for `rows` routed rows over `num_experts` experts."""
+    return _find(wgrad_configs(dtype, capability), rows / num_experts)
 
 
 def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, RouterConfig]]:

@@ -1,21 +1,23 @@
 """Triton device code and launchers, one file per stage."""
 
-from .backward import down_dgrad, wgrad
+from .backward import gather, glu_backward, wgrad
 from .combine import combine
 from .decode import down_decode, gate_up_decode
 from .grouped_gemm import gate_up, grouped_gemm
 from .grouped_gemm_hopper import can_specialize
 from .router import router_logits, router_topk
-from .routing import route, tile_schedule
+from .routing import pad, route, tile_schedule
 
 __all__ = [
     "can_specialize",
     "combine",
     "down_decode",
-    "down_dgrad",
     "gate_up",
     "gate_up_decode",
+    "gather",
+    "glu_backward",
     "grouped_gemm",
+    "pad",
     "route",
     "router_logits",
     "router_topk",

@@ -1,25 +1,25 @@
-"""Gradients of the layer: kernels over rows sorted by expert. Slot s = sorted_slots[r], token t = s // top_k.
+"""Gradients of the layer around its GEMMs. Slot s = slots[r], token t = s // top_k, [gate; up] = z of the slot.
 
-    down_dgrad:     b[r] = dout[t] @ down[e],  a[r] = act(gate) * up with [gate; up] = z[r]
-                    dweight[s] = <b[r], a[r]>,  da[r] = weight[s] * b[r]
-                    dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a[r]
-    grouped_gemm:  dx[r] = dz[r] @ gate_up[e]                       of grouped_gemm.py, on the transposed weight
+    gather:        out[r] = x[t]
+    glu_backward:  a = act(gate) * up,  dweight[s] = <b[r], a>,  da = weight[s] * b[r]
+                   dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
     wgrad:         dw[e] = sum over the rows r of e of p[r] q[r]^T
 
-so that dgate_up = wgrad(dz, x gathered), ddown = wgrad(dout gathered, weighted_a), and dhidden_states[t] is the sum of
-dx over the slots of t. <dout, y> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed.
+with b = dout gathered @ down[e], a grouped GEMM on the transposed weight. Then ddown = wgrad(dout gathered,
+weighted_a), dgate_up = wgrad(dz, x gathered), and dhidden_states[t] is the sum of dz @ gate_up[e] over the slots of t.
+That <dout, down @ a> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed.
 
-Weights are read as they are, the sum running over their rows. Grids: of down_dgrad as in grouped_gemm.py; of wgrad a
-program for each tile of each expert's gradient, which walks the expert's rows. No atomics: sums have one order.
+Rows are padded (`pad` of routing.py): experts begin at multiples of 64, and what is gathered into rows of nobody is
+zero, so that sums over the rows of an expert have no tail. No atomics: sums have one order.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_gemm import _activate, _gather, _halves, _is_height, _locate_tile
-from .launch import cdiv, launch
+from .grouped_gemm import _activate
+from .grouped_gemm_hopper import wgrad_hopper
+from .launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -39,156 +39,81 @@ def _activation_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _quarters(x):
-    """The four quarters of the columns of x."""
-    left, right = _halves(x)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
-    return first, second, third, fourth
+def _gather_kernel(
+    x_ptr,  # (T, H)
+    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    expert_offsets_ptr,  # (E + 1,) int32
+    out_ptr,  # (P, H)
+    E,
+    top_k,
+    H,
+    stride_xt,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS
+    if row >= tl.load(expert_offsets_ptr + E):
+        return
+    rows = row + tl.arange(0, ROWS)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask_h = (offs_h < H)[None, :]
+    slots = tl.load(slots_ptr + rows)
+    x_ptrs = x_ptr + (slots // top_k)[:, None].to(tl.int64) * stride_xt + offs_h[None, :]
+    x = tl.load(x_ptrs, mask=(slots >= 0)[:, None] & mask_h, other=0.0)
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * H + offs_h[None, :], x, mask=mask_h)
 
 
 @triton.jit
-def _down_dgrad_tile(
-    dout_ptr,
-    w_ptr,
-    z_ptr,
-    sorted_slots_ptr,
-    top_k_weights_ptr,
-    dz_ptr,
-    weighted_a_ptr,
-    partials_ptr,
-    expert,
-    row,
-    row_end,
-    tile_n,
-    top_k,
-    S,
-    I,
-    H,
-    stride_dt,
-    stride_we,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    d_ptrs, mask_d = _gather(dout_ptr, sorted_slots_ptr, row, row_end, top_k, stride_dt, offs_k, BLOCK_M)
-    if not USE_TMA:
-        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
-    b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        mask_k = offs_k < H - k
-        d = tl.load(d_ptrs, mask=mask_d & mask_k[None, :], other=0.0)
-        d_ptrs += BLOCK_K
-        if USE_TMA:
-            w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
-        else:
-            w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < I)[None, :], other=0.0)
-            w_ptrs += BLOCK_K * stride_wk
-        b = tl.dot(d, w, b, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, BN]
-
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < row_end
-    slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
-    weight = tl.load(top_k_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-    dweight = tl.zeros((BLOCK_M,), tl.float32)
-    # A quarter of the columns at a time: all at once would not fit into registers.
-    quarters = _quarters(b)
-    for i in tl.static_range(4):
-        offs_q = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        mask = mask_m[:, None] & (offs_q < I)[None, :]
-        offs_z = offs_m[:, None].to(tl.int64) * (2 * I) + offs_q[None, :]
-        gate = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(z_ptr + offs_z + I, mask=mask, other=0.0).to(tl.float32)
-        act = _activate(gate, ACTIVATION)
-        a = act * up
-        dweight += tl.sum(tl.where(mask, quarters[i] * a, 0.0), axis=1)
-        da = weight * quarters[i]
-        dtype = dz_ptr.dtype.element_ty
-        tl.store(dz_ptr + offs_z, (da * up * _activation_slope(gate, ACTIVATION)).to(dtype), mask=mask)
-        tl.store(dz_ptr + offs_z + I, (da * act).to(dtype), mask=mask)
-        if weighted_a_ptr is not None:
-            offs_a = offs_m[:, None].to(tl.int64) * I + offs_q[None, :]
-            tl.store(weighted_a_ptr + offs_a, (weight * a).to(dtype), mask=mask)
-    tl.store(partials_ptr + tile_n.to(tl.int64) * S + offs_m, dweight, mask=mask_m)
-
-
-@triton.jit(do_not_specialize=["max_tiles", "S"])
-def _down_dgrad_kernel(
-    dout_ptr,  # (T, H)
-    w_ptr,  # (E, H, I); with USE_TMA a descriptor of it
+def _glu_backward_kernel(
+    b_ptr,  # (P, I)
     z_ptr,  # (S, 2I), rows [gate; up]
-    sorted_slots_ptr,  # (S,) int32
     top_k_weights_ptr,  # (S,)
-    dz_ptr,  # (S, 2I)
-    weighted_a_ptr,  # (S, I), or None
-    partials_ptr,  # (tiles of I, S) fp32: <b, a> over the columns of each tile
-    schedule_ptr,  # (5, max_tiles) int32
-    max_tiles,
-    top_k,
-    S,
+    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    z_positions_ptr,  # (S,) int32: the row of z of each slot
+    expert_offsets_ptr,  # (E + 1,) int32
+    dz_ptr,  # (P, 2I)
+    weighted_a_ptr,  # (P, I), or None
+    dweights_ptr,  # (S,) fp32
+    E,
     I,
-    H,
-    stride_dt,
-    stride_we,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    MIN_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
-    if expert < 0:
+    row = tl.program_id(0) * ROWS
+    if row >= tl.load(expert_offsets_ptr + E):
         return
-    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    for i in tl.static_range(HEIGHTS):
-        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
-            _down_dgrad_tile(
-                dout_ptr,
-                w_ptr,
-                z_ptr,
-                sorted_slots_ptr,
-                top_k_weights_ptr,
-                dz_ptr,
-                weighted_a_ptr,
-                partials_ptr,
-                expert,
-                row,
-                row_end,
-                tile_n,
-                top_k,
-                S,
-                I,
-                H,
-                stride_dt,
-                stride_we,
-                stride_wk,
-                BLOCK_M >> i,
-                BLOCK_N,
-                BLOCK_K,
-                USE_TMA,
-                ACTIVATION,
-                INPUT_PRECISION,
-            )
+    rows = row + tl.arange(0, ROWS)
+    slots = tl.load(slots_ptr + rows)
+    is_owned = slots >= 0
+    z_rows = tl.load(z_positions_ptr + slots, mask=is_owned, other=0).to(tl.int64)[:, None]
+    weight = tl.load(top_k_weights_ptr + slots, mask=is_owned, other=0.0).to(tl.float32)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    dtype = dz_ptr.dtype.element_ty
+    products = tl.zeros((ROWS, BLOCK_I), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
+        mask_i = offs_i < I
+        mask = is_owned[:, None] & mask_i
+        b = tl.load(b_ptr + rows * I + offs_i, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(z_ptr + z_rows * 2 * I + offs_i, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(z_ptr + z_rows * 2 * I + I + offs_i, mask=mask, other=0.0).to(tl.float32)
+        act = _activate(gate, ACTIVATION)
+        products += b * act * up
+        da = weight * b
+        tl.store(dz_ptr + rows * 2 * I + offs_i, (da * up * _activation_slope(gate, ACTIVATION)).to(dtype), mask=mask_i)
+        tl.store(dz_ptr + rows * 2 * I + I + offs_i, (da * act).to(dtype), mask=mask_i)
+        if weighted_a_ptr is not None:
+            tl.store(weighted_a_ptr + rows * I + offs_i, (weight * act * up).to(dtype), mask=mask_i)
+    tl.store(dweights_ptr + slots, tl.sum(products, axis=1), mask=is_owned)
 
 
 @triton.jit
 def _wgrad_kernel(
-    p_ptr,  # (S, M), or with GATHER_P (T, M)
-    q_ptr,  # (S, N), or with GATHER_Q (T, N)
+    p_ptr,  # (P, M)
+    q_ptr,  # (P, N)
     dw_ptr,  # (E, M, N)
-    sorted_slots_ptr,  # (S,) int32
     expert_offsets_ptr,  # (E + 1,) int32
-    top_k,
     M,
     N,
     stride_p,
@@ -196,8 +121,6 @@ def _wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GATHER_P: tl.constexpr,
-    GATHER_Q: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     n_tiles = tl.cdiv(N, BLOCK_N)
@@ -211,81 +134,83 @@ def _wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
-        mask_k = rows < end  # on both: a row of another expert may hold anything
-        p_rows = rows
-        q_rows = rows
-        if GATHER_P or GATHER_Q:
-            tokens = tl.load(sorted_slots_ptr + rows, mask=mask_k, other=0) // top_k
-            p_rows = tokens if GATHER_P else rows
-            q_rows = tokens if GATHER_Q else rows
-        p_ptrs = p_ptr + p_rows[:, None].to(tl.int64) * stride_p + offs_m[None, :]
-        q_ptrs = q_ptr + q_rows[:, None].to(tl.int64) * stride_q + offs_n[None, :]
-        p = tl.load(p_ptrs, mask=mask_k[:, None] & (offs_m < M)[None, :], other=0.0)
-        q = tl.load(q_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
+        mask_k = (rows < end)[:, None]  # on both: a row of another expert may hold anything
+        rows = rows.to(tl.int64)[:, None]
+        p = tl.load(p_ptr + rows * stride_p + offs_m[None, :], mask=mask_k & (offs_m < M)[None, :], other=0.0)
+        q = tl.load(q_ptr + rows * stride_q + offs_n[None, :], mask=mask_k & (offs_n < N)[None, :], other=0.0)
         acc = tl.dot(p.T, q, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, BN]
     dw_ptrs = dw_ptr + (expert.to(tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, needs_a, input_precision, config):
-    """dout (T, H), w (E, H, I), z (S, 2I) -> dz (S, 2I), weighted_a (S, I) or None, dweights (S,) fp32, sorted.
+def gather(x, slots, expert_offsets, top_k):
+    """x (T, H) with contiguous rows, padded slots (P,) and expert_offsets (E + 1,) -> (P, H).
 
-    Rows of dout and of w, and top_k_weights, are contiguous. Rows that belong to no expert stay unwritten.
+    Rows from expert_offsets[E] on stay unwritten.
     """
-    _, hidden_dim, inter = w.shape
-    rows, tiles = sorted_slots.numel(), schedule.shape[1]
-    n_tiles = cdiv(inter, config.BLOCK_N)
-    dz = torch.empty_like(z)
-    weighted_a = z.new_empty(rows, inter) if needs_a else None
-    partials = torch.empty((n_tiles, rows), dtype=torch.float32, device=z.device)
-    top_k = rows // dout.shape[0]
-    sizes = (inter, hidden_dim, dout.stride(0), w.stride(0), w.stride(1))
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, activation, input_precision)
-    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w
-    alignment = (dout.data_ptr() % 16, w.data_ptr() % 16, top_k_weights.data_ptr() % 16)
+    hidden_dim, experts = x.shape[1], expert_offsets.numel() - 1
+    out = x.new_empty(slots.numel(), hidden_dim)
+    block_h = min(1024, next_power_of_2(hidden_dim))
+    rows = 8
     launch(
-        _down_dgrad_kernel,
-        (tiles * n_tiles, 1, 1),
-        (
-            dout,
-            w_arg,
-            z,
-            sorted_slots,
-            top_k_weights,
-            dz,
-            weighted_a,
-            partials,
-            schedule,
-            tiles,
-            top_k,
-            rows,
-        )
-        + (*sizes, *constants),
-        (z.device, z.dtype, top_k_weights.dtype, needs_a, alignment, top_k, sizes, constants, num_warps, num_stages),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        _gather_kernel,
+        (slots.numel() // rows, cdiv(hidden_dim, block_h), 1),
+        (x, slots, expert_offsets, out, experts, top_k, hidden_dim, x.stride(0), rows, block_h),
+        (x.device, x.dtype, x.data_ptr() % 16, experts, top_k, hidden_dim, x.stride(0)),
+        num_warps=4,
     )
-    return dz, weighted_a, partials.sum(0)
+    return out
 
 
-def wgrad(p, q, sorted_slots, expert_offsets, gather, input_precision, config, dtype=None):
-    """dw (E, M, N) from p (S, M) and q (S, N), in `dtype`, p's own if None; zeros for an expert without rows.
+def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, activation, needs_a):
+    """b (P, I), z (S, 2I) -> dz (P, 2I), weighted_a (P, I) or None, dweights (S,) fp32, 0 for a skipped slot.
 
-    gather: "p" or "q": that one is (T, ...) and its rows are those of the slots' tokens; "" for neither.
+    Rows of nobody are zero; those from expert_offsets[E] on stay unwritten. top_k_weights are contiguous.
+    """
+    rows, inter = b.shape
+    experts = expert_offsets.numel() - 1
+    dz = b.new_empty(rows, 2 * inter)
+    weighted_a = torch.empty_like(b) if needs_a else None
+    dweights = torch.zeros(z_positions.numel(), dtype=torch.float32, device=b.device)
+    block_m, block_i = 4, min(256, next_power_of_2(inter))
+    alignment = (z.data_ptr() % 16, top_k_weights.data_ptr() % 16, z_positions.data_ptr() % 16)
+    launch(
+        _glu_backward_kernel,
+        (rows // block_m, 1, 1),
+        (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights, experts, inter)
+        + (block_m, block_i, activation),
+        (b.device, b.dtype, top_k_weights.dtype, needs_a, alignment, experts, inter, activation),
+        num_warps=4,
+    )
+    return dz, weighted_a, dweights
+
+
+def wgrad(p, q, expert_offsets, input_precision, config):
+    """p (P, M), q (P, N), contiguous rows -> dw (E, M, N); zeros for an expert without rows.
+
+    With config.WARP_SPECIALIZED rows are padded, as `pad` of routing.py does.
     """
     experts = expert_offsets.numel() - 1
     M, N = p.shape[1], q.shape[1]
-    dw = torch.empty((experts, M, N), dtype=dtype or p.dtype, device=p.device)
-    gathered = {"p": p, "q": q}.get(gather)
-    top_k = 1 if gathered is None else max(1, sorted_slots.numel() // max(1, gathered.shape[0]))
-    sizes = (top_k, M, N, p.stride(0), q.stride(0))
-    constants = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, gather == "p", gather == "q", input_precision)
+    dw = torch.empty((experts, M, N), dtype=p.dtype, device=p.device)
+    if config.WARP_SPECIALIZED:
+        return wgrad_hopper(p, q, expert_offsets, config, dw)
+    sizes = (M, N, p.stride(0), q.stride(0))
+    constants = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, input_precision)
     launch(
         _wgrad_kernel,
         (experts * cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N), 1, 1),
-        (p, q, dw, sorted_slots, expert_offsets, *sizes, *constants),
-        (p.device, p.dtype, dw.dtype, p.data_ptr() % 16, q.data_ptr() % 16, sizes, constants, config[5:7]),
+        (p, q, dw, expert_offsets, *sizes, *constants),
+        (
+            p.device,
+            p.dtype,
+            p.data_ptr() % 16,
+            q.data_ptr() % 16,
+            sizes,
+            constants,
+            config.num_warps,
+            config.num_stages,
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -1,9 +1,10 @@
-"""The grouped GEMM of grouped_gemm.py for Hopper and many rows: persistent, and each warp has a role of its own.
+"""Grouped GEMMs for Hopper and many rows: persistent, and each warp has a role of its own.
 
-    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N)
+    grouped_gemm:  y[r] = w[e] @ x[r]                                        x (S, K) -> y (S, N)
+    wgrad:         dw[e] = sum over the rows r of e of p[r] q[r]^T           p (P, M), q (P, N) -> dw (E, M, N)
 
-Grid: as many programs as the GPU has multiprocessors; each takes one tile of 128 rows by 256 columns after another,
-first come, first served. In a program, handing over through shared memory and mbarriers:
+Grid: as many programs as the GPU has multiprocessors; each takes one tile of 128 rows by 256 columns after another, of
+grouped_gemm first come, first served. In a program, handing over through shared memory and mbarriers:
 
     loader       1 warp     takes tiles, tells the consumers, loads rows and weights by TMA, STAGES steps of K ahead
     2 consumers  4 warps    each multiply 64 rows by 256 weight rows (wgmma m64n256k16) and store the result; a tile of
@@ -45,12 +46,13 @@ def _previous(i, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _put_tile(queue, i, phase, row, row_end, tile_n):
+def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles):
     tiles, full, free = queue
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     field = gl.arange(0, 4, layout)
     mbarrier.wait(free.index(i), phase ^ 1)
-    tiles.index(i).store(gl.where(field == 0, row, gl.where(field == 1, row_end, tile_n)))
+    tile = gl.where(field == 0, row, gl.where(field == 1, row_end, gl.where(field == 2, tile_n, k_tiles)))
+    tiles.index(i).store(tile)
     _barrier()
     mbarrier.arrive(full.index(i), count=1)
     return _next(i, phase, QUEUE)
@@ -58,7 +60,7 @@ def _put_tile(queue, i, phase, row, row_end, tile_n):
 
 @gluon.jit
 def _take_tile(queue, i, phase):
-    """First row (-1: no more tiles), row after the expert's last, and column tile; and the next place in the queue."""
+    """First row (-1: no more tiles), row after the expert's last, column tile, steps of K; next place in the queue."""
     tiles, full, free = queue
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     field = gl.arange(0, 4, layout)
@@ -69,8 +71,9 @@ def _take_tile(queue, i, phase):
     row = gl.sum(gl.where(field == 0, tile, 0), 0)
     row_end = gl.sum(gl.where(field == 1, tile, 0), 0)
     tile_n = gl.sum(gl.where(field == 2, tile, 0), 0)
+    k_tiles = gl.sum(gl.where(field == 3, tile, 0), 0)
     i, phase = _next(i, phase, QUEUE)
-    return row, row_end, tile_n, i, phase
+    return row, row_end, tile_n, k_tiles, i, phase
 
 
 @gluon.jit
@@ -122,7 +125,7 @@ def _load(
             gl.store(claims_ptr, 0)
         turn = gl.where(is_mixed != 0, tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2), tile)
         expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
-        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n)
+        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, gl.cdiv(K, BLOCK_K))
         for k in range(0, K, BLOCK_K):
             mbarrier.wait(free.index(stage), phase ^ 1)
             bar = full.index(stage)
@@ -138,7 +141,38 @@ def _load(
                 _tma_load(w_desc, [w_row + HALF, k], bar, w_smem.index(stage).slice(HALF, HALF))
             stage, phase = _next(stage, phase, STAGES)
         tile = gl.num_programs(0) + claimed
-    _put_tile(queue, place, place_phase, -1, -1, 0)
+    _put_tile(queue, place, place_phase, -1, -1, 0, 0)
+
+
+@gluon.jit
+def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
+    """The loader of wgrad: steps of K are rows of an expert."""
+    p_smem, q_smem, full, free = stages
+    STAGES: gl.constexpr = q_smem.shape[0]
+    n_tiles = gl.cdiv(N, BLOCK_N)
+    tiles = gl.cdiv(M, BLOCK_M) * n_tiles
+    stage = 0
+    phase = 0
+    place = 0
+    place_phase = 0
+    for tile in range(gl.program_id(0), E * tiles, gl.num_programs(0)):
+        expert = tile // tiles
+        m = tile % tiles // n_tiles * BLOCK_M
+        tile_n = tile % n_tiles
+        begin = gl.load(expert_offsets_ptr + expert)
+        end = gl.load(expert_offsets_ptr + expert + 1)
+        row = expert * M + m
+        k_tiles = (end - begin) // BLOCK_K
+        place, place_phase = _put_tile(queue, place, place_phase, row, expert * M + M, tile_n, k_tiles)
+        for k in range(begin, end, BLOCK_K):
+            mbarrier.wait(free.index(stage), phase ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+            for i in gl.static_range(CONSUMERS):
+                _tma_load(p_desc, [k, m + i * ROWS], bar, p_smem.index(stage * CONSUMERS + i))
+            _tma_load(q_desc, [k, tile_n * BLOCK_N], bar, q_smem.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
+    _put_tile(queue, place, place_phase, -1, -1, 0, 0)
 
 
 @gluon.jit
@@ -153,20 +187,23 @@ def _store_rows(y_ptr, y, row, row_end, column, N):
 
 
 @gluon.jit
-def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue, TRANSPOSED_W: gl.constexpr):
+def _multiply(CONSUMER: gl.constexpr, y_ptr, N, stages, queue, TRANSPOSED_X: gl.constexpr, TRANSPOSED_W: gl.constexpr):
     x_smem, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
-    row, row_end, tile_n, place, place_phase = _take_tile(queue, 0, 0)
+    row, row_end, tile_n, k_tiles, place, place_phase = _take_tile(queue, 0, 0)
     while row >= 0:
         row += CONSUMER * ROWS
         if row < row_end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
             for k in range(k_tiles):
                 mbarrier.wait(full.index(stage), phase)
-                x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
+                if TRANSPOSED_X:
+                    x = x_smem.index(stage * CONSUMERS + CONSUMER).permute((1, 0))
+                else:
+                    x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
                 w = w_smem.index(stage) if TRANSPOSED_W else w_smem.index(stage).permute((1, 0))  # [BLOCK_K, BLOCK_N]
                 acc = warpgroup_mma(x, w, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
@@ -175,7 +212,7 @@ def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue, TRANSPOS
                 stage, phase = _next(stage, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
             _barrier()
-            mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1)
+            mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k_tiles > 0)
             left, right = acc.reshape((ROWS, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
             _store_rows(y_ptr, left, row, row_end, tile_n * BLOCK_N, N)
             _store_rows(y_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
@@ -184,7 +221,7 @@ def _multiply(CONSUMER: gl.constexpr, y_ptr, N, k_tiles, stages, queue, TRANSPOS
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(free.index(stage), count=1)
                 stage, phase = _next(stage, phase, STAGES)
-        row, row_end, tile_n, place, place_phase = _take_tile(queue, place, place_phase)
+        row, row_end, tile_n, k_tiles, place, place_phase = _take_tile(queue, place, place_phase)
 
 
 @gluon.jit
@@ -193,6 +230,12 @@ def _barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
     for i in gl.static_range(SIZE):
         mbarrier.init(bars.index(i), count=COUNT)
     return bars
+
+
+@gluon.jit
+def _queue():
+    tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, CONSUMERS))
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
@@ -212,17 +255,41 @@ def _grouped_gemm_hopper_kernel(
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED_W else [STAGES, BLOCK_N, BLOCK_K]
     w_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
-    tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    queue = (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, CONSUMERS))
-    k_tiles = gl.cdiv(K, BLOCK_K)
+    queue = _queue()
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, N, k_tiles, stages, queue, TRANSPOSED_W)),
-            (_multiply, (1, y_ptr, N, k_tiles, stages, queue, TRANSPOSED_W)),
+            (_multiply, (0, y_ptr, N, stages, queue, False, TRANSPOSED_W)),
+            (_multiply, (1, y_ptr, N, stages, queue, False, TRANSPOSED_W)),
             (_load, (x_desc, w_desc, schedule_ptr, max_tiles, N, K, stages, queue, GROUP_M, TRANSPOSED_W)),
         ],
         [4, 1],
         [216, 72],  # registers of the second consumer and the loader; the first consumer has what is left
+    )
+
+
+@gluon.jit
+def _wgrad_hopper_kernel(
+    p_desc,  # (P, M)
+    q_desc,  # (P, N)
+    dw_ptr,  # (E * M, N)
+    expert_offsets_ptr,  # (E + 1,) int32, multiples of BLOCK_K
+    E,
+    M,
+    N,
+    STAGES: gl.constexpr,
+):
+    p_smem = gl.allocate_shared_memory(p_desc.dtype, [STAGES * CONSUMERS, BLOCK_K, ROWS], p_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_K, BLOCK_N], q_desc.layout)
+    stages = (p_smem, q_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
+    queue = _queue()
+    gl.warp_specialize(
+        [
+            (_multiply, (0, dw_ptr, N, stages, queue, True, True)),
+            (_multiply, (1, dw_ptr, N, stages, queue, True, True)),
+            (_load_wgrad, (p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue)),
+        ],
+        [4, 1],
+        [216, 72],  # as above
     )
 
 
@@ -255,3 +322,17 @@ def grouped_gemm_hopper(x, w, schedule, config, y):
         num_warps=4,
     )
     return y
+
+
+def wgrad_hopper(p, q, expert_offsets, config, dw):
+    """p (P, M), q (P, N), both 16-bit, contiguous and padded as `pad` of routing.py does -> dw (E, M, N)."""
+    experts, M, N = dw.shape
+    launch(
+        _wgrad_hopper_kernel,
+        (multiprocessors(p.device), 1, 1),
+        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets, experts, M, N)
+        + (config.num_stages,),
+        (p.device, p.dtype, experts, M, N, expert_offsets.data_ptr() % 16, config.num_stages),
+        num_warps=4,
+    )
+    return dw

@@ -18,6 +18,7 @@ from .launch import cdiv, launch, next_power_of_2
 BLOCK_S = 128
 CHUNK = 1024
 CHUNKS = 4
+PAD = 64  # the rows that wgrad takes at a time
 
 
 @triton.jit
@@ -166,6 +167,38 @@ def _schedule_kernel(
     _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLOCK_E)
 
 
+@triton.jit
+def _pad_kernel(
+    expert_offsets_ptr,  # (E + 1,) int32
+    sorted_slots_ptr,  # (S,) int32
+    padded_offsets_ptr,  # (E + 1,) int32
+    padded_slots_ptr,  # (P,) int32
+    padded_positions_ptr,  # (S,) int32
+    E,
+    PAD: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    offs_e = tl.arange(0, BLOCK_E)
+    begins = tl.load(expert_offsets_ptr + offs_e, mask=offs_e < E, other=0)
+    ends = tl.load(expert_offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
+    padded_counts = (ends - begins + PAD - 1) // PAD * PAD
+    padded_ends = tl.cumsum(padded_counts, 0)
+    padded_begins = padded_ends - padded_counts
+    if tl.program_id(0) == 0:
+        tl.store(padded_offsets_ptr + offs_e, padded_begins, mask=offs_e < E)
+        tl.store(padded_offsets_ptr + E, tl.sum(padded_counts, axis=0))
+    # The PAD rows of a program are one expert's, or nobody's.
+    row = tl.program_id(0) * PAD
+    is_here = (padded_begins <= row) & (row < padded_ends)
+    first = tl.sum(tl.where(is_here, begins + row - padded_begins, 0), axis=0)
+    end = tl.sum(tl.where(is_here, ends, 0), axis=0)
+    offs = tl.arange(0, PAD)
+    mask = first + offs < end
+    slots = tl.load(sorted_slots_ptr + first + offs, mask=mask, other=-1)
+    tl.store(padded_slots_ptr + row + offs, slots)
+    tl.store(padded_positions_ptr + slots, row + offs, mask=mask)
+
+
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     """Most tiles of block_m rows that num_rows rows can need, however they fall to the experts; at least 3."""
     return max(3, num_rows // block_m + min(num_experts, num_rows))
@@ -224,3 +257,24 @@ def tile_schedule(expert_offsets, num_rows, block_m):
         num_warps=4,
     )
     return schedule
+
+
+def pad(expert_offsets, sorted_slots):
+    """The order of `route` with each expert's rows padded to a multiple of PAD: offsets, slots (P,), positions (S,).
+
+    The slot of a padding row is -1, and so is the position of a skipped slot.
+    """
+    num_experts, S = expert_offsets.numel() - 1, sorted_slots.numel()
+    blocks = S // PAD + min(num_experts, S)
+    padded_offsets = torch.empty_like(expert_offsets)
+    padded_slots = sorted_slots.new_empty(blocks * PAD)
+    padded_positions = torch.full_like(sorted_slots, -1)
+    launch(
+        _pad_kernel,
+        (blocks, 1, 1),
+        (expert_offsets, sorted_slots, padded_offsets, padded_slots, padded_positions)
+        + (num_experts, PAD, max(16, next_power_of_2(num_experts))),
+        (expert_offsets.device, num_experts, expert_offsets.data_ptr() % 16, sorted_slots.data_ptr() % 16),
+        num_warps=4,
+    )
+    return padded_offsets, padded_slots, padded_positions
