@@ -111,8 +111,18 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     top_k = top_k_index.shape[1]
     a = kernels.gate_up(hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config)
     down_config = _as_readable(down_config, a, down_proj)
-    y = kernels.grouped_gemm(a, down_proj, schedule, precision, down_config)
-    return kernels.combine(y, slot_positions, top_k_weights)
+    return _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
+
+
+def _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, config):
+    """The down GEMM and each token's weighted sum. A sum of one is no sum: the GEMM stores it, and y is never made."""
+    kernels = _kernels()
+    if top_k_weights.shape[1] > 1 or config.WARP_SPECIALIZED:
+        y = kernels.grouped_gemm(a, down_proj, schedule, precision, config)
+        return kernels.combine(y, slot_positions, top_k_weights)
+    out = a.new_empty(a.shape[0], down_proj.shape[1])
+    kernels.zero_skipped(out, slot_positions)
+    return kernels.grouped_gemm(a, down_proj, schedule, precision, config, out, sorted_slots, top_k_weights)
 
 
 def _experts_forward(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
@@ -151,8 +161,9 @@ def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         a = kernels.gate_up(
             hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config, z
         )
-        y = kernels.grouped_gemm(a, down_proj, schedule, precision, _as_readable(down_config, a, down_proj))
-        return kernels.combine(y, slot_positions, top_k_weights.contiguous()), z, *routing
+        down_config, top_k_weights = _as_readable(down_config, a, down_proj), top_k_weights.contiguous()
+        out = _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
+        return out, z, *routing
 
 
 def _training_forward(hidden_states, *args):
@@ -212,8 +223,13 @@ def _backward_gpu(
             grads[1] = dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
         if needs_x:
             dgrad_config = _as_readable(config.gate_up_dgrad, gate_up_proj)
-            dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, dgrad_config)
-            grads[0] = kernels.combine(dx, positions, torch.ones_like(top_k_weights, dtype=torch.float32))
+            if top_k_weights.shape[1] == 1:
+                dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, dgrad_config, slots)
+                kernels.zero_skipped(dx, positions)
+                grads[0] = dx
+            else:
+                dx = kernels.gate_up_dgrad(dz, gate_up_proj, schedule, precision, dgrad_config)
+                grads[0] = kernels.combine(dx, positions, torch.ones_like(top_k_weights, dtype=torch.float32))
         if needs_gate_up:
             grads[2] = kernels.wgrad(dz, hidden_states, slots, offsets, "q", precision, config.wgrad)
         if needs_down:

@@ -147,7 +147,8 @@ def _down_dgrad_kernel(
 def _gate_up_dgrad_kernel(
     dz_ptr,  # (S, 2I)
     w_ptr,  # (E, 2I, H); with USE_TMA a descriptor of it
-    dx_ptr,  # (S, H)
+    dx_ptr,  # (S, H), in expert order, or in that of slots if sorted_slots_ptr is given
+    sorted_slots_ptr,  # (S,) int32, or None
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
     K,
@@ -171,7 +172,8 @@ def _gate_up_dgrad_kernel(
     dx = _rows_times_weight(
         x_ptrs, mask_m, w_ptr, expert, tile_n, K, H, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
     )
-    dx_ptrs = dx_ptr + offs_m[:, None].to(tl.int64) * H + offs_n[None, :]
+    rows = offs_m if sorted_slots_ptr is None else tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
+    dx_ptrs = dx_ptr + rows[:, None].to(tl.int64) * H + offs_n[None, :]
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < H)[None, :])
 
 
@@ -269,8 +271,11 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, ne
     return dz, weighted_a, partials.sum(0)
 
 
-def gate_up_dgrad(dz, w, schedule, input_precision, config):
-    """dz (S, 2I), w (E, 2I, H) with contiguous rows -> dx (S, H); rows that belong to no expert stay unwritten."""
+def gate_up_dgrad(dz, w, schedule, input_precision, config, sorted_slots=None):
+    """dz (S, 2I), w (E, 2I, H) with contiguous rows -> dx (S, H); rows that belong to no expert stay unwritten.
+
+    With sorted_slots (S,), row r becomes row sorted_slots[r] of dx.
+    """
     _, K, hidden_dim = w.shape
     tiles = schedule.shape[1]
     dx = dz.new_empty(dz.shape[0], hidden_dim)
@@ -279,8 +284,8 @@ def gate_up_dgrad(dz, w, schedule, input_precision, config):
     launch(
         _gate_up_dgrad_kernel,
         (tiles * cdiv(hidden_dim, config.BLOCK_N), 1, 1),
-        (dz, _weight(w, config), dx, schedule, tiles, *sizes, *constants),
-        (dz.device, dz.dtype, w.data_ptr() % 16, sizes, constants, config[5:7]),
+        (dz, _weight(w, config), dx, sorted_slots, schedule, tiles, *sizes, *constants),
+        (dz.device, dz.dtype, sorted_slots is None, w.data_ptr() % 16, sizes, constants, config[5:7]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
