@@ -208,7 +208,7 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, 
         pytest.skip("for Hopper")
     _, index, _, _, weight = layer(tokens, experts, top_k, N, K, dtype, DEVICE, ids)
     x = torch.randn(index.numel(), K, dtype=dtype, device=DEVICE)
-    offsets, _, _, schedule = launch.route(index, experts, 128)
+    offsets, sorted_slots, _, schedule = launch.route(index, experts, 128)
     rows = int(offsets[-1])
     exact = kernel.reference.grouped_gemm(x.double(), weight.double(), offsets)
     expected = kernel.reference.grouped_gemm(x, weight, offsets)
@@ -218,6 +218,15 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, 
         assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
         assert_as_good_as_torch(y[:rows], expected[:rows], exact[:rows])
         assert torch.equal(y[:rows], results[0][:rows])
+
+    # In the order of slots, each row times a number.
+    factors = torch.rand(index.numel(), device=DEVICE)
+    in_slots = torch.empty_like(results[0])
+    launch.grouped_gemm(x, weight, schedule, "ieee", warp_specialized, in_slots, sorted_slots, factors)
+    of_rows = factors[sorted_slots[:rows]][:, None]
+    scaled = [in_slots[sorted_slots[:rows]], (expected[:rows] * of_rows).to(dtype), exact[:rows] * of_rows]
+    assert_as_good_as_torch(*scaled)
+    assert in_slots[sorted_slots[rows:]].isnan().all()
 
 
 @on_triton

@@ -117,7 +117,7 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
 def _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, config):
     """The down GEMM and each token's weighted sum. A sum of one is no sum: the GEMM stores it, and y is never made."""
     kernels = _kernels()
-    if top_k_weights.shape[1] > 1 or config.WARP_SPECIALIZED:
+    if top_k_weights.shape[1] > 1:
         y = kernels.grouped_gemm(a, down_proj, schedule, precision, config)
         return kernels.combine(y, slot_positions, top_k_weights)
     out = a.new_empty(a.shape[0], down_proj.shape[1])
