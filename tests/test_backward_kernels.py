@@ -85,6 +85,40 @@ def test_only_what_is_needed(path, needed):
 
 
 @on_triton
+def test_work_follows_the_rows_of_this_rank(path, launch, monkeypatch):  # noqa: F811
+    """7 of 8 slots belong to other ranks: every GEMM gets the tiles of the rest, and no other row is written."""
+    args = list(layer(100, 4, 8, 64, 32, torch.float32, DEVICE, "any"))
+    args[1] = torch.randint(0, 32, (100, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = torch.bincount(args[1][args[1] < 4], minlength=4)
+    local = int(rows.sum())
+    assert local < 0.2 * args[1].numel()
+    seen = {}
+
+    def record(name, schedule_at):
+        function = getattr(launch, name)
+
+        def recorded(*args, **kwargs):
+            result = function(*args, **kwargs)
+            of_rows = result[:2] if isinstance(result, tuple) else [result]  # down_dgrad: dz and weighted_a
+            seen[name] = args[schedule_at], of_rows
+            return result
+
+        monkeypatch.setattr(launch, name, recorded)
+
+    for name, schedule_at in {"gate_up": 3, "grouped_gemm": 2, "down_dgrad": 5, "gate_up_dgrad": 2}.items():
+        record(name, schedule_at)
+    dout = torch.ones(args[0].shape, device=DEVICE)
+    gradients(path._training_gpu, path._backward_gpu, dout, args, "silu", [True] * 4)
+    assert len(seen) == 4
+    for name, (schedule, results) in seen.items():
+        assert schedule[4, 0] == ((rows + 15) // 16).sum(), name
+        assert schedule[4, 0] < 0.3 * schedule.shape[1]
+        for result in results:
+            assert result.shape[0] == args[1].numel()
+            assert result[local:].isnan().all() and not result[:local].isnan().any(), name
+
+
+@on_triton
 def test_an_expert_without_rows_has_a_zero_gradient(kernel, launch):  # noqa: F811
     config = import_module(f"{kernel.__name__}.tuning").GemmConfig(16, 16, 32, 32, 2, 4, 2, False)
     offsets = torch.tensor([0, 0, 20, 20], dtype=torch.int32, device=DEVICE)

@@ -62,6 +62,15 @@ def test_oracle_is_the_equation(kernel, device, activation):
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_cpu_work_follows_the_rows_of_this_rank(kernel, record):
+    """7 of 8 slots belong to other ranks; the kernels' own work: test_backward_kernels.py."""
+    x, _, weights, *experts = layer(100, 4, 8, 64, 32, ids="any")
+    index = torch.randint(0, 32, (100, 8), generator=torch.Generator().manual_seed(0))
+    gemms = record(kernel.reference, "_grouped_linear")
+    kernel.moe_experts(x, index, weights, *experts)
+    assert [rows.shape[0] for rows, *_ in gemms] == [(index < 4).sum()] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_may_be_int32_or_int64(kernel, device, dtype):
     x, index, *rest = layer(33, 7, 2, 64, 32, device=device, ids="sentinels")
