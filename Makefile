@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: venv build style test bench plot tune demo finetune
+.PHONY: venv environments versions build style test bench plot tune demo finetune
 
 venv: $(READY)
 
@@ -17,6 +17,13 @@ $(VENV)/.installed: requirements-dev.txt
 	$(PYTHON) -m pip install --no-deps --upgrade --target $(VENV)/triton-3.6.0 triton==3.6.0
 	$(PYTHON) -m pip install --no-deps --upgrade --target $(VENV)/triton-3.9.0 triton==3.9.0
 	touch $@
+
+# One for each supported Transformers; PyTorch and the rest are shared. Without them, tests/test_versions.py is skipped.
+environments: $(READY)
+	$(PYTHON) scripts/versions.py
+
+versions: environments
+	$(PYTHON) -m pytest tests/test_versions.py
 
 build: $(READY)
 	$(PYTHON) scripts/build.py

@@ -35,6 +35,9 @@ SKEWED_TOKENS = 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
 ROUTED = {"moonlight": (1, 1), "dsv3": (8, 4)}  # n_group, topk_group
 ROUTED_TOKENS = (1, 64, 1024, 4096)
+EXPERT_PARALLEL = ("glm45-air", "dsv3")  # one rank of EP_SIZE, which has 1 / EP_SIZE of the experts
+EP_SIZE = 8
+EP_TOKENS = (64, 1024, 8192)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -266,6 +269,30 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
     return case
 
 
+def run_expert_parallel_case(kernel, module, weights, workload, tokens):
+    """A rank's share of the layer: its slots among all, the others marked by the id E; and its slots alone, top_k 1.
+
+    Both do the same products, so the first should take little longer than the second.
+    """
+    hidden_dim, _, experts, top_k, _ = WORKLOADS[workload]
+    local = experts // EP_SIZE
+    x, index, top_k_weights = routed_tokens(tokens, hidden_dim, experts, top_k, "cuda")
+    index = torch.where(index < local, index, local)
+    slots = (index.flatten() < local).nonzero().flatten()
+    rows = x[slots // top_k], index.view(-1, 1)[slots], torch.ones(len(slots), 1, dtype=x.dtype, device="cuda")
+    module._is_expert_parallel = True
+    case = {"workload": workload, "tokens": tokens, "ep_size": EP_SIZE, "slots": index.numel(), "local": len(slots)}
+    for name, inputs in {"sentinels": (x, index, top_k_weights), "dispatched": rows}.items():
+        out = kernel.moe_experts(*inputs, *weights).float()
+        expected = kernel.reference.moe_experts(*inputs, *weights).float()
+        if not (out - expected).norm() < 1e-2 * expected.norm():
+            raise SystemExit(f"{name} of {workload} T={tokens}: wrong result: nothing is timed")
+        case[f"{name}_graph_us"] = graph_time([lambda inputs=inputs: kernel.moe_experts(*inputs, *weights)])
+        module.config._experts_implementation = "grouped_mm"
+        case[f"{name}_stock_graph_us"] = graph_time([lambda inputs=inputs: module(*inputs)])
+    return case
+
+
 def row(case):
     ours = min(case["ours_graph_us"], case["ours_eager_us"])
     stock = min(time for key, time in case.items() if key.endswith("_us") and key.split("_")[0] not in ("ours", "roof"))
@@ -311,6 +338,7 @@ def main():
         "ceilings": ceilings,
         "cases": [],
         "router_cases": [],
+        "expert_parallel_cases": [],
     }
     out = args.out or root / "benchmarks/results" / f"{gpu.replace(' ', '-')}.json"
     print(f"{gpu}: {ceilings['flops'] / 1e12:.0f} TFLOP/s sustained, {ceilings['bytes'] / 1e12:.2f} TB/s read")
@@ -335,6 +363,17 @@ def main():
             case = run_router_case(kernel, workload, t)
         print(f"{workload:15} {t:6} " + " ".join(f"{us:10.1f}" for key, us in case.items() if key.endswith("_us")))
         result["router_cases"].append(case)
+    print(f"one rank of {EP_SIZE}, microseconds: with all slots and with its own, ours and stock")
+    for workload in [w for w in args.workloads if w in EXPERT_PARALLEL]:
+        hidden_dim, inter, experts, top_k, _ = WORKLOADS[workload]
+        weights = expert_weights(hidden_dim, inter, experts // EP_SIZE, "cuda")
+        module = stock_module(hidden_dim, inter, experts // EP_SIZE, top_k, weights)
+        for t in EP_TOKENS:
+            with torch.no_grad():
+                case = run_expert_parallel_case(kernel, module, weights, workload, t)
+            print(f"{workload:15} {t:6} " + " ".join(f"{us:10.1f}" for key, us in case.items() if key.endswith("_us")))
+            result["expert_parallel_cases"].append(case)
+        del weights, module
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(out)

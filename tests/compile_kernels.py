@@ -73,6 +73,8 @@ def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inte
             yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up, z)
     for down in ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+        args = (empty(96, hidden), slots, empty(96, dtype=torch.float32))
+        yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, *args)
 
 
 def backward_launches(kernels, ways, dtype, configs, precisions):
@@ -110,6 +112,7 @@ def launches(package, target):
         w1, w2 = (torch.empty(EXPERTS, n, k, dtype=dtype) for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)))
         weights = torch.empty(16, 6)
         yield dtype, None, partial(kernels.combine, y, slots, weights)
+        yield dtype, None, partial(kernels.zero_skipped, y, slots)
         up, down = tuning.decode_config(dtype)
         index = torch.zeros(16, 6, dtype=torch.int64)
         yield dtype, up, partial(kernels.gate_up_decode, x, w1, index, "silu", up)

@@ -1,6 +1,7 @@
 """Random layers, and how far from the fp64 result a right answer may be."""
 
 import torch
+import torch.nn.functional as F
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -36,6 +37,21 @@ def layer(tokens, experts, top_k, hidden_dim, inter, dtype=torch.float32, device
     )
     x, gate_up_proj, down_proj = (t.to(dtype).to(device) for t in floats)
     return x, index.to(device), weights.to(device), gate_up_proj, down_proj
+
+
+def experts_densely(x, index, weights, gate_up_proj, down_proj, activation="silu"):
+    """`moe_experts` without any sorting: every expert computes every token; differentiable."""
+    act_fn = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+        "relu": F.relu,
+    }[activation]
+    gate, up = torch.einsum("th,enh->ten", x, gate_up_proj).chunk(2, dim=-1)
+    y = torch.einsum("ten,ehn->teh", act_fn(gate) * up, down_proj)
+    of_expert = index[..., None] == torch.arange(gate_up_proj.shape[0], device=x.device)
+    share = torch.where(of_expert, weights[..., None], 0).sum(dim=1)
+    return (share[..., None] * y).sum(dim=1)
 
 
 def in_fp64(tensors):

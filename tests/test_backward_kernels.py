@@ -28,6 +28,7 @@ CASES = [  # T, E, top_k, H, I, ids, activation
     pytest.param(40, 2, 2, 72, 72, "any", "gelu", id="several-tiles-of-each"),
     pytest.param(30, 5, 2, 64, 32, "one", "relu", id="all-on-one-expert"),
     pytest.param(9, 3, 2, 32, 48, "sentinels", "gelu_pytorch_tanh", id="sentinels"),
+    pytest.param(45, 5, 1, 97, 47, "sentinels", "silu", id="one-slot-a-token"),
 ]
 NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 
@@ -81,6 +82,42 @@ def test_only_what_is_needed(path, needed):
     _, alone = gradients(*ours, dout, args, "silu", [i == needed for i in range(4)])
     for i in range(4):
         assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
+
+
+@on_triton
+def test_work_follows_the_rows_of_this_rank(path, launch, monkeypatch):  # noqa: F811
+    """7 of 8 slots belong to other ranks: every GEMM gets the tiles of the rest, and no other row is written."""
+    args = list(layer(100, 4, 8, 64, 32, torch.float32, DEVICE, "any"))
+    args[1] = torch.randint(0, 32, (100, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = torch.bincount(args[1][args[1] < 4], minlength=4)
+    padded = (rows + 63) // 64 * 64  # in the backward
+    assert rows.sum() < 0.2 * args[1].numel()
+    seen = []
+
+    def record(name, schedule_at):
+        function = getattr(launch, name)
+
+        def recorded(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen.append((name, None if schedule_at is None else args[schedule_at], result))
+            return result
+
+        monkeypatch.setattr(launch, name, recorded)
+
+    for name, schedule_at in {"gate_up": 3, "grouped_gemm": 2, "gather": None, "glu_backward": None}.items():
+        record(name, schedule_at)
+    dout = torch.ones(args[0].shape, device=DEVICE)
+    gradients(path._training_gpu, path._backward_gpu, dout, args, "silu", [True] * 4)
+    forward, backward = ["gate_up", "grouped_gemm"], ["gather", "grouped_gemm", "glu_backward", "gather"]
+    assert [name for name, *_ in seen] == [*forward, *backward, "grouped_gemm"]
+    for i, (name, schedule, results) in enumerate(seen):
+        counts = rows if i < len(forward) else padded
+        if schedule is not None:
+            assert schedule[4, 0] == ((counts + 15) // 16).sum(), name
+        for result in results[:2] if isinstance(results, tuple) else [results]:  # dz and weighted_a
+            owned = int(counts.sum())
+            assert result.shape[0] >= args[1].numel()
+            assert result[owned:].isnan().all() and not result[:owned].isnan().any(), name
 
 
 @on_triton

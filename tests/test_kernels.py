@@ -124,6 +124,36 @@ def test_pipeline(kernel, launch, config, tokens, experts, top_k, hidden_dim, in
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "tokens, experts, hidden_dim, inter, ids",
+    [
+        pytest.param(45, 3, 97, 47, "sentinels", id="tails-everywhere"),
+        pytest.param(100, 2, 136, 72, "any", id="several-tiles-of-M-and-N"),
+    ],
+)
+def test_one_slot_a_token(kernel, launch, config, tokens, experts, hidden_dim, inter, ids, variant, dtype):
+    """The down GEMM puts each weighted row where it belongs; tokens of other ranks are exactly zero."""
+    config = config(**variant)
+    if config.USE_TMA and (hidden_dim % 8 or inter % 8 or dtype == torch.float32):
+        pytest.skip("TMA wants 16-byte strides and 16-bit elements")
+    args = list(layer(tokens, experts, 1, hidden_dim, inter, dtype, DEVICE, ids))
+    x, index, weights, gate_up_proj, down_proj = args
+    args[2] = weights = weights.to(dtype)
+    skipped = ((index < 0) | (index >= experts)).flatten()
+    weights[skipped] = float("nan")
+    _, sorted_slots, positions, schedule = launch.route(index, experts, config.BLOCK_M)
+    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, 1, "silu", "ieee", config)
+    out = torch.empty_like(x)
+    launch.zero_skipped(out, positions)
+    assert not out[skipped].any() and out[~skipped].isnan().all()
+    launch.grouped_gemm(a, down_proj, schedule, "ieee", config, out, sorted_slots, weights)
+    assert not out[skipped].any()
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(CASE, LAYERS)
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
     config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 32, 4)
@@ -145,6 +175,7 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
         pytest.param(20, 8, 2, 63, 41, "sentinels", id="small-tiles-without-tma"),
         pytest.param(60, 4, 2, 64, 40, "any", id="tall-tiles"),
         pytest.param(330, 3, 2, 64, 40, "zipf", id="tall-tiles-with-joined-tails"),
+        pytest.param(40, 8, 1, 64, 40, "sentinels", id="one-slot-a-token"),
     ],
 )
 def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids):
@@ -177,7 +208,7 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, 
         pytest.skip("for Hopper")
     _, index, _, _, weight = layer(tokens, experts, top_k, N, K, dtype, DEVICE, ids)
     x = torch.randn(index.numel(), K, dtype=dtype, device=DEVICE)
-    offsets, _, _, schedule = launch.route(index, experts, 128)
+    offsets, sorted_slots, _, schedule = launch.route(index, experts, 128)
     rows = int(offsets[-1])
     exact = kernel.reference.grouped_gemm(x.double(), weight.double(), offsets)
     expected = kernel.reference.grouped_gemm(x, weight, offsets)
@@ -187,6 +218,15 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, 
         assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
         assert_as_good_as_torch(y[:rows], expected[:rows], exact[:rows])
         assert torch.equal(y[:rows], results[0][:rows])
+
+    # In the order of slots, each row times a number.
+    factors = torch.rand(index.numel(), device=DEVICE)
+    in_slots = torch.empty_like(results[0])
+    launch.grouped_gemm(x, weight, schedule, "ieee", warp_specialized, in_slots, sorted_slots, factors)
+    of_rows = factors[sorted_slots[:rows]][:, None]
+    scaled = [in_slots[sorted_slots[:rows]], (expected[:rows] * of_rows).to(dtype), exact[:rows] * of_rows]
+    assert_as_good_as_torch(*scaled)
+    assert in_slots[sorted_slots[rows:]].isnan().all()
 
 
 @on_triton

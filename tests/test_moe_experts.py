@@ -19,6 +19,8 @@ CASES = [  # T, E, top_k, H, I, ids
     pytest.param(64, 64, 64, 32, 16, "distinct", id="top_k-is-E"),
     pytest.param(64, 64, 8, 256, 136, "distinct", id="tail-in-N-with-TMA"),
     pytest.param(100, 256, 1, 64, 32, "distinct", id="most-experts-without-tokens"),
+    pytest.param(100, 7, 1, 97, 47, "sentinels", id="one-slot-a-token"),
+    pytest.param(800, 4, 1, 128, 64, "sentinels", id="one-slot-a-token-in-tall-tiles"),
     pytest.param(100, 7, 2, 97, 47, "any", id="duplicate-ids-in-a-row"),
     pytest.param(513, 4, 2, 128, 64, "distinct", id="tall-tiles"),
     pytest.param(513, 64, 6, 128, 72, "zipf", id="skewed"),
@@ -58,6 +60,15 @@ def test_oracle_is_the_equation(kernel, device, activation):
     args = [t.float() if t.is_floating_point() else t for t in args]
     out = kernel.moe_experts(*(t.to(device) for t in args), activation)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cpu_work_follows_the_rows_of_this_rank(kernel, record):
+    """7 of 8 slots belong to other ranks; the kernels' own work: test_backward_kernels.py."""
+    x, _, weights, *experts = layer(100, 4, 8, 64, 32, ids="any")
+    index = torch.randint(0, 32, (100, 8), generator=torch.Generator().manual_seed(0))
+    gemms = record(kernel.reference, "_grouped_linear")
+    kernel.moe_experts(x, index, weights, *experts)
+    assert [rows.shape[0] for rows, *_ in gemms] == [(index < 4).sum()] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

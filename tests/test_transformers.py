@@ -23,7 +23,6 @@ from transformers.monkey_patching import clear_patch_mapping, register_patch_map
 
 from conftest import COMPILE_BACKENDS
 from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt
-from two_processes import run_two_processes
 
 HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
 INTERFACE = "moe_grouped_gemm"
@@ -227,12 +226,6 @@ def test_device_map_with_disk(checkpoint, registered, calls, tmp_path, kwargs):
     model = load(checkpoint, device_map=device_map, offload_folder=tmp_path, **kwargs)
     assert experts_of(model)[1].gate_up_proj.is_meta
     assert_runs_on_kernel(model, reference, calls)
-
-
-def test_distributed(checkpoint, tmp_path):
-    """Two gloo processes, each way, equal one process: see distributed_worker.py."""
-    torch.save(logits(load(checkpoint)), tmp_path / "logits.pt")
-    run_two_processes("distributed_worker.py", checkpoint, tmp_path / "logits.pt", tmp_path / "rendezvous")
 
 
 # Way 1

@@ -110,8 +110,18 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     up_config = _as_readable(up_config, gate_up_proj)
     top_k = top_k_index.shape[1]
     a = kernels.gate_up(hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config)
-    y = _launch_grouped_gemm(a, down_proj, schedule, precision, down_config)
-    return kernels.combine(y, slot_positions, top_k_weights)
+    return _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
+
+
+def _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, config):
+    """The down GEMM and each token's weighted sum. A sum of one is no sum: the GEMM stores it, and y is never made."""
+    kernels = _kernels()
+    if top_k_weights.shape[1] > 1:
+        y = _launch_grouped_gemm(a, down_proj, schedule, precision, config)
+        return kernels.combine(y, slot_positions, top_k_weights)
+    out = a.new_empty(a.shape[0], down_proj.shape[1])
+    kernels.zero_skipped(out, slot_positions)
+    return _launch_grouped_gemm(a, down_proj, schedule, precision, config, out, sorted_slots, top_k_weights)
 
 
 def _experts_forward(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
@@ -150,8 +160,9 @@ def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         a = kernels.gate_up(
             hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config, z
         )
-        y = _launch_grouped_gemm(a, down_proj, schedule, precision, down_config)
-        return kernels.combine(y, slot_positions, top_k_weights.contiguous()), z, *routing
+        top_k_weights = top_k_weights.contiguous()
+        out = _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
+        return out, z, *routing
 
 
 def _training_forward(hidden_states, *args):
@@ -406,13 +417,13 @@ def _input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
-def _launch_grouped_gemm(x, weight, schedule, precision, config, y=None):
+def _launch_grouped_gemm(x, weight, schedule, precision, config, *destination):
     """weight (E, N, K) by rows, or the transpose of such a one: nothing is copied."""
     kernels = _kernels()
     config = _as_readable(config, x, weight if weight.stride(2) == 1 else weight.transpose(1, 2))
     if config.WARP_SPECIALIZED and not kernels.can_specialize(weight):
         config = config._replace(WARP_SPECIALIZED=False)
-    return kernels.grouped_gemm(x, weight, schedule, precision, config, y)
+    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination)
 
 
 def _launch_wgrad(p, q, padded_offsets, precision, config):

@@ -8,6 +8,7 @@ each module that it serves; `experts_implementation="moe_grouped_gemm"` makes th
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -109,6 +110,33 @@ def _activation(module: nn.Module) -> str | None:
 def _is_dense(weight: torch.Tensor) -> bool:
     """False for quantized weights and for wrapper subclasses (DTensor, torchao), whose storage is not the weight."""
     return weight.dtype in (torch.bfloat16, torch.float16, torch.float32) and not hasattr(weight, "__tensor_flatten__")
+
+
+def _name_for_kernelize(cls: type, layer_name: str, condition) -> None:
+    """From now on `kernelize` takes the modules of `cls` for which `condition(module)` is true for such layers."""
+    from kernels import replace_kernel_forward_from_hub
+
+    if "condition" in inspect.signature(replace_kernel_forward_from_hub).parameters:
+        replace_kernel_forward_from_hub(cls, layer_name, condition)
+        return
+    # kernels 0.16, which Transformers 5.17 wants: what later ones do with a condition is added to it.
+    replace_kernel_forward_from_hub(cls, layer_name)
+    cls.kernel_condition = staticmethod(condition)
+    _teach_conditions()
+
+
+@functools.cache
+def _teach_conditions() -> None:
+    kernelize = importlib.import_module("kernels.layer.kernelize")
+    kernelize_layer = kernelize.kernelize_layer
+
+    @functools.wraps(kernelize_layer)
+    def kernelize_layer_on_condition(module, **options):
+        condition = getattr(type(module), "kernel_condition", None)
+        if condition is None or condition(module):
+            kernelize_layer(module, **options)
+
+    kernelize.kernelize_layer = kernelize_layer_on_condition
 
 
 def _may_replace_forward(marked: type, module: nn.Module) -> bool:
@@ -256,11 +284,10 @@ def _warn_of_peft(reason: str) -> None:
 
 def _mark(cls: type) -> type:
     """Give `kernelize` a name for `cls`, if Transformers' decorator gave it the gate that we compute."""
-    from kernels import replace_kernel_forward_from_hub
     from transformers.integrations.moe import _default_apply_gate
 
     if vars(cls).get("_apply_gate") is _default_apply_gate:
-        replace_kernel_forward_from_hub(cls, EXPERTS_LAYER, functools.partial(_may_replace_forward, cls))
+        _name_for_kernelize(cls, EXPERTS_LAYER, functools.partial(_may_replace_forward, cls))
     return cls
 
 
@@ -305,10 +332,8 @@ def _router_class() -> type:
 
 def stock_router_class(config=None) -> type:
     """Transformers' DeepseekV3TopkRouter, marked for `kernelize`; there is one, whatever the config."""
-    from kernels import replace_kernel_forward_from_hub
-
     cls = _router_class()
-    replace_kernel_forward_from_hub(cls, ROUTER_LAYER, _may_replace_router)
+    _name_for_kernelize(cls, ROUTER_LAYER, _may_replace_router)
     return cls
 
 

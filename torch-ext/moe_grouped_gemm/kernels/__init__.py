@@ -1,7 +1,7 @@
 """Triton device code and launchers, one file per stage."""
 
 from .backward import gather, glu_backward, wgrad
-from .combine import combine
+from .combine import combine, zero_skipped
 from .decode import down_decode, gate_up_decode
 from .grouped_gemm import gate_up, grouped_gemm
 from .grouped_gemm_hopper import can_specialize
@@ -23,4 +23,5 @@ __all__ = [
     "router_topk",
     "tile_schedule",
     "wgrad",
+    "zero_skipped",
 ]

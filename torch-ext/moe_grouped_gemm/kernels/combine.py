@@ -1,6 +1,9 @@
 """out[t] = sum_k weight[t, k] * y[slot_positions[t * top_k + k]]: back from expert order to token order.
 
 The products and the sum over k are fp32, in the order of k. Grid: (T, cdiv(H, BLOCK_H)).
+
+Where top_k is 1 the down GEMM stores its rows in token order itself; what is left for `zero_skipped` are the rows of
+tokens that no expert here has. Grid: (cdiv(T, BLOCK_T), cdiv(H, BLOCK_H)).
 """
 
 import torch
@@ -47,3 +50,36 @@ def combine(y, slot_positions, top_k_weights):
         num_warps=4,
     )
     return out
+
+
+# T must not compile anew.
+@triton.jit(do_not_specialize=["T"])
+def _zero_skipped_kernel(
+    out_ptr,  # (T, H)
+    slot_positions_ptr,  # (T,) int32
+    T,
+    H,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    skipped = tl.load(slot_positions_ptr + offs_t, mask=offs_t < T, other=0) < 0
+    if tl.sum(skipped.to(tl.int32), axis=0) == 0:
+        return
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    out_ptrs = out_ptr + offs_t[:, None].to(tl.int64) * H + offs_h[None, :]
+    zeros = tl.zeros((BLOCK_T, BLOCK_H), out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, zeros, mask=skipped[:, None] & (offs_h < H)[None, :])
+
+
+def zero_skipped(out, slot_positions):
+    """The rows of out (T, H) where slot_positions (T,) is negative become zero."""
+    tokens, hidden_dim = out.shape
+    block_h = min(256, next_power_of_2(hidden_dim))
+    launch(
+        _zero_skipped_kernel,
+        (cdiv(tokens, 16), cdiv(hidden_dim, block_h), 1),
+        (out, slot_positions, tokens, hidden_dim, 16, block_h),
+        (out.device, out.dtype, hidden_dim),
+        num_warps=4,
+    )

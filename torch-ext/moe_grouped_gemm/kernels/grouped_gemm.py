@@ -2,6 +2,7 @@
 
     gate_up:       a[r] = act(gate[e] @ x[t]) * (up[e] @ x[t])     x (T, H), t = sorted_slots[r] // top_k -> a (S, I)
     grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N)
+                   y[s] = weight[s] * (w[e] @ x[r]) if asked for,  s = sorted_slots[r]
 
 A tile is BLOCK_M rows of one expert by BLOCK_N columns of the result; an expert's last tile is only as high as its rows
 need, halving BLOCK_M down to MIN_M. Hopper's wgmma wants at least 64 on the first side of a dot and reads least from
@@ -272,6 +273,8 @@ def _grouped_gemm_tile(
     x_desc,
     w_ptr,
     y_ptr,
+    sorted_slots_ptr,
+    row_weights_ptr,
     expert,
     row,
     row_end,
@@ -326,7 +329,14 @@ def _grouped_gemm_tile(
         else:
             acc = tl.dot(w, x.T, acc, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
 
-    _store_rows(y_ptr, acc if ROWS_FIRST else acc.T, row, row_end, offs_n, N)
+    y = acc if ROWS_FIRST else acc.T
+    if sorted_slots_ptr is None:
+        _store_rows(y_ptr, y, row, row_end, offs_n, N)
+    else:
+        slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
+        y *= tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -334,7 +344,9 @@ def _grouped_gemm_kernel(
     x_ptr,  # (S, K)
     x_desc,  # with USE_TMA a descriptor of x, else x
     w_ptr,  # (E, N, K); with USE_TMA a descriptor of it, with TRANSPOSED_W as (E, K, N)
-    y_ptr,  # (S, N)
+    y_ptr,  # (S, N), in expert order, or in that of slots if the next two are given
+    sorted_slots_ptr,  # (S,) int32, or None
+    row_weights_ptr,  # (S,), of slots: factors of the rows of y; or None
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
     N,
@@ -363,6 +375,8 @@ def _grouped_gemm_kernel(
                 x_desc,
                 w_ptr,
                 y_ptr,
+                sorted_slots_ptr,
+                row_weights_ptr,
                 expert,
                 row,
                 row_end,
@@ -408,18 +422,22 @@ def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, co
     return a
 
 
-def grouped_gemm(x, w, schedule, input_precision, config, y=None):
-    """x (S, K), w (E, N, K), maybe stored as (E, K, N) -> y (S, N); rows that belong to no expert keep what y held."""
+def grouped_gemm(x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None):
+    """x (S, K), w (E, N, K), maybe stored as (E, K, N) -> y (S, N); rows that belong to no expert keep what y held.
+
+    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s].
+    """
     _, N, K = w.shape
     if y is None:
         y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
     if config.WARP_SPECIALIZED:
-        return grouped_gemm_hopper(x, w, schedule, config, y)
+        return grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots, row_weights)
     tiles = schedule.shape[1]
     block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (N, K, x.stride(0), *w.stride())
     transposed = w.stride(2) != 1
     constants = (block_m, min_m, block_n, block_k, group_m, use_tma, transposed, input_precision)
+    weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
     x_arg, w_arg = x, w
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
@@ -428,8 +446,8 @@ def grouped_gemm(x, w, schedule, input_precision, config, y=None):
     launch(
         _grouped_gemm_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, x_arg, w_arg, y, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        (x, x_arg, w_arg, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
+        (x.device, x.dtype, weights_key, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -176,18 +176,29 @@ def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
 
 
 @gluon.jit
-def _store_rows(y_ptr, y, row, row_end, column, N):
+def _store_rows(y_ptr, sorted_slots_ptr, y, row, row_end, column, N):
     # A warp stores its own 16 rows, so that only its lanes have to exchange what they hold.
     layout: gl.constexpr = gl.BlockedLayout([16, 4], [1, 32], [4, 1], [1, 0])
+    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), layout)
     offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = column + gl.arange(0, BLOCK_N // 2, gl.SliceLayout(0, layout))
-    y_ptrs = y_ptr + gl.expand_dims(offs_m.to(gl.int64) * N, 1) + gl.expand_dims(offs_n, 0)
-    mask = gl.expand_dims(offs_m < row_end, 1) & gl.expand_dims(offs_n < N, 0)
-    gl.store(y_ptrs, gl.convert_layout(y.to(y_ptr.dtype.element_ty), layout), mask=mask)
+    rows = offs_m if sorted_slots_ptr is None else gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)
+    y_ptrs = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(offs_n, 0)
+    gl.store(y_ptrs, y, mask=gl.expand_dims(offs_m < row_end, 1) & gl.expand_dims(offs_n < N, 0))
 
 
 @gluon.jit
-def _multiply(CONSUMER: gl.constexpr, y_ptr, N, stages, queue, TRANSPOSED_X: gl.constexpr, TRANSPOSED_W: gl.constexpr):
+def _multiply(
+    CONSUMER: gl.constexpr,
+    y_ptr,
+    sorted_slots_ptr,
+    row_weights_ptr,
+    N,
+    stages,
+    queue,
+    TRANSPOSED_X: gl.constexpr,
+    TRANSPOSED_W: gl.constexpr,
+):
     x_smem, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -213,9 +224,14 @@ def _multiply(CONSUMER: gl.constexpr, y_ptr, N, stages, queue, TRANSPOSED_X: gl.
             acc = warpgroup_mma_wait(0, deps=[acc])
             _barrier()
             mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k_tiles > 0)
+            if row_weights_ptr is not None:
+                offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+                slots = gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)
+                weight = gl.load(row_weights_ptr + slots, mask=offs_m < row_end, other=0.0).to(gl.float32)
+                acc *= gl.expand_dims(weight, 1)
             left, right = acc.reshape((ROWS, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
-            _store_rows(y_ptr, left, row, row_end, tile_n * BLOCK_N, N)
-            _store_rows(y_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
+            _store_rows(y_ptr, sorted_slots_ptr, left, row, row_end, tile_n * BLOCK_N, N)
+            _store_rows(y_ptr, sorted_slots_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
         else:
             for _ in range(k_tiles):
                 mbarrier.wait(full.index(stage), phase)
@@ -242,7 +258,9 @@ def _queue():
 def _grouped_gemm_hopper_kernel(
     x_desc,  # (S, K)
     w_desc,  # (E * N, K), or with TRANSPOSED_W (E * K, N)
-    y_ptr,  # (S, N)
+    y_ptr,  # (S, N), in expert order, or in that of slots if the next two are given
+    sorted_slots_ptr,  # (S,) int32, or None
+    row_weights_ptr,  # (S,), of slots: factors of the rows of y; or None
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
     N,
@@ -258,8 +276,8 @@ def _grouped_gemm_hopper_kernel(
     queue = _queue()
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, N, stages, queue, False, TRANSPOSED_W)),
-            (_multiply, (1, y_ptr, N, stages, queue, False, TRANSPOSED_W)),
+            (_multiply, (0, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W)),
+            (_multiply, (1, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W)),
             (_load, (x_desc, w_desc, schedule_ptr, max_tiles, N, K, stages, queue, GROUP_M, TRANSPOSED_W)),
         ],
         [4, 1],
@@ -284,8 +302,8 @@ def _wgrad_hopper_kernel(
     queue = _queue()
     gl.warp_specialize(
         [
-            (_multiply, (0, dw_ptr, N, stages, queue, True, True)),
-            (_multiply, (1, dw_ptr, N, stages, queue, True, True)),
+            (_multiply, (0, dw_ptr, None, None, N, stages, queue, True, True)),
+            (_multiply, (1, dw_ptr, None, None, N, stages, queue, True, True)),
             (_load_wgrad, (p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue)),
         ],
         [4, 1],
@@ -308,17 +326,22 @@ def can_specialize(w) -> bool:
     return w.is_contiguous() or (w.transpose(1, 2).is_contiguous() and w.shape[2] % BLOCK_K.value == 0)
 
 
-def grouped_gemm_hopper(x, w, schedule, config, y):
-    """x (S, K), w (E, N, K), both 16-bit -> y (S, N); rows that belong to no expert keep what y held."""
+def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weights=None):
+    """x (S, K), w (E, N, K), both 16-bit -> y (S, N); rows that belong to no expert keep what y held.
+
+    With sorted_slots and row_weights as `grouped_gemm` has them.
+    """
     _, N, K = w.shape
     transposed = not w.is_contiguous()
     w_desc = _rows_descriptor(w.transpose(1, 2), [64, 256]) if transposed else _rows_descriptor(w, [128, 64])
     constants = (config.GROUP_M, config.num_stages, transposed)
+    weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
     launch(
         _grouped_gemm_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [128, 64]), w_desc, y, schedule, schedule.shape[1], N, K, *constants),
-        (x.device, x.dtype, N, K, constants),
+        (_rows_descriptor(x, [128, 64]), w_desc, y, sorted_slots, row_weights, schedule, schedule.shape[1])
+        + (N, K, *constants),
+        (x.device, x.dtype, weights_key, N, K, constants),
         num_warps=4,
     )
     return y

@@ -1,0 +1,13 @@
+"""DeepSeek-V3 on two gloo processes, every parallelism of Transformers and every way in: equal to one process."""
+
+import pytest
+
+from two_processes import run_two_processes
+
+PLANS = ["dispatch", "sentinels", "tensor-parallel", "fully-sharded", "fully-sharded-and-dispatch"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_equals_one_process(checkpoint, tmp_path, plan):
+    """Logits and all gradients: see distributed_worker.py."""
+    run_two_processes("distributed_worker.py", checkpoint, plan, tmp_path / "rendezvous")
