@@ -33,6 +33,7 @@ TARGETS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERTS, HIDDEN, INTER = 8, 2048, 768
+GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with biases and transposed weights
 
 
 def check(target, name, kernel, dtype, config) -> bool:
@@ -60,8 +61,10 @@ def check(target, name, kernel, dtype, config) -> bool:
     return not faults
 
 
-def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inter):
+def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inter):
     """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory."""
+
+    kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -70,36 +73,54 @@ def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inte
     slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
     for up in ways(config.gate_up):
         for z in (None, empty(96, 2 * inter)):
-            yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up, z)
+            yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, Gate(), precision, up, z)
     for down in ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+    # Transposed weights, interleaved and not, with biases.
+    w1, w2 = empty(experts, hidden, 2 * inter).mT, empty(experts, inter, hidden).mT
+    b1, b2, z = empty(experts, 2 * inter), empty(experts, hidden), empty(96, 2 * inter)
+    for up in ways(config.gate_up):
+        for gate in (Gate(**GPT_OSS), Gate()):
+            if gate.interleaved or not up.USE_TMA:
+                yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, gate, precision, up, z, b1)
+    for down in ways(config.down):
+        if not down.WARP_SPECIALIZED:
+            yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, None, b2)
 
 
-def backward_launches(kernels, dtype, configs, precisions):
+def backward_launches(package, dtype, configs, precisions):
     """As `launches`, for the backward; and the forward that saves for it."""
+
+    kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, a, z = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER)
     w1, w2 = empty(EXPERTS, 2 * INTER, HIDDEN), empty(EXPERTS, HIDDEN, INTER)
+    w1_transposed, w2_transposed = (empty(EXPERTS, w.shape[2], w.shape[1]).mT for w in (w1, w2))
     weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
     offsets, schedule = empty(EXPERTS + 1, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
     for (_, config), precision in product(configs, precisions):
         wgrad = config.wgrad
         for first, needs_a in product({config.down_dgrad, config.down_dgrad._replace(USE_TMA=False)}, (True, False)):
-            args = (x, w2, z, slots, weights, schedule, "silu", needs_a, precision, first)
-            yield dtype, first, partial(kernels.down_dgrad, *args)
+            for gate, w in ((Gate(), w2), (Gate(**GPT_OSS), w2_transposed)):
+                args = (x, w, z, slots, weights, schedule, gate, needs_a, precision, first)
+                yield dtype, first, partial(kernels.down_dgrad, *args)
         for second in {config.gate_up_dgrad, config.gate_up_dgrad._replace(USE_TMA=False)}:
-            yield dtype, second, partial(kernels.gate_up_dgrad, z, w1, schedule, precision, second)
+            for w in (w1, w1_transposed):
+                yield dtype, second, partial(kernels.gate_up_dgrad, z, w, schedule, precision, second)
         yield dtype, wgrad, partial(kernels.wgrad, z, x, slots, offsets, "q", precision, wgrad)
         yield dtype, wgrad, partial(kernels.wgrad, x, a, slots, offsets, "p", precision, wgrad)
         yield dtype, wgrad, partial(kernels.wgrad, z, a, slots, offsets, "", precision, wgrad)
+    yield dtype, None, partial(kernels.row_sums, z, slots, offsets)
+    yield dtype, None, partial(kernels.row_sums, x, slots, offsets, weights.view(16, 6))
 
 
 def launches(package, target):
     """(dtype, config, launch) for all that can be launched on the target."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
     for ids in (torch.int32, torch.int64):
         for tokens in (1, 1000):  # counted in place, and by a launch of its own
             index = torch.zeros(tokens, 6, dtype=ids)
@@ -114,19 +135,22 @@ def launches(package, target):
         w1, w2 = (torch.empty(EXPERTS, n, k, dtype=dtype) for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)))
         weights = torch.empty(16, 6)
         yield dtype, None, partial(kernels.combine, y, slots, weights)
-        up, down = tuning.decode_config(dtype)
         index = torch.zeros(16, 6, dtype=torch.int64)
-        yield dtype, up, partial(kernels.gate_up_decode, x, w1, index, "silu", up)
-        yield dtype, down, partial(kernels.down_decode, a, w2, index, weights, down)
+        for gate, transposed in ((Gate(), False), (Gate(), True), (Gate(**GPT_OSS), True)):
+            up, down = tuning.decode_config(dtype, transposed)
+            v1, v2 = (w.mT.contiguous().mT if transposed else w for w in (w1, w2))
+            b1, b2 = (torch.empty(EXPERTS, n, dtype=dtype) if gate.interleaved else None for n in (2 * INTER, HIDDEN))
+            yield dtype, up, partial(kernels.gate_up_decode, x, v1, index, gate, up, b1)
+            yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, b2)
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
-            yield from gemm_launches(kernels, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
+            yield from gemm_launches(package, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
             down = config.down._replace(USE_TMA=False, WARP_SPECIALIZED=False)
             # Transposed in place, as a backward needs.
             w = w1.transpose(1, 2)[:, :, :INTER]
             yield dtype, down, partial(kernels.grouped_gemm, a, w, schedule, precision, down)
-        yield from backward_launches(kernels, dtype, tuning.backward_configs(dtype, capability), precisions)
+        yield from backward_launches(package, dtype, tuning.backward_configs(dtype, capability), precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     for _, config in tuning.router_configs(torch.float32, capability):
@@ -139,7 +163,7 @@ def launches(package, target):
 
 def tuned_launches(package, target):
     """As `launches`, for the tuned files of GPUs of the target's compute capability."""
-    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    tuning = import_module(f"{package}.tuning")
     for path in sorted(tuning.CONFIGS.glob("*.json")):
         capability = json.loads(path.read_text())["tuned_with"]["compute_capability"]
         if target.backend != "cuda" or capability.replace(".", "") != str(target.arch):
@@ -147,7 +171,7 @@ def tuned_launches(package, target):
         sizes = dict(part.split("=") for part in path.stem.split(","))
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
         for config in dict.fromkeys(config for _, config in tuning.read_configs(path)):
-            yield from gemm_launches(kernels, tuning.ways, dtype, config, "ieee", *shape)
+            yield from gemm_launches(package, tuning.ways, dtype, config, "ieee", *shape)
 
 
 def main() -> int:

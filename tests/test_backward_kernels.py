@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from oracle import assert_as_good_as_torch, in_fp64, layer
+from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
 
 
@@ -23,12 +23,12 @@ def test_under_the_interpreter():
 
 
 CASES = [  # T, E, top_k, H, I, ids
-    pytest.param(1, 4, 2, 64, 40, "distinct", id="one-token"),
+    pytest.param(5, 4, 2, 64, 40, "distinct", id="fewer-rows-than-BLOCK_M"),
     pytest.param(45, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
     pytest.param(100, 2, 2, 72, 136, "any", id="several-tiles-of-each"),
     pytest.param(30, 5, 2, 64, 32, "one", id="all-on-one-expert"),
 ]
-NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
+NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
 @pytest.fixture(params=[False, True], ids=["loads", "tma"])
@@ -43,26 +43,43 @@ def path(kernel, monkeypatch, request):
     return functional
 
 
-def gradients(training, backward, dout, args, activation, needs_grad):
+def gradients(training, backward, dout, args, kwargs, gate, needed=range(6)):
+    biases = kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias")
     _, _, weights, gate_up_proj, down_proj = args
-    out, z, *routing = training(*args, activation)
-    return out, backward(dout, args[0], weights, gate_up_proj, down_proj, z, *routing, activation, needs_grad)
+    out, *saved = training(*args, *biases, *gate)
+    inputs = (dout, args[0], weights, gate_up_proj, down_proj, *biases)
+    needs_grad = [i in needed and (i < 4 or biases[i - 4] is not None) for i in range(6)]
+    return out, backward(*inputs, *saved, needs_grad, *gate)
+
+
+# Every case with silu in every dtype; the other gates and layouts once.
+GRADIENTS = [
+    *((case, "silu", dtype) for case in CASES for dtype in DTYPES),
+    *((CASES[1], variant, DTYPES[0]) for variant in ("gelu", "gelu_pytorch_tanh", "relu", *VARIANTS)),
+    (CASES[2], "gpt-oss", DTYPES[0]),
+]
+GRADIENTS = [pytest.param(*c.values, v, d, id=f"{c.id}-{v}-{str(d)[6:]}") for c, v, d in GRADIENTS]
+# Sizes that TMA can read.
+GRADIENTS += [
+    pytest.param(20, 3, 2, 72, 40, "sentinels", variant, DTYPES[0], id=f"aligned-{variant}")
+    for variant in ("gpt-oss", "openai-privacy-filter", "interleaved")
+]
 
 
 @on_triton
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids", CASES)
-def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, activation, dtype):
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype", GRADIENTS)
+def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
     args[2][(args[1] < 0) | (args[1] >= experts)] = float("nan")
+    args, kwargs = variant_of(variant, args) if variant in VARIANTS else (args, {"activation": variant})
+    gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     ours = path._training_gpu, path._backward_gpu
     reference = kernel.reference.moe_experts_training, kernel.reference.moe_experts_backward
-    everything = activation, [True] * 4
-    out, grads = gradients(*ours, dout, args, *everything)
-    expected_out, expected = gradients(*reference, dout, args, *everything)
-    exact_out, exact = gradients(*reference, dout.double(), in_fp64(args), *everything)
+    out, grads = gradients(*ours, dout, args, kwargs, gate)
+    expected_out, expected = gradients(*reference, dout, args, kwargs, gate)
+    exact_out, exact = gradients(*reference, dout.double(), in_fp64(args), in_fp64(kwargs), gate)
+    assert [g.stride() for g in grads] == [g.stride() for g in expected]
     for name, *triple in zip(("out", *NAMES), (out, *grads), (expected_out, *expected), (exact_out, *exact)):
         try:
             assert_as_good_as_torch(*triple)
@@ -71,15 +88,16 @@ def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids,
 
 
 @on_triton
-@pytest.mark.parametrize("needed", range(4))
-def test_only_what_is_needed(path, needed):
+@pytest.mark.parametrize("needed", range(6))
+def test_only_what_is_needed(kernel, path, needed):
     """One gradient alone is what it is among all."""
-    args = layer(20, 4, 2, 64, 32, torch.float32, DEVICE, "sentinels")
+    args, kwargs = variant_of("gpt-oss", layer(20, 4, 2, 64, 32, torch.float32, DEVICE, "sentinels"))
+    gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours = path._training_gpu, path._backward_gpu
-    _, together = gradients(*ours, dout, args, "silu", [True] * 4)
-    _, alone = gradients(*ours, dout, args, "silu", [i == needed for i in range(4)])
-    for i in range(4):
+    _, together = gradients(*ours, dout, args, kwargs, gate)
+    _, alone = gradients(*ours, dout, args, kwargs, gate, [needed])
+    for i in range(6):
         assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
 
 

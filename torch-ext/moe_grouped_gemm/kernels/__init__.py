@@ -1,6 +1,6 @@
 """Triton device code and launchers, one file per stage."""
 
-from .backward import down_dgrad, gate_up_dgrad, wgrad
+from .backward import down_dgrad, gate_up_dgrad, row_sums, wgrad
 from .combine import combine
 from .decode import down_decode, gate_up_decode
 from .grouped_gemm import gate_up, grouped_gemm
@@ -18,6 +18,7 @@ __all__ = [
     "route",
     "router_logits",
     "router_topk",
+    "row_sums",
     "tile_schedule",
     "wgrad",
 ]
