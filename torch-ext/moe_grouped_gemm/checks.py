@@ -56,6 +56,7 @@ def check_experts(
     gate_up_proj_bias=None,
     down_proj_bias=None,
     limit=None,
+    gated=True,
 ) -> None:
     biases = {"gate_up_proj_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
     biases = {name: bias for name, bias in biases.items() if bias is not None}
@@ -70,16 +71,17 @@ def check_experts(
         raise ValueError(f"top_k_weights: expected {shape(top_k_index)} like top_k_index, got {shape(top_k_weights)}")
     if not top_k_weights.is_floating_point():
         raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")
-    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % 2:
+    halves = 2 if gated else 1
+    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % halves:
         raise ValueError(
             f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {shape(gate_up_proj)}"
         )
     experts, rows, _ = gate_up_proj.shape
     if experts == 0:
         raise ValueError(f"gate_up_proj: expected at least one expert, got {shape(gate_up_proj)}")
-    if down_proj.shape != (experts, hidden_dim, rows // 2):
+    if down_proj.shape != (experts, hidden_dim, rows // halves):
         raise ValueError(
-            f"down_proj: expected {(experts, hidden_dim, rows // 2)} to fit gate_up_proj, got {shape(down_proj)}"
+            f"down_proj: expected {(experts, hidden_dim, rows // halves)} to fit gate_up_proj, got {shape(down_proj)}"
         )
     for name, bias in biases.items():
         expected = (experts, rows if name == "gate_up_proj_bias" else hidden_dim)

@@ -138,8 +138,8 @@ def _grouped_linear(
     """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; every row belongs to one."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if bias is not None:
-        y = _grouped_linear(x, weight, expert_offsets)
-        return y + bias.repeat_interleave(expert_offsets.diff(), dim=0, output_size=y.shape[0])
+        experts = torch.repeat_interleave(expert_offsets.diff(), output_size=x.shape[0])
+        return _grouped_linear(x, weight, expert_offsets) + bias.index_select(0, experts)
     if not needs_grad and _grouped_mm_can_read(x, weight):
         return F.grouped_mm(x, weight.mT, offs=expert_offsets[1:])
     counts = expert_offsets.diff().tolist()

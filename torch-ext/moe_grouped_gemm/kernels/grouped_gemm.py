@@ -116,28 +116,32 @@ def _store_rows(y_ptr, y, row, row_end, offs_n, N):
 
 
 @triton.jit
-def _store_glu(a_ptr, z_ptr, bias_ptr, x, expert, row, row_end, tile_n, I, GATE: tl.constexpr):
-    """The gate of x = (gate, up), each [BLOCK_M, BLOCK_N], and for a backward gate and up themselves."""
-    gate, up = x
-    INTERLEAVED: tl.constexpr = GATE[3]
-    BLOCK_N: tl.constexpr = gate.shape[1]
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+def _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE: tl.constexpr):
+    """act(gate) * up, and for a backward what it is made of. bias_ptr: the expert's, or None."""
+    offs_n = tile_n * gate.shape[1] + tl.arange(0, gate.shape[1])
     if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert.to(tl.int64) * (2 * I) + (2 * offs_n if INTERLEAVED else offs_n)
-        mask_n = offs_n < I
-        gate += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_ptrs + (1 if INTERLEAVED else I), mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + offs_n, mask=offs_n < I, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_ptr + I + offs_n, mask=offs_n < I, other=0.0).to(tl.float32)[None, :]
     _store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, offs_n, I)
     if z_ptr is not None:
-        if INTERLEAVED:
-            z = tl.join(gate, up).reshape(gate.shape[0], 2 * BLOCK_N)
-            _store_rows(z_ptr, z, row, row_end, tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N), 2 * I)
-        else:
-            offs_m = row + tl.arange(0, gate.shape[0])
-            z_ptrs = z_ptr + offs_m[:, None].to(tl.int64) * (2 * I) + offs_n[None, :]
-            mask = (offs_m < row_end)[:, None] & (offs_n < I)[None, :]
-            tl.store(z_ptrs, gate.to(z_ptr.dtype.element_ty), mask=mask)
-            tl.store(z_ptrs + I, up.to(z_ptr.dtype.element_ty), mask=mask)
+        offs_m = row + tl.arange(0, gate.shape[0])
+        z_ptrs = z_ptr + offs_m[:, None].to(tl.int64) * (2 * I) + offs_n[None, :]
+        mask = (offs_m < row_end)[:, None] & (offs_n < I)[None, :]
+        tl.store(z_ptrs, gate.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptrs + I, up.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, GATE: tl.constexpr):
+    """As `_store_glu` for z [BLOCK_M, 2 BLOCK_N], whose columns are gate, up, gate, up, ..."""
+    BLOCK_N: tl.constexpr = z.shape[1] // 2
+    offs_z = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + offs_z, mask=offs_z < 2 * I, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        _store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
+    gate, up = _gate_and_up(z, GATE)
+    _store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
 
 
 @triton.jit
@@ -252,16 +256,21 @@ def _gate_up_tile(
         if not USE_TMA:
             w_ptrs += BLOCK_K * stride_wk
 
-    if ROWS_FIRST:
-        pair = _gate_and_up(acc, GATE)
-    elif ONE_DOT:
-        pair = _gate_and_up(acc.T, GATE)
+    if bias_ptr is not None:
+        bias_ptr += expert.to(tl.int64) * (2 * I)
+    if INTERLEAVED:
+        _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, acc if ROWS_FIRST else acc.T, row, row_end, tile_n, I, GATE)
+        if MORE_M:
+            _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, more_acc, row + BLOCK_M, row_end, tile_n, I, GATE)
     else:
-        pair = gate.T, up.T
-    _store_glu(a_ptr, z_ptr, bias_ptr, pair, expert, row, row_end, tile_n, I, GATE)
-    if MORE_M:
-        pair = _gate_and_up(more_acc, GATE)
-        _store_glu(a_ptr, z_ptr, bias_ptr, pair, expert, row + BLOCK_M, row_end, tile_n, I, GATE)
+        if ROWS_FIRST:
+            gate, up = _halves(acc)
+            _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE)
+        else:
+            _store_glu(a_ptr, z_ptr, bias_ptr, gate.T, up.T, row, row_end, tile_n, I, GATE)
+        if MORE_M:
+            gate, up = _halves(more_acc)
+            _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row + BLOCK_M, row_end, tile_n, I, GATE)
 
 
 # max_tiles follows T: a new T must not compile anew.
@@ -298,8 +307,9 @@ def _gate_up_kernel(
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    # An expert's last rows, if MIN_M or fewer, go with the tile before: its weights are there already.
-    JOIN: tl.constexpr = USE_TMA and MIN_M >= 64 and HEIGHTS > 1
+    # An expert's last rows, if MIN_M or fewer, go with the tile before: its weights are there already. Not so if gate
+    # and up are interleaved: registers would spill.
+    JOIN: tl.constexpr = USE_TMA and MIN_M >= 64 and HEIGHTS > 1 and not GATE[3]
     rows = row_end - row
     if JOIN and row > first_row and rows <= MIN_M:
         return
