@@ -22,6 +22,7 @@ from compile_only import compile_only, registers_and_stack
 os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={Path(__file__).resolve().parent.parent}")
 PACKAGE = get_kernel("org/moe-grouped-gemm", version=1).__name__
 kernels, tuning = (import_module(f"{PACKAGE}.{name}") for name in ("kernels", "tuning"))
+SILU = import_module(f"{PACKAGE}.reference").Gate("silu")
 
 QUICK_MS, FINAL_MS, FINAL_ROUNDS = 8, 12, 5
 CHECKED_EXPERTS = 8
@@ -51,7 +52,7 @@ def launch(candidate, inputs: Inputs, schedule) -> torch.Tensor:
         return kernels.route(inputs.top_k_index, inputs.down_proj.shape[0], config.BLOCK_M)[-1]
     if kernel == "gate_up":
         x, top_k = inputs.x, inputs.top_k_index.shape[1]
-        return kernels.gate_up(x, inputs.gate_up_proj, inputs.sorted_slots, schedule, top_k, "silu", "ieee", config)
+        return kernels.gate_up(x, inputs.gate_up_proj, inputs.sorted_slots, schedule, top_k, SILU, "ieee", config)
     return kernels.grouped_gemm(inputs.a, inputs.down_proj, schedule, "ieee", config)
 
 

@@ -33,6 +33,7 @@ TARGETS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERTS, HIDDEN, INTER = 8, 2048, 768
+GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with biases and transposed weights
 
 
 def check(target, name, kernel, dtype, config) -> bool:
@@ -60,8 +61,10 @@ def check(target, name, kernel, dtype, config) -> bool:
     return not faults
 
 
-def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inter):
+def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inter):
     """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory."""
+
+    kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -70,15 +73,28 @@ def gemm_launches(kernels, ways, dtype, config, precision, experts, hidden, inte
     slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
     for up in ways(config.gate_up):
         for z in (None, empty(96, 2 * inter)):
-            yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, "silu", precision, up, z)
+            yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, Gate(), precision, up, z)
     for down in ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
         args = (empty(96, hidden), slots, empty(96, dtype=torch.float32))
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, *args)
+    # Transposed weights, interleaved and not, with biases.
+    w1, w2 = empty(experts, hidden, 2 * inter).mT, empty(experts, inter, hidden).mT
+    b1, b2, z = empty(experts, 2 * inter), empty(experts, hidden), empty(96, 2 * inter)
+    for up in ways(config.gate_up):
+        for gate in (Gate(**GPT_OSS), Gate()):
+            if gate.interleaved or not up.USE_TMA:
+                yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, gate, precision, up, z, b1)
+    for down in ways(config.down):
+        yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+        if not down.WARP_SPECIALIZED:
+            yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, bias=b2)
 
 
-def backward_launches(kernels, ways, dtype, configs, precisions):
+def backward_launches(package, ways, dtype, configs, precisions):
     """As `launches`, for what only the backward runs."""
+
+    kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -87,16 +103,19 @@ def backward_launches(kernels, ways, dtype, configs, precisions):
     weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
     offsets = empty(EXPERTS + 1, dtype=torch.int32)
     yield dtype, None, partial(kernels.gather, x, slots, offsets, 6)
-    for needs_a in (True, False):
-        yield dtype, None, partial(kernels.glu_backward, a, z, weights, slots, slots, offsets, "silu", needs_a)
+    for needs_a, gate in product((True, False), (Gate(), Gate(**GPT_OSS))):
+        yield dtype, None, partial(kernels.glu_backward, a, z, weights, slots, slots, offsets, gate, needs_a)
     for (_, config), precision in product(configs, precisions):
         for way in ways(config):
             yield dtype, way, partial(kernels.wgrad, z, a, offsets, precision, way)
+    yield dtype, None, partial(kernels.row_sums, z, slots, offsets)
+    yield dtype, None, partial(kernels.row_sums, x, slots, offsets, weights.view(16, 6))
 
 
 def launches(package, target):
     """(dtype, config, launch) for all that can be launched on the target."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
     for ids in (torch.int32, torch.int64):
         for tokens in (1, 1000):  # counted in place, and by a launch of its own
             index = torch.zeros(tokens, 6, dtype=ids)
@@ -104,7 +123,6 @@ def launches(package, target):
     offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
     yield torch.int32, None, partial(kernels.tile_schedule, offsets, 100, 64)
     yield torch.int32, None, partial(kernels.pad, offsets, torch.zeros(96, dtype=torch.int32))
-    schedule = kernels.tile_schedule(offsets, 100, 64)
     slots = torch.zeros(96, dtype=torch.int32)
     capability = (target.arch // 10, 0) if target.backend == "cuda" else (0, 0)
     for dtype in DTYPES:
@@ -113,19 +131,18 @@ def launches(package, target):
         weights = torch.empty(16, 6)
         yield dtype, None, partial(kernels.combine, y, slots, weights)
         yield dtype, None, partial(kernels.zero_skipped, y, slots)
-        up, down = tuning.decode_config(dtype)
         index = torch.zeros(16, 6, dtype=torch.int64)
-        yield dtype, up, partial(kernels.gate_up_decode, x, w1, index, "silu", up)
-        yield dtype, down, partial(kernels.down_decode, a, w2, index, weights, down)
+        for gate, transposed in ((Gate(), False), (Gate(), True), (Gate(**GPT_OSS), True)):
+            up, down = tuning.decode_config(dtype, transposed)
+            v1, v2 = (w.mT.contiguous().mT if transposed else w for w in (w1, w2))
+            b1, b2 = (torch.empty(EXPERTS, n, dtype=dtype) if gate.interleaved else None for n in (2 * INTER, HIDDEN))
+            yield dtype, up, partial(kernels.gate_up_decode, x, v1, index, gate, up, b1)
+            yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, b2)
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
-            yield from gemm_launches(kernels, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
-            # Transposed in place, as a backward needs.
-            z, w = torch.empty(96, 2 * INTER, dtype=dtype), w1.transpose(1, 2)
-            for down in tuning.ways(config.down):
-                yield dtype, down, partial(kernels.grouped_gemm, z, w, schedule, precision, down)
-        yield from backward_launches(kernels, tuning.ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
+            yield from gemm_launches(package, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
+        yield from backward_launches(package, tuning.ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     for _, config in tuning.router_configs(torch.float32, capability):
@@ -138,7 +155,7 @@ def launches(package, target):
 
 def tuned_launches(package, target):
     """As `launches`, for the tuned files of GPUs of the target's compute capability."""
-    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    tuning = import_module(f"{package}.tuning")
     for path in sorted(tuning.CONFIGS.glob("*.json")):
         capability = json.loads(path.read_text())["tuned_with"]["compute_capability"]
         if target.backend != "cuda" or capability.replace(".", "") != str(target.arch):
@@ -146,7 +163,7 @@ def tuned_launches(package, target):
         sizes = dict(part.split("=") for part in path.stem.split(","))
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
         for config in dict.fromkeys(config for _, config in tuning.read_configs(path)):
-            yield from gemm_launches(kernels, tuning.ways, dtype, config, "ieee", *shape)
+            yield from gemm_launches(package, tuning.ways, dtype, config, "ieee", *shape)
 
 
 def main() -> int:

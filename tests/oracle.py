@@ -54,8 +54,40 @@ def experts_densely(x, index, weights, gate_up_proj, down_proj, activation="silu
     return (share[..., None] * y).sum(dim=1)
 
 
+# name -> (are both weights stored as (E, in, out), do they have biases, other arguments of `moe_experts`)
+VARIANTS = {
+    "gpt-oss": (True, True, {"activation": "swigluoai", "limit": 0.8, "alpha": 1.3, "interleaved": True}),
+    "openai-privacy-filter": (True, True, {"activation": "swigluoai", "limit": 0.8}),
+    "deepseek-v4": (False, False, {"limit": 0.5}),
+    "minimax-m3": (False, False, {"activation": "swigluoai", "limit": 0.8}),
+    "aria": (True, False, {}),
+    "interleaved": (False, True, {"activation": "gelu", "interleaved": True}),
+}
+
+
+def variant_of(name, args):
+    """args as `layer` makes them -> (args, keyword arguments) of one of VARIANTS."""
+    transposed, has_bias, kwargs = VARIANTS[name]
+    *inputs, gate_up_proj, down_proj = args
+    generator = torch.Generator().manual_seed(7)
+    biases = {}
+    if has_bias:
+        for weight, bias in ((gate_up_proj, "gate_up_proj_bias"), (down_proj, "down_proj_bias")):
+            biases[bias] = torch.randn(weight.shape[:2], generator=generator).to(weight)
+    if transposed:
+        gate_up_proj, down_proj = (w.mT.contiguous().mT for w in (gate_up_proj, down_proj))
+    return [*inputs, gate_up_proj, down_proj], {**kwargs, **biases}
+
+
+def gate_of(reference, kwargs):
+    """The Gate that these arguments of `moe_experts` describe."""
+    return reference.Gate(**{name: value for name, value in kwargs.items() if "bias" not in name})
+
+
 def in_fp64(tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
+    if isinstance(tensors, dict):
+        return dict(zip(tensors, in_fp64(tensors.values())))
+    return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
 
 
 def assert_as_good_as_torch(out, torch_out, exact, dtype=None):

@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from oracle import assert_as_good_as_torch, in_fp64, layer
+from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
 
 
@@ -22,15 +22,14 @@ def test_under_the_interpreter():
     )
 
 
-CASES = [  # T, E, top_k, H, I, ids, activation
-    pytest.param(1, 4, 2, 64, 40, "distinct", "silu", id="one-token"),
-    pytest.param(45, 3, 2, 97, 47, "sentinels", "silu", id="tails-everywhere"),
-    pytest.param(40, 2, 2, 72, 72, "any", "gelu", id="several-tiles-of-each"),
-    pytest.param(30, 5, 2, 64, 32, "one", "relu", id="all-on-one-expert"),
-    pytest.param(9, 3, 2, 32, 48, "sentinels", "gelu_pytorch_tanh", id="sentinels"),
-    pytest.param(45, 5, 1, 97, 47, "sentinels", "silu", id="one-slot-a-token"),
+CASES = [  # T, E, top_k, H, I, ids
+    pytest.param(5, 4, 2, 64, 40, "distinct", id="fewer-rows-than-BLOCK_M"),
+    pytest.param(45, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
+    pytest.param(40, 2, 2, 72, 72, "any", id="several-tiles-of-each"),
+    pytest.param(30, 5, 2, 64, 32, "one", id="all-on-one-expert"),
+    pytest.param(45, 5, 1, 33, 47, "sentinels", id="one-slot-a-token"),
 ]
-NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
+NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
 @pytest.fixture(params=[False, True], ids=["loads", "tma"])
@@ -45,25 +44,43 @@ def path(kernel, monkeypatch, request):
     return functional
 
 
-def gradients(training, backward, dout, args, activation, needs_grad):
+def gradients(training, backward, dout, args, kwargs, gate, needed=range(6)):
+    biases = kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias")
     _, _, weights, gate_up_proj, down_proj = args
-    out, z, *routing = training(*args, activation)
-    return out, backward(dout, args[0], weights, gate_up_proj, down_proj, z, *routing, activation, needs_grad)
+    out, *saved = training(*args, *biases, *gate)
+    inputs = (dout, args[0], weights, gate_up_proj, down_proj, *biases)
+    needs_grad = [i in needed and (i < 4 or biases[i - 4] is not None) for i in range(6)]
+    return out, backward(*inputs, *saved, needs_grad, *gate)
+
+
+# Every case with silu in every dtype; the other gates and layouts once.
+GRADIENTS = [
+    *((case, "silu", dtype) for case in CASES for dtype in DTYPES),
+    *((CASES[1], variant, DTYPES[0]) for variant in ("gelu", "gelu_pytorch_tanh", "relu", *VARIANTS)),
+    (CASES[2], "gpt-oss", DTYPES[0]),
+]
+GRADIENTS = [pytest.param(*c.values, v, d, id=f"{c.id}-{v}-{str(d)[6:]}") for c, v, d in GRADIENTS]
+# Sizes that TMA can read.
+GRADIENTS += [
+    pytest.param(20, 3, 2, 72, 40, "sentinels", variant, DTYPES[0], id=f"aligned-{variant}")
+    for variant in ("gpt-oss", "openai-privacy-filter", "interleaved")
+]
 
 
 @on_triton
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, activation", CASES)
-def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, activation, dtype):
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype", GRADIENTS)
+def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
     args[2][(args[1] < 0) | (args[1] >= experts)] = float("nan")
+    args, kwargs = variant_of(variant, args) if variant in VARIANTS else (args, {"activation": variant})
+    gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     ours = path._training_gpu, path._backward_gpu
     reference = kernel.reference.moe_experts_training, kernel.reference.moe_experts_backward
-    everything = activation, [True] * 4
-    out, grads = gradients(*ours, dout, args, *everything)
-    expected_out, expected = gradients(*reference, dout, args, *everything)
-    exact_out, exact = gradients(*reference, dout.double(), in_fp64(args), *everything)
+    out, grads = gradients(*ours, dout, args, kwargs, gate)
+    expected_out, expected = gradients(*reference, dout, args, kwargs, gate)
+    exact_out, exact = gradients(*reference, dout.double(), in_fp64(args), in_fp64(kwargs), gate)
+    assert [g.stride() for g in grads] == [g.stride() for g in expected]
     for name, *triple in zip(("out", *NAMES), (out, *grads), (expected_out, *expected), (exact_out, *exact)):
         try:
             assert_as_good_as_torch(*triple, dtype)
@@ -72,20 +89,21 @@ def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids,
 
 
 @on_triton
-@pytest.mark.parametrize("needed", range(4))
-def test_only_what_is_needed(path, needed):
+@pytest.mark.parametrize("needed", range(6))
+def test_only_what_is_needed(kernel, path, needed):
     """One gradient alone is what it is among all."""
-    args = layer(20, 4, 2, 64, 32, torch.float32, DEVICE, "sentinels")
+    args, kwargs = variant_of("gpt-oss", layer(20, 4, 2, 64, 32, torch.float32, DEVICE, "sentinels"))
+    gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours = path._training_gpu, path._backward_gpu
-    _, together = gradients(*ours, dout, args, "silu", [True] * 4)
-    _, alone = gradients(*ours, dout, args, "silu", [i == needed for i in range(4)])
-    for i in range(4):
+    _, together = gradients(*ours, dout, args, kwargs, gate)
+    _, alone = gradients(*ours, dout, args, kwargs, gate, [needed])
+    for i in range(6):
         assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
 
 
 @on_triton
-def test_work_follows_the_rows_of_this_rank(path, launch, monkeypatch):  # noqa: F811
+def test_work_follows_the_rows_of_this_rank(kernel, path, launch, monkeypatch):  # noqa: F811
     """7 of 8 slots belong to other ranks: every GEMM gets the tiles of the rest, and no other row is written."""
     args = list(layer(100, 4, 8, 64, 32, torch.float32, DEVICE, "any"))
     args[1] = torch.randint(0, 32, (100, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -107,7 +125,7 @@ def test_work_follows_the_rows_of_this_rank(path, launch, monkeypatch):  # noqa:
     for name, schedule_at in {"gate_up": 3, "grouped_gemm": 2, "gather": None, "glu_backward": None}.items():
         record(name, schedule_at)
     dout = torch.ones(args[0].shape, device=DEVICE)
-    gradients(path._training_gpu, path._backward_gpu, dout, args, "silu", [True] * 4)
+    gradients(path._training_gpu, path._backward_gpu, dout, args, {}, kernel.reference.Gate())
     forward, backward = ["gate_up", "grouped_gemm"], ["gather", "grouped_gemm", "glu_backward", "gather"]
     assert [name for name, *_ in seen] == [*forward, *backward, "grouped_gemm"]
     for i, (name, schedule, results) in enumerate(seen):

@@ -12,7 +12,18 @@ from importlib import import_module
 import pytest
 import torch
 
-from oracle import ROUTERS, assert_as_good_as_torch, assert_routes, in_fp64, layer, route_by_hand, router
+from oracle import (
+    ROUTERS,
+    VARIANTS,
+    assert_as_good_as_torch,
+    assert_routes,
+    gate_of,
+    in_fp64,
+    layer,
+    route_by_hand,
+    router,
+    variant_of,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -90,7 +101,7 @@ LAYERS = [  # T, E, top_k, H, I, ids
     pytest.param(100, 2, 2, 72, 136, "any", id="several-tiles-of-M-and-N"),
 ]
 CASE = "tokens, experts, top_k, hidden_dim, inter, ids"
-VARIANTS = [
+CONFIGS = [
     pytest.param({}, id="loads"),
     pytest.param({"BLOCK_M": 32, "MIN_M": 32, "GROUP_M": 1}, id="loads-ungrouped"),
     pytest.param({"BLOCK_M": 64}, id="loads-three-heights"),
@@ -104,17 +115,17 @@ VARIANTS = [
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("changes", CONFIGS)
 @pytest.mark.parametrize(CASE, LAYERS)
-def test_pipeline(kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
-    config = config(**variant)
+def test_pipeline(kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, changes, dtype):
+    config = config(**changes)
     if config.USE_TMA and (hidden_dim % 8 or inter % 8 or dtype == torch.float32):
         pytest.skip("TMA wants 16-byte strides and 16-bit elements")
     args = x, index, weights, gate_up_proj, down_proj = layer(
         tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids
     )
     offsets, sorted_slots, positions, schedule = launch.route(index, experts, config.BLOCK_M)
-    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, top_k, "silu", "ieee", config)
+    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, top_k, kernel.reference.Gate(), "ieee", config)
     y = launch.grouped_gemm(a, down_proj, schedule, "ieee", config)
     rows = int(offsets[-1])
     assert a[rows:].isnan().all() and y[rows:].isnan().all(), "rows of skipped slots are never written"
@@ -161,13 +172,56 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
         tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids
     )
     weights[(index < 0) | (index >= experts)] = float("nan")
-    a = launch.gate_up_decode(x, gate_up_proj, index, "silu", config)
+    a = launch.gate_up_decode(x, gate_up_proj, index, kernel.reference.Gate(), config)
     out = launch.down_decode(a, down_proj, index, weights, config)
     assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_moe_experts.py runs this path")
-@pytest.mark.parametrize(
+@on_triton
+@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("hidden_dim, inter", [(72, 80), (97, 47)])
+def test_pipeline_of_variants(kernel, launch, config, hidden_dim, inter, variant, changes):
+    config, (args, kwargs) = (
+        config(**changes),
+        variant_of(variant, layer(45, 3, 2, hidden_dim, inter, DTYPES[0], DEVICE)),
+    )
+    x, index, weights, gate_up_proj, down_proj = args
+    gate = gate_of(kernel.reference, kwargs)
+    if config.USE_TMA and (hidden_dim % 8 or inter % 8 or variant in ("aria", "openai-privacy-filter")):
+        pytest.skip("TMA wants 16-byte strides, and of transposed weights interleaved ones")
+    index[::7, 0] = -1
+    offsets, sorted_slots, positions, schedule = launch.route(index, 3, config.BLOCK_M)
+    z = torch.empty(90, 2 * inter, dtype=x.dtype, device=DEVICE)
+    biases = kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias")
+    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, 2, gate, "ieee", config, z, biases[0])
+    y = launch.grouped_gemm(a, down_proj, schedule, "ieee", config, bias=biases[1])
+    rows = int(offsets[-1])
+    assert all(t[rows:].isnan().all() for t in (a, y, z)), "rows of skipped slots are never written"
+    expected_z = kernel.reference.moe_experts_training(*args, *biases, *gate)[1]
+    torch.testing.assert_close(z[:rows], expected_z[:rows], rtol=1e-2, atol=1e-2)
+    exact = kernel.reference.moe_experts(*in_fp64(args), **in_fp64(kwargs))
+    out = launch.combine(y, positions, weights)
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args, **kwargs), exact)
+
+
+@on_triton
+@pytest.mark.parametrize("blocks", [(8, 32), (32, 32)])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("hidden_dim, inter", [(64, 40), (97, 47)])
+def test_decode_of_variants(kernel, launch, hidden_dim, inter, variant, blocks):
+    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(*blocks, 4)
+    args, kwargs = variant_of(variant, layer(5, 3, 2, hidden_dim, inter, DTYPES[0], DEVICE, "sentinels"))
+    x, index, weights, gate_up_proj, down_proj = args
+    weights[(index < 0) | (index >= 3)] = float("nan")
+    gate = gate_of(kernel.reference, kwargs)
+    a = launch.gate_up_decode(x, gate_up_proj, index, gate, config, kwargs.get("gate_up_proj_bias"))
+    out = launch.down_decode(a, down_proj, index, weights, config, kwargs.get("down_proj_bias"))
+    exact = kernel.reference.moe_experts(*in_fp64(args), **in_fp64(kwargs))
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args, **kwargs), exact)
+
+
+WHOLE = pytest.mark.parametrize(
     "tokens, experts, top_k, hidden_dim, inter, ids",
     [
         pytest.param(1, 8, 2, 64, 40, "sentinels", id="decode"),
@@ -178,16 +232,24 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
         pytest.param(40, 8, 1, 64, 40, "sentinels", id="one-slot-a-token"),
     ],
 )
-def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids):
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_moe_experts.py runs this path")
+@pytest.mark.parametrize("variant", [None, "gpt-oss", "openai-privacy-filter"])
+@WHOLE
+def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, variant):
     functional = import_module(f"{kernel.__name__}.functional")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
     readable = functional._as_readable  # Gluon has no interpreter
-    monkeypatch.setattr(functional, "_as_readable", lambda *args: readable(*args)._replace(WARP_SPECIALIZED=False))
+    monkeypatch.setattr(functional, "_as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
     monkeypatch.setattr(functional, "_device_name", lambda device: "")
     args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
-    out = functional._experts_gpu(*args, "silu")
-    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args), kernel.reference.moe_experts(*in_fp64(args)))
+    args, kwargs = variant_of(variant, args) if variant else (args, {})
+    biases = kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias")
+    out = functional._experts_gpu(*args, *biases, *gate_of(kernel.reference, kwargs))
+    exact = kernel.reference.moe_experts(*in_fp64(args), **in_fp64(kwargs))
+    assert_as_good_as_torch(out, kernel.reference.moe_experts(*args, **kwargs), exact)
 
 
 @pytest.mark.gpu
@@ -230,15 +292,17 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, 
 
 
 @on_triton
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_activations_keep_nan(kernel, launch, config, activation):
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "swigluoai"])
+def test_activations_keep_nan(kernel, launch, config, activation, limit):
     x, index, weights, gate_up_proj, down_proj = layer(20, 2, 1, 32, 64, device=DEVICE)
     x[3] = float("nan")
+    gate = kernel.reference.Gate(activation, limit)
     _, sorted_slots, positions, schedule = launch.route(index, 2, 16)
-    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, 1, activation, "ieee", config())
+    a = launch.gate_up(x, gate_up_proj, sorted_slots, schedule, 1, gate, "ieee", config())
     y = launch.grouped_gemm(a, down_proj, schedule, "ieee", config())
     out = launch.combine(y, positions, weights)
-    expected = kernel.reference.moe_experts(x, index, weights, gate_up_proj, down_proj, activation)
+    expected = kernel.reference.moe_experts(x, index, weights, gate_up_proj, down_proj, activation, limit=limit)
     torch.testing.assert_close(out, expected, equal_nan=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import COMPILE_BACKENDS
-from oracle import DTYPES, assert_as_good_as_torch, in_fp64, layer
+from oracle import DTYPES, VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 
 CASES = [  # T, E, top_k, H, I, ids
     pytest.param(0, 4, 2, 64, 32, "distinct", id="no-tokens"),
@@ -69,6 +69,34 @@ def test_cpu_work_follows_the_rows_of_this_rank(kernel, record):
     gemms = record(kernel.reference, "_grouped_linear")
     kernel.moe_experts(x, index, weights, *experts)
     assert [rows.shape[0] for rows, *_ in gemms] == [(index < 4).sum()] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_oracle_of_variants_is_the_equation(kernel, device, variant):
+    args, kwargs = variant_of(variant, layer(9, 4, 3, 32, 16, torch.float64, ids="sentinels"))
+    x, index, weights, gate_up_proj, down_proj = args
+    up_bias, down_bias = (
+        kwargs.get(f"{name}_bias", torch.zeros(4, 1)).double() for name in ("gate_up_proj", "down_proj")
+    )
+    limit, alpha = kwargs.get("limit", 1e9), kwargs.get("alpha", 1.702)
+    expected = torch.zeros_like(x)
+    for t in range(9):
+        for k in range(3):
+            if 0 <= (e := index[t, k]) < 4:
+                z = gate_up_proj[e] @ x[t] + up_bias[e]
+                gate, up = (z[::2], z[1::2]) if kwargs.get("interleaved") else (z[:16], z[16:])
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                if kwargs.get("activation") == "swigluoai":
+                    a = gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+                else:
+                    act_fn = torch.nn.GELU() if kwargs.get("activation") == "gelu" else torch.nn.SiLU()
+                    a = act_fn(gate) * up
+                expected[t] += weights[t, k] * (down_proj[e] @ a + down_bias[e])
+    torch.testing.assert_close(kernel.reference.moe_experts(*args, **kwargs), expected)
+    args, kwargs = ([t.float() if t.is_floating_point() else t for t in args], dict(kwargs))
+    kwargs = {name: t.float().to(device) if "bias" in name else t for name, t in kwargs.items()}
+    out = kernel.moe_experts(*(t.to(device) for t in args), **kwargs)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -159,6 +187,7 @@ def test_any_strides(kernel, device, argument, relayout):
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 NAMES = ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj"]
+BIASES = ["gate_up_proj_bias", "down_proj_bias"]
 
 
 def gradients(function, args, trained=NAMES):
@@ -198,21 +227,66 @@ def test_gradients_are_deterministic(kernel, device):
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_explicit_backward_is_the_gradient_of_the_reference(kernel, activation):
+@pytest.mark.parametrize("variant", ["silu", "gelu", "gelu_pytorch_tanh", "relu", *VARIANTS])
+def test_explicit_backward_is_the_gradient_of_the_reference(kernel, variant):
     # torch.compile uses this backward on a CPU, and the kernels' tests compare with it.
-    args = named(layer(33, 4, 2, 24, 12, torch.float64, ids="sentinels"))
-    expected = gradients(lambda *a: kernel.reference.moe_experts(*a, activation), args)
+    args = layer(33, 4, 2, 24, 12, torch.float64, ids="sentinels")
+    args, kwargs = variant_of(variant, args) if variant in VARIANTS else (args, {"activation": variant})
+    gate = gate_of(kernel.reference, kwargs)
+    expected = gradients_of_variant(kernel.reference.moe_experts, args, kwargs)
     dout = torch.randn(33, 24, generator=torch.Generator().manual_seed(1)).double()
-    x, index, weights, gate_up_proj, down_proj = (t for _, t in args)
-    out, *saved = kernel.reference.moe_experts_training(x, index, weights, gate_up_proj, down_proj, activation)
-    torch.testing.assert_close(
-        out, kernel.reference.moe_experts(x, index, weights, gate_up_proj, down_proj, activation)
-    )
-    inputs = (dout, x, weights, gate_up_proj, down_proj)
-    got = kernel.reference.moe_experts_backward(*inputs, *saved, activation, [True] * 4)
-    for name, grad in zip(NAMES, got):
-        torch.testing.assert_close(grad, expected[name])
+    x, index, weights, gate_up_proj, down_proj = args
+    biases = [kwargs.get(name) for name in BIASES]
+    out, *saved = kernel.reference.moe_experts_training(*args, *biases, *gate)
+    torch.testing.assert_close(out, kernel.reference.moe_experts(*args, **kwargs))
+    inputs = (dout, x, weights, gate_up_proj, down_proj, *biases)
+    needs_grad = [True] * 4 + [bias is not None for bias in biases]
+    got = kernel.reference.moe_experts_backward(*inputs, *saved, needs_grad, *gate)
+    for name, grad in zip([*NAMES, *BIASES], got):
+        if name in expected:
+            torch.testing.assert_close(grad, expected[name])
+
+
+def gradients_of_variant(function, args, kwargs):
+    """As `gradients`, for the biases among the keyword arguments as well."""
+    biases = {name: kwargs[name].detach().clone().requires_grad_() for name in BIASES if name in kwargs}
+    grads = gradients(lambda *inputs: function(*inputs, **{**kwargs, **biases}), named(args))
+    return {**{name: grads[name] for name in NAMES}, **{name: bias.grad for name, bias in biases.items()}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    CASE,
+    [
+        pytest.param(0, 4, 2, 64, 32, "distinct", id="no-tokens"),
+        pytest.param(1, 64, 8, 64, 32, "distinct", id="decode"),
+        pytest.param(100, 16, 2, 97, 47, "sentinels", id="tails-sentinels-and-empty-experts"),
+        pytest.param(513, 4, 2, 128, 64, "any", id="tall-tiles"),
+    ],
+)
+def test_variants_match_oracle(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
+    args, kwargs = variant_of(variant, layer(tokens, experts, top_k, hidden_dim, inter, dtype, device, ids))
+    reference = kernel.reference.moe_experts
+    out, exact = kernel.moe_experts(*args, **kwargs), reference(*in_fp64(args), **in_fp64(kwargs))
+    assert_as_good_as_torch(out, reference(*args, **kwargs), exact)
+    got = gradients_of_variant(kernel.moe_experts, args, kwargs)
+    from_torch = gradients_of_variant(reference, args, kwargs)
+    exact = gradients_of_variant(reference, in_fp64(args), in_fp64(kwargs))
+    for name in got:
+        assert_as_good_as_torch(got[name], from_torch[name], exact[name])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_under_torch_compile(kernel, device, variant):
+    torch.compiler.reset()
+    args, kwargs = variant_of(variant, layer(33, 4, 2, 64, 32, device=device, ids="sentinels"))
+    compiled = torch.compile(kernel.moe_experts, fullgraph=True, backend=COMPILE_BACKENDS[device])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args, **kwargs), kernel.moe_experts(*args, **kwargs))
+    expected, got = (gradients_of_variant(f, args, kwargs) for f in (kernel.moe_experts, compiled))
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name])
 
 
 def test_gradcheck(kernel):
@@ -275,13 +349,18 @@ BAD = [  # argument, how it is spoiled, error, part of the message
     ("gate_up_proj", lambda x: x.to("meta"), ValueError, "gate_up_proj: expected on cpu like hidden_states, got meta"),
     ("down_proj", lambda x: x[:2], ValueError, r"down_proj: expected \(4, 64, 32\).*got \(2, 64, 32\)"),
     ("down_proj", lambda x: x.mT, ValueError, r"down_proj: expected \(4, 64, 32\).*got \(4, 32, 64\)"),
+    ("gate_up_proj_bias", lambda x: x[:, :3], ValueError, r"gate_up_proj_bias: expected \(4, 64\).*got \(4, 3\)"),
+    ("down_proj_bias", lambda x: x[:2], ValueError, r"down_proj_bias: expected \(4, 64\).*got \(2, 64\)"),
+    ("down_proj_bias", lambda x: x.half(), TypeError, "down_proj_bias: expected torch.float32 like hidden_states"),
+    ("limit", lambda x: 0.0, ValueError, "limit: expected a positive number or None, got 0.0"),
     ("activation", lambda x: "swish", ValueError, "activation: expected one of silu, .*got 'swish'"),
 ]
 
 
 @pytest.mark.parametrize("argument, spoil, error, message", BAD)
 def test_bad_input_is_named(kernel, argument, spoil, error, message):
-    kwargs = dict(named(layer(5, 4, 2, 64, 32)), activation="silu")
+    kwargs = dict(named(layer(5, 4, 2, 64, 32)), activation="silu", limit=1.0)
+    kwargs |= {name: torch.zeros(4, 64) for name in BIASES}
     kwargs[argument] = spoil(kwargs[argument])
     with pytest.raises(error, match=message):
         kernel.moe_experts(**kwargs)

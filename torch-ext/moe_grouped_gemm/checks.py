@@ -46,8 +46,21 @@ def check_index(top_k_index: torch.Tensor) -> None:
         raise ValueError(f"top_k_index: expected (T, top_k), got {shape(top_k_index)}")
 
 
-def check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
-    check_floats(hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj)
+def check_experts(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    activation,
+    gate_up_proj_bias=None,
+    down_proj_bias=None,
+    limit=None,
+    gated=True,
+) -> None:
+    biases = {"gate_up_proj_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
+    biases = {name: bias for name, bias in biases.items() if bias is not None}
+    check_floats(hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj, **biases)
     check_index(top_k_index)
     if hidden_states.ndim != 2:
         raise ValueError(f"hidden_states: expected (T, H), got {shape(hidden_states)}")
@@ -58,19 +71,26 @@ def check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         raise ValueError(f"top_k_weights: expected {shape(top_k_index)} like top_k_index, got {shape(top_k_weights)}")
     if not top_k_weights.is_floating_point():
         raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")
-    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % 2:
+    halves = 2 if gated else 1
+    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % halves:
         raise ValueError(
             f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {shape(gate_up_proj)}"
         )
     experts, rows, _ = gate_up_proj.shape
     if experts == 0:
         raise ValueError(f"gate_up_proj: expected at least one expert, got {shape(gate_up_proj)}")
-    if down_proj.shape != (experts, hidden_dim, rows // 2):
+    if down_proj.shape != (experts, hidden_dim, rows // halves):
         raise ValueError(
-            f"down_proj: expected {(experts, hidden_dim, rows // 2)} to fit gate_up_proj, got {shape(down_proj)}"
+            f"down_proj: expected {(experts, hidden_dim, rows // halves)} to fit gate_up_proj, got {shape(down_proj)}"
         )
+    for name, bias in biases.items():
+        expected = (experts, rows if name == "gate_up_proj_bias" else hidden_dim)
+        if bias.shape != expected:
+            raise ValueError(f"{name}: expected {expected} to fit the weights, got {shape(bias)}")
     for name, x in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
         if x.device != hidden_states.device:
             raise ValueError(f"{name}: expected on {hidden_states.device} like hidden_states, got {x.device}")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit: expected a positive number or None, got {limit}")

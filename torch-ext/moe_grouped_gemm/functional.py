@@ -9,6 +9,7 @@ import torch
 
 from . import reference, tuning
 from .checks import check_experts, check_floats, check_index, device_type, shape
+from .reference import Gate, is_transposed
 from .routing import Routing, route_torch
 from .torch_ops import register_op, rejects_transforms
 
@@ -41,6 +42,12 @@ def moe_experts(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     activation: str = "silu",
+    gate_up_proj_bias: torch.Tensor | None = None,
+    down_proj_bias: torch.Tensor | None = None,
+    *,
+    limit: float | None = None,
+    alpha: float = 1.702,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """Gated experts over routed tokens; differentiable in every float input.
 
@@ -51,9 +58,16 @@ def moe_experts(
         top_k_index: (T, top_k) int32 or int64. A slot whose id lies outside [0, E) is skipped and contributes exactly
             nothing, whatever its weight.
         top_k_weights: (T, top_k), any float dtype.
-        gate_up_proj: (E, 2I, H), rows [0, I) are gate and [I, 2I) up; dtype of hidden_states.
+        gate_up_proj: (E, 2I, H), rows [0, I) are gate and [I, 2I) up; dtype of hidden_states. Weights stored as
+            (E, H, 2I) come as `.mT` and are read in place.
         down_proj: (E, H, I), dtype of hidden_states.
-        activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu", applied to gate.
+        activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu", applied to gate; or "swigluoai", gpt-oss's gate
+            gate * sigmoid(alpha * gate) * (up + 1).
+        gate_up_proj_bias: (E, 2I) in the order of the weight's rows, added to the first product; or None.
+        down_proj_bias: (E, H), added to the second; or None.
+        limit: clamps gate to at most limit and up to [-limit, limit], before the activation. None: not at all.
+        alpha: of "swigluoai"; others ignore it.
+        interleaved: rows 0, 2, 4, ... of gate_up_proj are gate, rows 1, 3, 5, ... up.
     Returns:
         (T, H) in hidden_states.dtype. Products with the weights and the sum over k are accumulated in fp32, in a fixed
         order: two calls give bitwise equal results. No host sync on a GPU.
@@ -64,16 +78,18 @@ def moe_experts(
 
     Under `torch.autocast` the three float operands of the GEMMs are cast first, as `torch.nn.functional.linear` does.
     """
-    hidden_states, gate_up_proj, down_proj = _autocast(hidden_states, gate_up_proj, down_proj)
-    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    biases = gate_up_proj_bias, down_proj_bias
+    hidden_states, gate_up_proj, down_proj, *biases = _autocast(hidden_states, gate_up_proj, down_proj, *biases)
+    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, *biases, limit)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases)
+    gate = Gate(activation, limit, alpha, interleaved)
     # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if torch.compiler.is_compiling():
-        return _training_op(*inputs, activation)[0] if needs_grad else _moe_experts_op(*inputs, activation)
+        return _training_op(*inputs, *gate)[0] if needs_grad else _moe_experts_op(*inputs, *gate)
     if hidden_states.device.type == "cpu":
-        return reference.moe_experts(*inputs, activation)
-    return _training_op(*inputs, activation)[0] if needs_grad else _experts_gpu(*inputs, activation)
+        return reference.moe_experts(*inputs[:5], activation, *biases, *gate[1:])
+    return _training_op(*inputs, *gate)[0] if needs_grad else _experts_gpu(*inputs, *gate)
 
 
 def _autocast(hidden_states, *weights):
@@ -82,10 +98,10 @@ def _autocast(hidden_states, *weights):
     if not torch.is_autocast_enabled(device):
         return hidden_states, *weights
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in (hidden_states, *weights))
+    return tuple(x if x is None else x.to(dtype) for x in (hidden_states, *weights))
 
 
-def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
+def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate):
     """Few slots: two launches. Else four or five: route, gate_up GEMM with the activation, down GEMM, combine."""
     rows, num_experts = top_k_index.numel(), gate_up_proj.shape[0]
     if rows == 0 or hidden_states.numel() == 0:
@@ -93,46 +109,63 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     device = hidden_states.device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+            return _experts_gpu(
+                hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate
+            )
     kernels = _kernels()
+    gate, up_bias, down_bias = Gate(*gate), _contiguous(up_bias), _contiguous(down_bias)
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
     expert_bytes = 3 * down_proj.stride(0) * down_proj.element_size()
     is_decode = tuning.is_decode(rows, top_k_index.shape[0], num_experts, expert_bytes)
-    if is_decode and gate_up_proj.stride(2) == down_proj.stride(2) == 1:
-        up_config, down_config = tuning.decode_config(hidden_states.dtype)
-        a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, activation, up_config)
-        return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config)
+    transposed = is_transposed(gate_up_proj) and is_transposed(down_proj)
+    if is_decode and (transposed or gate_up_proj.stride(2) == down_proj.stride(2) == 1):
+        up_config, down_config = tuning.decode_config(hidden_states.dtype, transposed)
+        a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, gate, up_config, up_bias)
+        return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config, down_bias)
     precision = _input_precision()
     up_config, down_config = _config(rows, down_proj)
     _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
-    up_config = _as_readable(up_config, gate_up_proj)
+    up_config = _as_readable_gate(up_config, gate_up_proj, gate)
     top_k = top_k_index.shape[1]
-    a = kernels.gate_up(hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config)
-    return _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
+    inputs = (hidden_states, gate_up_proj, sorted_slots, schedule, top_k)
+    a = kernels.gate_up(*inputs, gate, precision, up_config, bias=up_bias)
+    return _down(a, down_proj, down_bias, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
 
 
-def _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, config):
+def _down(a, down_proj, bias, sorted_slots, slot_positions, schedule, top_k_weights, precision, config):
     """The down GEMM and each token's weighted sum. A sum of one is no sum: the GEMM stores it, and y is never made."""
     kernels = _kernels()
     if top_k_weights.shape[1] > 1:
-        y = _launch_grouped_gemm(a, down_proj, schedule, precision, config)
+        y = _launch_grouped_gemm(a, down_proj, schedule, precision, config, bias=bias)
         return kernels.combine(y, slot_positions, top_k_weights)
     out = a.new_empty(a.shape[0], down_proj.shape[1])
     kernels.zero_skipped(out, slot_positions)
-    return _launch_grouped_gemm(a, down_proj, schedule, precision, config, out, sorted_slots, top_k_weights)
+    destination = (out, sorted_slots, top_k_weights)
+    return _launch_grouped_gemm(a, down_proj, schedule, precision, config, *destination, bias=bias)
 
 
-def _experts_forward(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
-    forward = reference.moe_experts if hidden_states.device.type == "cpu" else _experts_gpu
-    return forward(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None else x.contiguous()
 
+
+def _experts_forward(x, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, activation, *gate):
+    inputs = (x, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    if x.device.type == "cpu":
+        return reference.moe_experts(*inputs, activation, up_bias, down_bias, *gate)
+    return _experts_gpu(*inputs, up_bias, down_bias, activation, *gate)
+
+
+_INPUTS = (
+    "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
+    " Tensor? gate_up_proj_bias, Tensor? down_proj_bias"
+)
+_GATE = "str activation, float? limit, float alpha, bool interleaved"
 
 _moe_experts_op = register_op(
     "moe_experts",
-    "(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
-    " str activation) -> Tensor",
+    f"({_INPUTS}, {_GATE}) -> Tensor",
     _experts_forward,
     fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
 )
@@ -141,13 +174,14 @@ _moe_experts_op = register_op(
 # --- moe_experts with gradients ---------------------------------------------------------------------------------------
 
 
-def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
-    """As `_experts_gpu` for many slots; also z (S, 2I) before the activation, and the routing."""
+def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate):
+    """As `_experts_gpu` for many slots; also z (S, 2I) before the gate, and the routing."""
     experts, rows, _ = gate_up_proj.shape
     z = hidden_states.new_empty(top_k_index.numel(), rows)
     if z.numel() == 0 or hidden_states.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape), z, *route_torch(top_k_index, experts)
     kernels = _kernels()
+    gate, up_bias, down_bias = Gate(*gate), _contiguous(up_bias), _contiguous(down_bias)
     with torch.cuda.device_of(hidden_states):
         if hidden_states.stride(1) != 1:
             hidden_states = hidden_states.contiguous()
@@ -155,13 +189,11 @@ def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         up_config, down_config = _config(z.shape[0], down_proj)
         *routing, schedule = kernels.route(top_k_index.contiguous(), experts, up_config.BLOCK_M)
         _, sorted_slots, slot_positions = routing
-        up_config = _as_readable(up_config, gate_up_proj)
-        top_k = top_k_index.shape[1]
-        a = kernels.gate_up(
-            hidden_states, gate_up_proj, sorted_slots, schedule, top_k, activation, precision, up_config, z
-        )
-        top_k_weights = top_k_weights.contiguous()
-        out = _down(a, down_proj, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
+        up_config = _as_readable_gate(up_config, gate_up_proj, gate)
+        inputs = (hidden_states, gate_up_proj, sorted_slots, schedule, top_k_index.shape[1])
+        a = kernels.gate_up(*inputs, gate, precision, up_config, z, up_bias)
+        order = (sorted_slots, slot_positions, schedule)
+        out = _down(a, down_proj, down_bias, *order, top_k_weights.contiguous(), precision, down_config)
         return out, z, *routing
 
 
@@ -170,7 +202,7 @@ def _training_forward(hidden_states, *args):
     return forward(hidden_states, *args)
 
 
-def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation):
+def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
     return out, z, *_route_fake(top_k_index, gate_up_proj.shape[0])
@@ -178,22 +210,33 @@ def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, down
 
 _training_op = register_op(
     "moe_experts_training",
-    "(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
-    " str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _training_forward,
     fake=_training_fake,
 )
 
 
 def _backward_gpu(
-    dout, hidden_states, top_k_weights, gate_up_proj, down_proj, z, offsets, slots, positions, activation, needs_grad
+    dout,
+    hidden_states,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    up_bias,
+    down_bias,
+    z,
+    offsets,
+    slots,
+    positions,
+    needs_grad,
+    *gate,
 ):
     """Gradients by kernels, as in kernels/backward.py; of what is (rows, H) there is one at a time."""
-    inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj)
+    inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias)
     if z.numel() == 0 or hidden_states.numel() == 0:
-        return tuple(t.new_zeros(t.shape if needed else 0) for t, needed in zip(inputs, needs_grad))
-    needs_x, needs_weights, needs_gate_up, needs_down = needs_grad
-    dx, dweights, dgate_up, ddown = (t.new_empty(0) for t in inputs)
+        return tuple(t.new_zeros(t.shape) if needed else dout.new_zeros(0) for t, needed in zip(inputs, needs_grad))
+    needs_x, needs_weights, needs_gate_up, needs_down, needs_up_bias, needs_down_bias = needs_grad
+    dx, dweights, dgate_up, ddown, dup_bias, ddown_bias = (dout.new_empty(0) for _ in inputs)
     kernels = _kernels()
     with torch.cuda.device_of(dout):
         # What the kernels read row by row.
@@ -207,24 +250,40 @@ def _backward_gpu(
         schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), gemm_config.BLOCK_M)
 
         rows = kernels.gather(dout, padded_slots, padded_offsets, top_k)
-        b = _launch_grouped_gemm(rows, down_proj.transpose(1, 2), schedule, precision, gemm_config)
+        b = _launch_grouped_gemm(rows, down_proj.mT, schedule, precision, gemm_config)
         dz, weighted_a, dweights_of_slots = kernels.glu_backward(
-            b, z, top_k_weights, padded_slots, positions, padded_offsets, activation, needs_down
+            b, z, top_k_weights, padded_slots, positions, padded_offsets, Gate(*gate), needs_down
         )
         del b
         if needs_weights:
+            if down_bias is not None:
+                of_bias = _dout_times_bias(dout, down_bias, offsets, positions)
+                dweights_of_slots += torch.where(positions >= 0, of_bias, 0.0)
             dweights = dweights_of_slots.view(top_k_weights.shape).to(top_k_weights.dtype)
         if needs_down:
-            ddown = _launch_wgrad(rows, weighted_a, padded_offsets, precision, wgrad_config)
+            ddown = _launch_wgrad(rows, weighted_a, padded_offsets, precision, wgrad_config, is_transposed(down_proj))
         del rows, weighted_a
+        if needs_down_bias:
+            ddown_bias = kernels.row_sums(dout, slots, offsets, top_k_weights)
+        if needs_up_bias:
+            dup_bias = kernels.row_sums(dz, padded_slots, padded_offsets)
         if needs_gate_up:
             rows = kernels.gather(hidden_states, padded_slots, padded_offsets, top_k)
-            dgate_up = _launch_wgrad(dz, rows, padded_offsets, precision, wgrad_config)
+            transposed = is_transposed(gate_up_proj)
+            dgate_up = _launch_wgrad(dz, rows, padded_offsets, precision, wgrad_config, transposed)
             del rows
         if needs_x:
-            rows = _launch_grouped_gemm(dz, gate_up_proj.transpose(1, 2), schedule, precision, gemm_config)
+            rows = _launch_grouped_gemm(dz, gate_up_proj.mT, schedule, precision, gemm_config)
             dx = kernels.combine(rows, padded_positions, torch.ones_like(top_k_weights, dtype=torch.float32))
-    return dx, dweights, dgate_up, ddown
+    return dx, dweights, dgate_up, ddown, dup_bias, ddown_bias
+
+
+def _dout_times_bias(dout, down_bias, offsets, positions):
+    """<dout[t], down_bias[e]> of each slot, in fp32: what the bias adds to the gradient of its weight."""
+    products = dout.float() @ down_bias.float().T
+    slots = torch.arange(positions.shape[0], device=dout.device)
+    experts = torch.searchsorted(offsets[1:], positions, right=True, out_int32=True)
+    return products[slots // (positions.shape[0] // dout.shape[0]), experts]
 
 
 def _backward_impl(dout, *args):
@@ -232,35 +291,35 @@ def _backward_impl(dout, *args):
     return backward(dout, *args)
 
 
-def _backward_fake(dout, x, top_k_weights, gate_up_proj, down_proj, z, offsets, slots, positions, act, needs_grad):
-    inputs = (x, top_k_weights, gate_up_proj, down_proj)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else t.new_empty(0)
-        for t, needed in zip(inputs, needs_grad)
-    )
+def _backward_fake(dout, x, top_k_weights, gate_up, down, up_bias, down_bias, z, offsets, slots, positions, needs, *_):
+    empty = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, top_k_weights)]
+    empty += [reference.empty_gradient(weight) for weight in (gate_up, down)]
+    empty += [None if bias is None else bias.new_empty(bias.shape) for bias in (up_bias, down_bias)]
+    return tuple(t if needed else dout.new_empty(0) for t, needed in zip(empty, needs))
 
 
 _backward_op = register_op(
     "moe_experts_backward",
-    "(Tensor dout, Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, Tensor z,"
-    " Tensor expert_offsets, Tensor sorted_slots, Tensor slot_positions, str activation, bool[] needs_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
+    " Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor z, Tensor expert_offsets, Tensor sorted_slots,"
+    f" Tensor slot_positions, bool[] needs_grad, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     fake=_backward_fake,
 )
 
 
 def _training_setup_context(ctx, inputs, output):
-    hidden_states, _, top_k_weights, gate_up_proj, down_proj, ctx.activation = inputs
-    ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, *output[1:])
+    hidden_states, _, *others = inputs[:7]
+    ctx.gate = inputs[7:]
+    ctx.save_for_backward(hidden_states, *others, *output[1:])
 
 
 def _training_backward(ctx, dout, *_):
-    needs_x, _, *needs_others, _ = ctx.needs_input_grad
+    needs_x, _, *needs_others = ctx.needs_input_grad[:7]
     needs_grad = [needs_x, *needs_others]
-    grads = _backward_op(dout, *ctx.saved_tensors, ctx.activation, needs_grad)
-    dx, dweights, dgate_up, ddown = (grad if needed else None for grad, needed in zip(grads, needs_grad))
-    return dx, None, dweights, dgate_up, ddown, None
+    grads = _backward_op(dout, *ctx.saved_tensors, needs_grad, *ctx.gate)
+    dx, *others = (grad if needed else None for grad, needed in zip(grads, needs_grad))
+    return dx, None, *others, *(None for _ in ctx.gate)
 
 
 _training_op.register_autograd(_training_backward, setup_context=_training_setup_context)
@@ -302,13 +361,18 @@ _route_op = register_op(
 
 
 @rejects_transforms
-def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
-    """y[r] = weight[e] @ x[r] for expert_offsets[e] <= r < expert_offsets[e + 1]; differentiable in x and weight.
+def grouped_gemm(
+    x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y[r] = weight[e] @ x[r] + bias[e] for expert_offsets[e] <= r < expert_offsets[e + 1].
+
+    Differentiable in x, weight and bias.
 
     Args:
         x: (S, K) bf16, fp16 or fp32 (fp64 on CPU), rows sorted by expert.
-        weight: (E, N, K), dtype of x.
+        weight: (E, N, K), dtype of x; stored as (E, K, N) it comes as `.mT` and is read in place.
         expert_offsets: (E + 1,) int32 on x.device, leading 0, ascending, exclusive; as `route` returns it.
+        bias: (E, N), dtype of x; or None.
     Returns:
         (S, N) in x.dtype, accumulated in fp32. Rows from expert_offsets[E] on belong to no expert and are zero.
     Raises:
@@ -329,14 +393,18 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Te
         )
     if expert_offsets.device != x.device:
         raise ValueError(f"expert_offsets: expected on {x.device} like x, got {expert_offsets.device}")
-    return _grouped_gemm_op(x, weight, expert_offsets)
+    if bias is not None:
+        check_floats(x=x, bias=bias)
+        if bias.shape != weight.shape[:2]:
+            raise ValueError(f"bias: expected {shape(weight)[:2]} to fit weight {shape(weight)}, got {shape(bias)}")
+    return _grouped_gemm_op(x, weight, expert_offsets, bias)
 
 
-def _grouped_gemm_forward(x, weight, expert_offsets):
+def _grouped_gemm_forward(x, weight, expert_offsets, bias):
     if x.device.type == "cpu":
-        return reference.grouped_gemm(x, weight, expert_offsets)
+        return reference.grouped_gemm(x, weight, expert_offsets, bias)
     y = x.new_zeros(x.shape[0], weight.shape[1])
-    if y.numel() == 0 or x.shape[1] == 0:
+    if y.numel() == 0 or (x.shape[1] == 0 and bias is None):
         return y
     kernels = _kernels()
     if x.stride(1) != 1:
@@ -344,14 +412,14 @@ def _grouped_gemm_forward(x, weight, expert_offsets):
     with torch.cuda.device_of(x):
         config = _config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        return _launch_grouped_gemm(x, weight, schedule, _input_precision(), config, y)
+        return _launch_grouped_gemm(x, weight, schedule, _input_precision(), config, y, bias=_contiguous(bias))
 
 
 _grouped_gemm_op = register_op(
     "grouped_gemm",
-    "(Tensor x, Tensor weight, Tensor expert_offsets) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
     _grouped_gemm_forward,
-    fake=lambda x, weight, expert_offsets: x.new_empty(x.shape[0], weight.shape[1]),
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]),
 )
 
 
@@ -376,17 +444,52 @@ _grouped_gemm_dw_op = register_op(
 )
 
 
+def _row_sums(y, expert_offsets):
+    if y.device.type == "cpu" or y.numel() == 0:
+        return reference.row_sums(y, expert_offsets)
+    with torch.cuda.device_of(y):
+        return _kernels().row_sums(y if y.stride(1) == 1 else y.contiguous(), expert_offsets, expert_offsets)
+
+
+_row_sums_op = register_op(
+    "row_sums",
+    "(Tensor y, Tensor expert_offsets) -> Tensor",
+    _row_sums,
+    fake=lambda y, expert_offsets: y.new_empty(expert_offsets.shape[0] - 1, y.shape[1]),
+)
+
+
 def _grouped_gemm_backward(ctx, dy):
     x, weight, expert_offsets = ctx.saved_tensors
-    needs_x, needs_weight, _ = ctx.needs_input_grad
+    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
     # The transposed weight is read in place; no copy is made.
-    dx = _grouped_gemm_op(dy, weight.transpose(1, 2), expert_offsets) if needs_x else None
-    dweight = _grouped_gemm_dw_op(dy, x, expert_offsets) if needs_weight else None
-    return dx, dweight, None
+    dx = _grouped_gemm_op(dy, weight.transpose(1, 2), expert_offsets, None) if needs_x else None
+    dweight = None
+    if needs_weight and is_transposed(weight):
+        dweight = _grouped_gemm_dw_op(x, dy, expert_offsets).mT
+    elif needs_weight:
+        dweight = _grouped_gemm_dw_op(dy, x, expert_offsets)
+    return dx, dweight, None, _row_sums_op(dy, expert_offsets) if needs_bias else None
 
 
 _grouped_gemm_op.register_autograd(
-    _grouped_gemm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    _grouped_gemm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3])
+)
+
+
+def _combine(y, slot_positions, top_k_weights):
+    """(S, H) rows in expert order, (S,) -1 for a skipped slot, (T, top_k) -> (T, H), each token its weighted sum."""
+    if y.device.type == "cpu" or y.numel() == 0:
+        return reference.combine(y, slot_positions, top_k_weights)
+    with torch.cuda.device_of(y):
+        return _kernels().combine(y.contiguous(), slot_positions, top_k_weights.contiguous())
+
+
+combine = register_op(
+    "combine",
+    "(Tensor y, Tensor slot_positions, Tensor top_k_weights) -> Tensor",
+    _combine,
+    fake=lambda y, slot_positions, top_k_weights: y.new_empty(top_k_weights.shape[0], y.shape[1]),
 )
 
 
@@ -417,18 +520,20 @@ def _input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
-def _launch_grouped_gemm(x, weight, schedule, precision, config, *destination):
-    """weight (E, N, K) by rows, or the transpose of such a one: nothing is copied."""
+def _launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None):
     kernels = _kernels()
-    config = _as_readable(config, x, weight if weight.stride(2) == 1 else weight.transpose(1, 2))
-    if config.WARP_SPECIALIZED and not kernels.can_specialize(weight):
+    config = _as_readable(config, x, weight)
+    if config.WARP_SPECIALIZED and not (bias is None and kernels.can_specialize(weight)):
         config = config._replace(WARP_SPECIALIZED=False)
-    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination)
+    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, bias=bias)
 
 
-def _launch_wgrad(p, q, padded_offsets, precision, config):
+def _launch_wgrad(p, q, padded_offsets, precision, config, transposed):
+    """In the order of the weight's memory: a gradient in another order would be copied as it is accumulated."""
     config = _as_readable(config, p, q)
-    return _kernels().wgrad(p, q, padded_offsets, precision, config)
+    p, q = (q, p) if transposed else (p, q)
+    dw = _kernels().wgrad(p, q, padded_offsets, precision, config)
+    return dw.mT if transposed else dw
 
 
 def _as_readable(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:
@@ -438,7 +543,14 @@ def _as_readable(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.Ge
     return config
 
 
+def _as_readable_gate(config: tuning.GemmConfig, gate_up_proj: torch.Tensor, gate: Gate) -> tuning.GemmConfig:
+    """As `_as_readable` for the first GEMM, one of whose tiles takes rows of gate and of up."""
+    if is_transposed(gate_up_proj) and not gate.interleaved:
+        return config._replace(USE_TMA=False)
+    return _as_readable(config, gate_up_proj)
+
+
 def _tma_can_read(x: torch.Tensor) -> bool:
-    """TMA wants 16-byte aligned bases and strides and a last stride of 1."""
-    *strides, last = x.stride()
+    """TMA wants 16-byte aligned bases and strides and, in one order of the last two dimensions, a last stride of 1."""
+    *strides, last = x.mT.stride() if x.ndim == 3 and is_transposed(x) else x.stride()
     return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)

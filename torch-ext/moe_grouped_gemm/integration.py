@@ -20,54 +20,34 @@ from types import MethodType
 import torch
 from torch import nn
 
-from . import functional, lora, router
+from . import lora, router, variants
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
 # For `kernelize`; given a KernelConfig, Transformers takes the name of the layer's class.
 EXPERTS_LAYER = "MoEExperts"
 ROUTER_LAYER = "DeepseekV3TopkRouter"
 
-_WEIGHTS = ("gate_up_proj", "down_proj")
 # Of a module while PEFT's wrappers around it run: (name of a weight, factors) of each active adapter.
 _ADAPTERS = "_moe_grouped_gemm_adapters"
-
-# What Transformers' experts have as `act_fn` -> our names.
-_ACTIVATIONS = {
-    "torch.nn.functional.silu": "silu",
-    "transformers.activations.SiLUActivation": "silu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_pytorch_tanh",
-    "torch.nn.modules.activation.ReLU": "relu",
-}
 
 
 def experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Forward of a Transformers experts module: ours if we compute what the module defines, else the module's own.
+    """Forward of a Transformers experts module: ours, but for weights that are no dense tensors the module's own.
 
     Args:
-        module: has `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I); under expert parallelism the local experts.
+        module: any that carries Transformers' decorator; under expert parallelism the local experts.
         hidden_states: (T, H).
         top_k_index: (T, top_k) integer; ids outside [0, E) are skipped.
         top_k_weights: (T, top_k).
     Returns:
         (T, H) in hidden_states.dtype.
     """
-    activation = _activation(module)
-    if activation is not None:
-        gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
-        if _is_dense(gate_up_proj) and _is_dense(down_proj):
-            # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
-            x = hidden_states.to(gate_up_proj.dtype)
-            inputs = (x, top_k_index, top_k_weights, gate_up_proj, down_proj)
-            if adapters := getattr(module, _ADAPTERS, ()):
-                factors = [tuple(f for name, f in adapters if name == weight) for weight in _WEIGHTS]
-                out = lora.moe_experts_lora(*inputs, *factors, activation)
-            else:
-                out = functional.moe_experts(*inputs, activation)
-            return out.to(hidden_states.dtype)
+    if variants.can_serve(module) and all(_is_dense(getattr(module, name)) for name in variants.weight_names(module)):
+        # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
+        adapters = getattr(module, _ADAPTERS, ())
+        return variants.experts(module, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
     # The innermost function is the eager one: FP8Experts is decorated anew for every module.
     return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights)
 
@@ -86,25 +66,6 @@ def router_forward(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torc
         bool(module.norm_topk_prob),  # None means no, too
         module.routed_scaling_factor,
     )
-
-
-def _activation(module: nn.Module) -> str | None:
-    """The `act` of down @ (act(gate @ x) * (up @ x)) if `module` computes that, else None."""
-    from transformers.integrations.moe import _default_apply_gate
-
-    if (
-        getattr(type(module), "_apply_gate", None) is not _default_apply_gate
-        or not getattr(module, "has_gate", True)
-        or not getattr(module, "is_concatenated", True)
-        or getattr(module, "is_transposed", False)
-        or getattr(module, "has_bias", False)
-        or getattr(module, "has_post_expert_norm", False)
-    ):
-        return None
-    act = getattr(module, "act_fn", None)
-    if not inspect.isfunction(act):
-        act = type(act)
-    return _ACTIVATIONS.get(f"{act.__module__}.{act.__qualname__}")
 
 
 def _is_dense(weight: torch.Tensor) -> bool:
@@ -148,8 +109,8 @@ def _may_replace_forward(marked: type, module: nn.Module) -> bool:
     """
     from .layers import MoEExperts
 
-    if type(module).forward is not marked.forward or _activation(module) is None:
-        return False  # a subclass with a forward of its own, or a variant that we do not compute
+    if type(module).forward is not marked.forward or not variants.can_serve(module):
+        return False  # a subclass with a forward of its own, or with other weights
     module.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
     return _is_unwrapped(module, marked.forward, MoEExperts.forward)
 
@@ -176,7 +137,7 @@ def _runs_on_kernel(module: nn.Module) -> bool:
 
     from .layers import MoEExperts
 
-    if _activation(module) is None or not all(_is_dense(getattr(module, name)) for name in _WEIGHTS):
+    if not variants.can_serve(module) or not all(_is_dense(getattr(module, n)) for n in variants.weight_names(module)):
         return False
     forward = getattr(module, "_old_forward", module.forward)  # accelerate's hook keeps what it wraps there
     if not isinstance(forward, MethodType):
@@ -255,7 +216,7 @@ def _lora_factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.L
 
     In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast.
     """
-    if wrapper.parameter_name not in _WEIGHTS:
+    if wrapper.parameter_name not in variants.weight_names(wrapper.get_base_layer()):
         return None
     factors = []
     try:
@@ -283,10 +244,10 @@ def _warn_of_peft(reason: str) -> None:
 
 
 def _mark(cls: type) -> type:
-    """Give `kernelize` a name for `cls`, if Transformers' decorator gave it the gate that we compute."""
-    from transformers.integrations.moe import _default_apply_gate
-
-    if vars(cls).get("_apply_gate") is _default_apply_gate:
+    """Give `kernelize` a name for `cls` if it carries Transformers' decorator, and find out about its gate."""
+    # In transformers.integrations are FP8's, made anew for each module.
+    if "_apply_gate" in vars(cls) and not cls.__module__.startswith("transformers.integrations."):
+        variants.learn_gate(cls._apply_gate)
         _name_for_kernelize(cls, EXPERTS_LAYER, functools.partial(_may_replace_forward, cls))
     return cls
 

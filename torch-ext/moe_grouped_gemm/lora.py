@@ -1,14 +1,18 @@
-"""Low-rank adapters on the weights of experts, without ever making W + scaling * B A."""
+"""The layer composed of grouped GEMMs: with low-rank adapters on the weights, without ever making W + scaling * B A,
+and around any function between the two GEMMs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
 from . import functional, reference
 from .checks import check_experts
+from .reference import Gate
 from .torch_ops import rejects_transforms
+
+_SILU = Gate("silu")
 
 
 class LoraFactors(NamedTuple):
@@ -33,33 +37,47 @@ def moe_experts_lora(
     down_proj: torch.Tensor,
     gate_up_lora: tuple[LoraFactors, ...],
     down_lora: tuple[LoraFactors, ...],
-    activation: str = "silu",
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor] = _SILU,
+    gate_up_proj_bias: torch.Tensor | None = None,
+    down_proj_bias: torch.Tensor | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    gated: bool = True,
 ) -> torch.Tensor:
     """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
 
     Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Nothing of a weight's size is made,
     but for the gradient of a weight that requires one, and the cast of one that has another dtype than autocast's.
 
+    gate: one of ours, or any function (S, 2I) -> (S, I); with gated=False (S, I) -> (S, I), and gate_up_proj is
+    (E, I, H). norm: a function of the rows (S, H) of the second product. Rows of skipped slots are zero in both.
+
     Saved for backward: the inputs, by reference, and per routed slot the rows of both GEMMs (H + I), gate, up and
     act(gate) (3I), the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
     """
-    hidden_states, gate_up_proj, down_proj = functional._autocast(hidden_states, gate_up_proj, down_proj)
-    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
-    act_fn, _ = reference.ACTIVATIONS[activation]
+    biases = gate_up_proj_bias, down_proj_bias
+    hidden_states, gate_up_proj, down_proj, *biases = functional._autocast(
+        hidden_states, gate_up_proj, down_proj, *biases
+    )
+    name, limit = (gate.activation, gate.limit) if isinstance(gate, Gate) else ("silu", None)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    check_experts(*inputs, name, *biases, limit, gated)
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)
     x = _Gather.apply(hidden_states, sorted_slots, slot_positions)
-    gate, up = _grouped_gemm_lora(x, gate_up_proj, gate_up_lora, offsets).chunk(2, dim=-1)
-    y = _grouped_gemm_lora(act_fn(gate) * up, down_proj, down_lora, offsets)
+    z = _grouped_gemm_lora(x, gate_up_proj, gate_up_lora, offsets, biases[0])
+    a = reference.apply_gate(z, gate) if isinstance(gate, Gate) else gate(z)
+    y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_lora, offsets, biases[1])
+    if norm is not None:
+        y = norm(y).to(x.dtype)
     return _Combine.apply(y, top_k_weights, sorted_slots, slot_positions)
 
 
-def _grouped_gemm_lora(x, weight, adapters, expert_offsets):
-    """y[r] = (W[e] + sum of scaling * B[e] @ A[e] over the adapters) @ x[r] for the rows r of expert e.
+def _grouped_gemm_lora(x, weight, adapters, expert_offsets, bias):
+    """y[r] = (W[e] + sum of scaling * B[e] @ A[e] over the adapters) @ x[r] + bias[e] for the rows r of expert e.
 
     All adapters are one, of the sum of their ranks: its A has theirs as rows, its B theirs, scaled, as columns.
     """
-    y = functional.grouped_gemm(x, weight, expert_offsets)
+    y = functional.grouped_gemm(x, weight, expert_offsets, bias)
     if not adapters:
         return y
     A = torch.cat([adapter.A.to(x.dtype) for adapter in adapters], dim=1)
@@ -82,7 +100,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx):
         (slot_positions,) = ctx.saved_tensors
-        return _weighted_sum(dx, torch.ones_like(slot_positions, dtype=dx.dtype), slot_positions), None, None
+        weights = torch.ones_like(slot_positions, dtype=reference._acc_dtype(dx))
+        return functional.combine(dx, slot_positions.view(-1), weights), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -91,7 +110,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, top_k_weights, sorted_slots, slot_positions):
         ctx.save_for_backward(y, top_k_weights, sorted_slots, slot_positions)
-        return _weighted_sum(y, top_k_weights, slot_positions)
+        return functional.combine(y, slot_positions.view(-1), top_k_weights)
 
     @staticmethod
     def backward(ctx, dout):
@@ -100,6 +119,8 @@ class _Combine(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             row_weights = top_k_weights.reshape(-1, 1)[sorted_slots]
             dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(reference._acc_dtype(y))).to(y.dtype)
+            # Rows that no expert owns: a norm's own gradient would take them in, and they may be NaN.
+            dy = dy.masked_fill(slot_positions.view(-1, 1)[sorted_slots] < 0, 0)
         if ctx.needs_input_grad[1]:
             dweights = torch.zeros_like(top_k_weights)
             for k, positions in enumerate(slot_positions.unbind(1)):
@@ -111,12 +132,3 @@ class _Combine(torch.autograd.Function):
 def _tokens(sorted_slots, slot_positions):
     """The token of each row; top_k is 0 only where there are no slots."""
     return sorted_slots // max(slot_positions.shape[1], 1)
-
-
-def _weighted_sum(rows, weights, slot_positions):
-    """out[t] = sum over k of weights[t, k] * rows[slot_positions[t, k]], where that is not negative."""
-    out = rows.new_zeros(slot_positions.shape[0], rows.shape[1], dtype=reference._acc_dtype(rows))
-    for positions, weight in zip(slot_positions.unbind(1), weights.unbind(1)):
-        products = rows[positions.clamp(min=0)] * weight[:, None].to(out.dtype)
-        out += products.masked_fill(positions[:, None] < 0, 0)  # not weight 0: rows and weights may be NaN
-    return out.to(rows.dtype)

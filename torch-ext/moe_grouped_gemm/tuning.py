@@ -67,6 +67,8 @@ def _pair(
 
 # Measured on an H200 for T = 1, 2 and 4 of the four workloads; within 13 % of the best for each.
 DECODE = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(8, 1024, 2))
+# Weights whose rows are not contiguous but whose columns are: a program reads runs of 64 bytes or more of each column.
+DECODE_TRANSPOSED = ExpertsConfig(DecodeConfig(32, 32, 4), DecodeConfig(32, 64, 4))
 DECODE_FP32 = ExpertsConfig(DecodeConfig(4, 256, 2), DecodeConfig(4, 512, 4))
 
 # Average rows per expert up to which a configuration serves -> configuration. A tile should hold the rows of nearly
@@ -117,7 +119,9 @@ def is_decode(rows: int, tokens: int, num_experts: int, expert_bytes: int) -> bo
     return tokens == 1 or rows * 8 <= num_experts or (rows * 2 <= num_experts and rows * expert_bytes < 0.7e9)
 
 
-def decode_config(dtype: torch.dtype) -> ExpertsConfig:
+def decode_config(dtype: torch.dtype, transposed: bool) -> ExpertsConfig:
+    if transposed:
+        return DECODE_TRANSPOSED
     return DECODE_FP32 if dtype == torch.float32 else DECODE
 
 

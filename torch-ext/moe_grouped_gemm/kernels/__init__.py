@@ -1,6 +1,6 @@
 """Triton device code and launchers, one file per stage."""
 
-from .backward import gather, glu_backward, wgrad
+from .backward import gather, glu_backward, row_sums, wgrad
 from .combine import combine, zero_skipped
 from .decode import down_decode, gate_up_decode
 from .grouped_gemm import gate_up, grouped_gemm
@@ -21,6 +21,7 @@ __all__ = [
     "route",
     "router_logits",
     "router_topk",
+    "row_sums",
     "tile_schedule",
     "wgrad",
     "zero_skipped",

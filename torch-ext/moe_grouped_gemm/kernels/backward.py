@@ -4,10 +4,12 @@
     glu_backward:  a = act(gate) * up,  dweight[s] = <b[r], a>,  da = weight[s] * b[r]
                    dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
     wgrad:         dw[e] = sum over the rows r of e of p[r] q[r]^T
+    row_sums:      db[e] = sum over the rows r of e of p[r], or of weight[s] * p[t]
 
 with b = dout gathered @ down[e], a grouped GEMM on the transposed weight. Then ddown = wgrad(dout gathered,
 weighted_a), dgate_up = wgrad(dz, x gathered), and dhidden_states[t] is the sum of dz @ gate_up[e] over the slots of t.
-That <dout, down @ a> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed.
+That <dout, down @ a> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed. Biases have
+the row_sums of dz and of weighted dout; that of down adds <dout, bias> to dweight, outside. GATE as in grouped_gemm.py.
 
 Rows are padded (`pad` of routing.py): experts begin at multiples of 64, and what is gathered into rows of nobody is
 zero, so that sums over the rows of an expert have no tail. No atomics: sums have one order.
@@ -17,13 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_gemm import _activate
+from .grouped_gemm import _activate, _clamp, _gate_and_up
 from .grouped_gemm_hopper import wgrad_hopper
 from .launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit
-def _activation_slope(x, ACTIVATION: tl.constexpr):
+def _activation_slope(x, GATE: tl.constexpr):
+    ACTIVATION: tl.constexpr = GATE[0]
     if ACTIVATION == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
@@ -33,9 +36,26 @@ def _activation_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_pytorch_tanh":
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif ACTIVATION == "swigluoai":
+        s = tl.sigmoid(GATE[2] * x)
+        return s * (1.0 + GATE[2] * x * (1.0 - s))
     else:
         tl.static_assert(ACTIVATION == "relu")
         return tl.where(x <= 0.0, 0.0, 1.0)
+
+
+@triton.jit
+def _glu_gradients(da, gate, up, GATE: tl.constexpr):
+    """a = act(gate) * up, and the gradients of gate and up."""
+    LIMIT: tl.constexpr = GATE[1]
+    g, u = _clamp(gate, up, GATE)
+    act = _activate(g, GATE)
+    dgate = da * u * _activation_slope(g, GATE)
+    dup = da * act
+    if LIMIT is not None:
+        dgate = tl.where(gate > LIMIT, 0.0, dgate)
+        dup = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, dup)
+    return act * u, dgate, dup
 
 
 @triton.jit
@@ -64,21 +84,34 @@ def _gather_kernel(
 
 
 @triton.jit
+def _load_gate_and_up(z_ptrs, start, mask_r, I, BLOCK_I: tl.constexpr, GATE: tl.constexpr):
+    """BLOCK_I columns of each, in fp32."""
+    if GATE[3]:
+        offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
+        return _gate_and_up(tl.load(z_ptrs + offs_z, mask=mask_r & (offs_z < 2 * I), other=0.0).to(tl.float32), GATE)
+    else:
+        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
+        mask = mask_r & (offs_i < I)
+        gate = tl.load(z_ptrs + offs_i, mask=mask, other=0.0).to(tl.float32)
+        return gate, tl.load(z_ptrs + I + offs_i, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _glu_backward_kernel(
     b_ptr,  # (P, I)
-    z_ptr,  # (S, 2I), rows [gate; up]
+    z_ptr,  # (S, 2I), gate and up in the order of the weight's rows
     top_k_weights_ptr,  # (S,)
     slots_ptr,  # (P,) int32, -1 for a row of nobody
     z_positions_ptr,  # (S,) int32: the row of z of each slot
     expert_offsets_ptr,  # (E + 1,) int32
-    dz_ptr,  # (P, 2I)
+    dz_ptr,  # (P, 2I), as z
     weighted_a_ptr,  # (P, I), or None
     dweights_ptr,  # (S,) fp32
     E,
     I,
     ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
     if row >= tl.load(expert_offsets_ptr + E):
@@ -89,22 +122,25 @@ def _glu_backward_kernel(
     z_rows = tl.load(z_positions_ptr + slots, mask=is_owned, other=0).to(tl.int64)[:, None]
     weight = tl.load(top_k_weights_ptr + slots, mask=is_owned, other=0.0).to(tl.float32)[:, None]
     rows = rows.to(tl.int64)[:, None]
+    mask_r = is_owned[:, None]
     dtype = dz_ptr.dtype.element_ty
     products = tl.zeros((ROWS, BLOCK_I), tl.float32)
     for start in range(0, I, BLOCK_I):
         offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
         mask_i = offs_i < I
-        mask = is_owned[:, None] & mask_i
-        b = tl.load(b_ptr + rows * I + offs_i, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(z_ptr + z_rows * 2 * I + offs_i, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(z_ptr + z_rows * 2 * I + I + offs_i, mask=mask, other=0.0).to(tl.float32)
-        act = _activate(gate, ACTIVATION)
-        products += b * act * up
-        da = weight * b
-        tl.store(dz_ptr + rows * 2 * I + offs_i, (da * up * _activation_slope(gate, ACTIVATION)).to(dtype), mask=mask_i)
-        tl.store(dz_ptr + rows * 2 * I + I + offs_i, (da * act).to(dtype), mask=mask_i)
+        b = tl.load(b_ptr + rows * I + offs_i, mask=mask_r & mask_i, other=0.0).to(tl.float32)
+        gate, up = _load_gate_and_up(z_ptr + z_rows * 2 * I, start, mask_r, I, BLOCK_I, GATE)
+        a, dgate, dup = _glu_gradients(weight * b, gate, up, GATE)
+        products += b * a
+        dz_ptrs = dz_ptr + rows * 2 * I
+        if GATE[3]:
+            offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
+            tl.store(dz_ptrs + offs_z, tl.interleave(dgate, dup).to(dtype), mask=offs_z < 2 * I)
+        else:
+            tl.store(dz_ptrs + offs_i, dgate.to(dtype), mask=mask_i)
+            tl.store(dz_ptrs + I + offs_i, dup.to(dtype), mask=mask_i)
         if weighted_a_ptr is not None:
-            tl.store(weighted_a_ptr + rows * I + offs_i, (weight * act * up).to(dtype), mask=mask_i)
+            tl.store(weighted_a_ptr + rows * I + offs_i, (weight * a).to(dtype), mask=mask_i)
     tl.store(dweights_ptr + slots, tl.sum(products, axis=1), mask=is_owned)
 
 
@@ -143,6 +179,40 @@ def _wgrad_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
+@triton.jit
+def _row_sums_kernel(
+    p_ptr,  # (S, N), or with GATHER (T, N)
+    sums_ptr,  # (E, N)
+    sorted_slots_ptr,  # (S,) int32
+    top_k_weights_ptr,  # (S,)
+    expert_offsets_ptr,  # (E + 1,) int32
+    top_k,
+    N,
+    stride_p,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.load(expert_offsets_ptr + expert)
+    end = tl.load(expert_offsets_ptr + expert + 1)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask_r = rows < end
+        p_rows = rows
+        if GATHER:
+            slots = tl.load(sorted_slots_ptr + rows, mask=mask_r, other=0)
+            weight = tl.load(top_k_weights_ptr + slots, mask=mask_r, other=0.0).to(tl.float32)
+            p_rows = slots // top_k
+        p_ptrs = p_ptr + p_rows[:, None].to(tl.int64) * stride_p + offs_n[None, :]
+        p = tl.load(p_ptrs, mask=mask_r[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
+        acc += p * weight[:, None] if GATHER else p
+    sums_ptrs = sums_ptr + expert.to(tl.int64) * N + offs_n
+    tl.store(sums_ptrs, tl.sum(acc, axis=0).to(sums_ptr.dtype.element_ty), mask=offs_n < N)
+
+
 def gather(x, slots, expert_offsets, top_k):
     """x (T, H) with contiguous rows, padded slots (P,) and expert_offsets (E + 1,) -> (P, H).
 
@@ -162,7 +232,7 @@ def gather(x, slots, expert_offsets, top_k):
     return out
 
 
-def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, activation, needs_a):
+def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, gate, needs_a):
     """b (P, I), z (S, 2I) -> dz (P, 2I), weighted_a (P, I) or None, dweights (S,) fp32, 0 for a skipped slot.
 
     Rows of nobody are zero; those from expert_offsets[E] on stay unwritten. top_k_weights are contiguous.
@@ -178,8 +248,8 @@ def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, activa
         _glu_backward_kernel,
         (rows // block_m, 1, 1),
         (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights, experts, inter)
-        + (block_m, block_i, activation),
-        (b.device, b.dtype, top_k_weights.dtype, needs_a, alignment, experts, inter, activation),
+        + (block_m, block_i, tuple(gate)),
+        (b.device, b.dtype, top_k_weights.dtype, needs_a, alignment, experts, inter, tuple(gate)),
         num_warps=4,
     )
     return dz, weighted_a, dweights
@@ -215,3 +285,24 @@ def wgrad(p, q, expert_offsets, input_precision, config):
         num_stages=config.num_stages,
     )
     return dw
+
+
+def row_sums(p, sorted_slots, expert_offsets, top_k_weights=None):
+    """sums (E, N) in p.dtype of p (S, N), rows contiguous; zeros for an expert without rows.
+
+    Given contiguous top_k_weights (T, top_k), p is (T, N), gathered by the slots' tokens, times their weights.
+    """
+    experts, N = expert_offsets.numel() - 1, p.shape[1]
+    gather = top_k_weights is not None
+    top_k = top_k_weights.shape[1] if gather else 1
+    weights = top_k_weights if gather else expert_offsets  # or any other, which is not read
+    sums = torch.empty((experts, N), dtype=p.dtype, device=p.device)
+    sizes, constants = (top_k, N, p.stride(0)), (32, 64, gather)
+    launch(
+        _row_sums_kernel,
+        (experts, cdiv(N, 64), 1),
+        (p, sums, sorted_slots, weights, expert_offsets, *sizes, *constants),
+        (p.device, p.dtype, weights.dtype, p.data_ptr() % 16, weights.data_ptr() % 16, sizes, constants),
+        num_warps=4,
+    )
+    return sums

@@ -4,6 +4,10 @@
     grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N)
                    y[s] = weight[s] * (w[e] @ x[r]) if asked for,  s = sorted_slots[r]
 
+With biases, gate[e] @ x[t] + gate_bias[e] and so on. GATE is (activation, limit, alpha, interleaved), as Gate in
+reference.py. Weights are (E, N, K) with any strides; TMA reads them with contiguous rows, or as (E, K, N) where that is
+their order in memory (TRANSPOSED).
+
 A tile is BLOCK_M rows of one expert by BLOCK_N columns of the result; an expert's last tile is only as high as its rows
 need, halving BLOCK_M down to MIN_M. Hopper's wgmma wants at least 64 on the first side of a dot and reads least from
 shared memory with 256 on the second. So where all tiles are at least 64 high, token rows come first (`x @ w.T`); below,
@@ -60,7 +64,8 @@ def _is_height(rows, i: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHTS: tl.constex
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def _activate(x, GATE: tl.constexpr):
+    ACTIVATION: tl.constexpr = GATE[0]
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -68,10 +73,31 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_pytorch_tanh":
         # 0.5 * (1 + tanh(z)) == sigmoid(2 z)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "swigluoai":
+        return x * tl.sigmoid(GATE[2] * x)
     else:
         tl.static_assert(ACTIVATION == "relu")
         # Not maximum(x, 0), which drops a NaN.
         return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _clamp(gate, up, GATE: tl.constexpr):
+    """What the activation and its product see of gate and up."""
+    LIMIT: tl.constexpr = GATE[1]
+    if LIMIT is not None:
+        # Not minimum and maximum, which drop a NaN.
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if GATE[0] == "swigluoai":
+        up += 1.0
+    return gate, up
+
+
+@triton.jit
+def _glu(gate, up, GATE: tl.constexpr):
+    gate, up = _clamp(gate, up, GATE)
+    return _activate(gate, GATE) * up
 
 
 @triton.jit
@@ -91,9 +117,13 @@ def _store_rows(y_ptr, y, row, row_end, offs_n, N):
 
 
 @triton.jit
-def _store_glu(a_ptr, z_ptr, gate, up, row, row_end, offs_n, I, ACTIVATION: tl.constexpr):
-    """act(gate) * up, and for a backward what it is made of."""
-    _store_rows(a_ptr, _activate(gate, ACTIVATION) * up, row, row_end, offs_n, I)
+def _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE: tl.constexpr):
+    """act(gate) * up, and for a backward what it is made of. bias_ptr: the expert's, or None."""
+    offs_n = tile_n * gate.shape[1] + tl.arange(0, gate.shape[1])
+    if bias_ptr is not None:
+        gate += tl.load(bias_ptr + offs_n, mask=offs_n < I, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_ptr + I + offs_n, mask=offs_n < I, other=0.0).to(tl.float32)[None, :]
+    _store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, offs_n, I)
     if z_ptr is not None:
         offs_m = row + tl.arange(0, gate.shape[0])
         z_ptrs = z_ptr + offs_m[:, None].to(tl.int64) * (2 * I) + offs_n[None, :]
@@ -103,15 +133,38 @@ def _store_glu(a_ptr, z_ptr, gate, up, row, row_end, offs_n, I, ACTIVATION: tl.c
 
 
 @triton.jit
+def _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, GATE: tl.constexpr):
+    """As `_store_glu` for z [BLOCK_M, 2 BLOCK_N], whose columns are gate, up, gate, up, ..."""
+    BLOCK_N: tl.constexpr = z.shape[1] // 2
+    offs_z = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + offs_z, mask=offs_z < 2 * I, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        _store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
+    gate, up = _gate_and_up(z, GATE)
+    _store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
+
+
+@triton.jit
 def _halves(x):
     """The left and the right half of the columns."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
+def _gate_and_up(x, GATE: tl.constexpr):
+    """The columns of x that are gate, and those that are up."""
+    if GATE[3]:
+        return x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
+    else:
+        return _halves(x)
+
+
+@triton.jit
 def _gate_up_tile(
     x_ptr,
     w_ptr,
+    bias_ptr,
     a_ptr,
     z_ptr,
     sorted_slots_ptr,
@@ -132,25 +185,34 @@ def _gate_up_tile(
     BLOCK_K: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     USE_TMA: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """BLOCK_M rows, and with ROWS_FIRST MORE_M (maybe 0) after them."""
+    INTERLEAVED: tl.constexpr = GATE[3]
+    ONE_DOT: tl.constexpr = ROWS_FIRST or INTERLEAVED
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs, mask_m = _gather(x_ptr, sorted_slots_ptr, row, row_end, top_k, stride_xt, offs_k, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     w_ptrs = w_ptr
     if not USE_TMA:
-        # [BN, BK] of gate, and with ROWS_FIRST [2 BN, BK] of gate and up.
-        columns = tile_n * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N if ROWS_FIRST else offs_n
-        w_rows = columns + tl.arange(0, 2 * BLOCK_N) // BLOCK_N * I if ROWS_FIRST else offs_n
+        # [BN, BK] of gate, and with ONE_DOT [2 BN, BK] of gate and up.
+        if INTERLEAVED:
+            w_rows = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+            columns = w_rows // 2
+        elif ROWS_FIRST:
+            columns = tile_n * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N
+            w_rows = columns + tl.arange(0, 2 * BLOCK_N) // BLOCK_N * I
+        else:
+            w_rows = offs_n
         w_ptrs += (
             expert.to(tl.int64) * stride_we + w_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
         )
         up_offset = I.to(tl.int64) * stride_wn
 
-    if ROWS_FIRST:
-        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    if ONE_DOT:
+        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N) if ROWS_FIRST else (2 * BLOCK_N, BLOCK_M), tl.float32)
     else:
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -163,12 +225,19 @@ def _gate_up_tile(
         mask_k = (offs_k < H - k)[None, :]
         x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         x_ptrs += BLOCK_K
-        if ROWS_FIRST:
-            if USE_TMA:
-                w = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
-            else:
+        if ONE_DOT:
+            if not USE_TMA:
                 w = tl.load(w_ptrs, mask=(columns < I)[:, None] & mask_k, other=0.0)
-            acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, 2 BN]
+            elif TRANSPOSED:
+                w = w_ptr.load([expert, k, tile_n * (2 * BLOCK_N)]).reshape(BLOCK_K, 2 * BLOCK_N).T
+            elif INTERLEAVED:
+                w = w_ptr.load([expert, tile_n * (2 * BLOCK_N), k]).reshape(2 * BLOCK_N, BLOCK_K)
+            else:
+                w = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            if ROWS_FIRST:
+                acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, 2 BN]
+            else:
+                acc = tl.dot(w, x.T, acc, input_precision=INPUT_PRECISION)  # [2 BN, BK] @ [BK, BM]
             if MORE_M:
                 more = tl.load(more_ptrs, mask=mask_more & mask_k, other=0.0)
                 more_ptrs += BLOCK_K
@@ -188,23 +257,31 @@ def _gate_up_tile(
         if not USE_TMA:
             w_ptrs += BLOCK_K * stride_wk
 
-    if ROWS_FIRST:
-        gate, up = _halves(acc)
-        _store_glu(a_ptr, z_ptr, gate, up, row, row_end, offs_n, I, ACTIVATION)
+    if bias_ptr is not None:
+        bias_ptr += expert.to(tl.int64) * (2 * I)
+    if INTERLEAVED:
+        _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, acc if ROWS_FIRST else acc.T, row, row_end, tile_n, I, GATE)
+        if MORE_M:
+            _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, more_acc, row + BLOCK_M, row_end, tile_n, I, GATE)
     else:
-        _store_glu(a_ptr, z_ptr, gate.T, up.T, row, row_end, offs_n, I, ACTIVATION)
-    if MORE_M:
-        gate, up = _halves(more_acc)
-        _store_glu(a_ptr, z_ptr, gate, up, row + BLOCK_M, row_end, offs_n, I, ACTIVATION)
+        if ROWS_FIRST:
+            gate, up = _halves(acc)
+            _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE)
+        else:
+            _store_glu(a_ptr, z_ptr, bias_ptr, gate.T, up.T, row, row_end, tile_n, I, GATE)
+        if MORE_M:
+            gate, up = _halves(more_acc)
+            _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row + BLOCK_M, row_end, tile_n, I, GATE)
 
 
 # max_tiles follows T: a new T must not compile anew.
 @triton.jit(do_not_specialize=["max_tiles"])
 def _gate_up_kernel(
     x_ptr,  # (T, H)
-    w_ptr,  # (E, 2I, H), rows [gate; up]; with USE_TMA a descriptor of it as (E, 2, I, H)
+    w_ptr,  # (E, 2I, H); with USE_TMA a descriptor: interleaved rows as they are, or (E, 2, I, H)
+    bias_ptr,  # (E, 2I), or None
     a_ptr,  # (S, I)
-    z_ptr,  # (S, 2I), rows [gate; up] before the activation; None if nobody wants it
+    z_ptr,  # (S, 2I), gate and up in the order of w's rows; None if nobody wants it
     sorted_slots_ptr,  # (S,) int32
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -221,7 +298,8 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     USE_TMA: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     expert, first_row, row, row_end, tile_n = _locate_tile(
@@ -230,8 +308,9 @@ def _gate_up_kernel(
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    # An expert's last rows, if MIN_M or fewer, go with the tile before: its weights are there already.
-    JOIN: tl.constexpr = USE_TMA and MIN_M >= 64 and HEIGHTS > 1
+    # An expert's last rows, if MIN_M or fewer, go with the tile before: its weights are there already. Not so if gate
+    # and up are interleaved: registers would spill.
+    JOIN: tl.constexpr = USE_TMA and MIN_M >= 64 and HEIGHTS > 1 and not GATE[3]
     rows = row_end - row
     if JOIN and row > first_row and rows <= MIN_M:
         return
@@ -242,6 +321,7 @@ def _gate_up_kernel(
             _gate_up_tile(
                 x_ptr,
                 w_ptr,
+                bias_ptr,
                 a_ptr,
                 z_ptr,
                 sorted_slots_ptr,
@@ -262,7 +342,8 @@ def _gate_up_kernel(
                 BLOCK_K,
                 MIN_M >= 64,
                 USE_TMA,
-                ACTIVATION,
+                TRANSPOSED,
+                GATE,
                 INPUT_PRECISION,
             )
 
@@ -272,6 +353,7 @@ def _grouped_gemm_tile(
     x_ptr,
     x_desc,
     w_ptr,
+    bias_ptr,
     y_ptr,
     sorted_slots_ptr,
     row_weights_ptr,
@@ -291,7 +373,7 @@ def _grouped_gemm_tile(
     ROWS_FIRST: tl.constexpr,
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
-    TRANSPOSED_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -317,7 +399,7 @@ def _grouped_gemm_tile(
         else:
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             x_ptrs += BLOCK_K
-        if TMA_W and TRANSPOSED_W:
+        if TMA_W and TRANSPOSED:
             w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N).T
         elif TMA_W:
             w = w_ptr.load([expert, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
@@ -330,6 +412,8 @@ def _grouped_gemm_tile(
             acc = tl.dot(w, x.T, acc, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
 
     y = acc if ROWS_FIRST else acc.T
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if sorted_slots_ptr is None:
         _store_rows(y_ptr, y, row, row_end, offs_n, N)
     else:
@@ -343,7 +427,8 @@ def _grouped_gemm_tile(
 def _grouped_gemm_kernel(
     x_ptr,  # (S, K)
     x_desc,  # with USE_TMA a descriptor of x, else x
-    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it, with TRANSPOSED_W as (E, K, N)
+    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
+    bias_ptr,  # (E, N), or None
     y_ptr,  # (S, N), in expert order, or in that of slots if the next two are given
     sorted_slots_ptr,  # (S,) int32, or None
     row_weights_ptr,  # (S,), of slots: factors of the rows of y; or None
@@ -361,7 +446,7 @@ def _grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     USE_TMA: tl.constexpr,
-    TRANSPOSED_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
@@ -374,6 +459,7 @@ def _grouped_gemm_kernel(
                 x_ptr,
                 x_desc,
                 w_ptr,
+                bias_ptr,
                 y_ptr,
                 sorted_slots_ptr,
                 row_weights_ptr,
@@ -393,39 +479,55 @@ def _grouped_gemm_kernel(
                 MIN_M >= 64,
                 USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
                 USE_TMA,
-                TRANSPOSED_W,
+                TRANSPOSED,
                 INPUT_PRECISION,
             )
 
 
-def gate_up(x, w, sorted_slots, schedule, top_k, activation, input_precision, config, z=None):
-    """x (T, H), w (E, 2I, H) -> (S, I), and z (S, 2I) filled; rows of skipped slots stay unwritten."""
+def _descriptor(w, block_n, block_k):
+    """Of (E, N, K) weights; TRANSPOSED, of the (E, K, N) that they are a view of."""
+    if w.stride(2) == 1:
+        return TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+    w = w.mT
+    return TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n])
+
+
+def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, z=None, bias=None):
+    """x (T, H), w (E, 2I, H), contiguous bias (E, 2I) -> (S, I), and z (S, 2I) filled.
+
+    Rows of skipped slots stay unwritten. With TMA, transposed weights have to be interleaved.
+    """
     _, rows, hidden_dim = w.shape
     inter = rows // 2
     tiles = schedule.shape[1]
     block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     a = torch.empty((sorted_slots.numel(), inter), dtype=x.dtype, device=x.device)
     sizes = (top_k, inter, hidden_dim, x.stride(0), *w.stride())
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, activation, input_precision)
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1)
+    constants += (tuple(gate), input_precision)
     w_arg = w
-    if use_tma:
+    if use_tma and gate.interleaved:
+        w_arg = _descriptor(w, 2 * block_n, block_k)
+    elif use_tma:
         shape, strides = [w.shape[0], 2, inter, hidden_dim], [w.stride(0), inter * w.stride(1), w.stride(1), 1]
         w_arg = TensorDescriptor(w, shape, strides, [1, 2 if min_m >= 64 else 1, block_n, block_k])
+    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, None if bias is None else bias.data_ptr() % 16)
     launch(
         _gate_up_kernel,
         (tiles * cdiv(inter, block_n), 1, 1),
-        (x, w_arg, a, z, sorted_slots, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, z is None, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        (x, w_arg, bias, a, z, sorted_slots, schedule, tiles, *sizes, *constants),
+        (x.device, x.dtype, z is None, alignment, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,
         num_stages=num_stages,
     )
     return a
 
 
-def grouped_gemm(x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None):
-    """x (S, K), w (E, N, K), maybe stored as (E, K, N) -> y (S, N); rows that belong to no expert keep what y held.
+def grouped_gemm(x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None, bias=None):
+    """x (S, K), w (E, N, K), contiguous bias (E, N) -> y (S, N); rows that belong to no expert keep what y held.
 
-    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s].
+    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s]. The
+    warp-specialized kernel knows no bias.
     """
     _, N, K = w.shape
     if y is None:
@@ -435,19 +537,17 @@ def grouped_gemm(x, w, schedule, input_precision, config, y=None, sorted_slots=N
     tiles = schedule.shape[1]
     block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (N, K, x.stride(0), *w.stride())
-    transposed = w.stride(2) != 1
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, transposed, input_precision)
-    weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1, input_precision)
     x_arg, w_arg = x, w
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
-        stored, box = (w.transpose(1, 2), [1, block_k, block_n]) if transposed else (w, [1, block_n, block_k])
-        w_arg = TensorDescriptor(stored, stored.shape, stored.stride(), box)
+        w_arg = _descriptor(w, block_n, block_k)
+    vectors = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in (row_weights, bias)]
     launch(
         _grouped_gemm_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, x_arg, w_arg, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, weights_key, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        (x, x_arg, w_arg, bias, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
+        (x.device, x.dtype, *vectors, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -1,0 +1,240 @@
+"""Every model of the installed Transformers with decorated experts, and a tiny random one of each."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+DECORATOR = "use_experts_implementation"
+
+
+class ExpertsClass(NamedTuple):
+    model: str  # folder of transformers.models
+    name: str
+    options: dict  # of the decorator
+
+    def load(self) -> type:
+        return getattr(importlib.import_module(f"transformers.models.{self.model}.modeling_{self.model}"), self.name)
+
+
+@functools.cache
+def experts_classes() -> tuple[ExpertsClass, ...]:
+    """From the sources: importing all modeling files takes many seconds."""
+    found = []
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        if DECORATOR not in (source := path.read_text(encoding="utf-8")):
+            continue
+        for node in ast.parse(source).body:
+            for decorator in getattr(node, "decorator_list", ()):
+                call = decorator if isinstance(decorator, ast.Call) else ast.Call(decorator, [], [])
+                if isinstance(node, ast.ClassDef) and getattr(call.func, "id", None) == DECORATOR:
+                    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+                    assert path.stem == f"modeling_{path.parent.name}"
+                    found.append(ExpertsClass(path.parent.name, node.name, options))
+    return tuple(found)
+
+
+def config_classes(model: str) -> list[type]:
+    """Those of a text model first."""
+    module = importlib.import_module(f"transformers.models.{model}.configuration_{model}")
+    classes = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, PreTrainedConfig) and c.__module__ == module.__name__
+    ]
+    return sorted(classes, key=lambda c: "Text" not in c.__name__)
+
+
+def default_module(entry: ExpertsClass) -> torch.nn.Module:
+    """The experts of the default config, without memory."""
+    cls = entry.load()
+    for config_class in config_classes(entry.model):
+        try:
+            with torch.device("meta"):
+                return cls(config_class())
+        except AttributeError:
+            continue  # the config of another part of the model
+    raise LookupError(f"no config of {entry.model} fits {entry.name}")
+
+
+# By name of a config's field. What a model needs beyond this is in SPECIAL.
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "max_position_embeddings": 128,
+    "sliding_window": 16,
+    "moe_hidden_size": 32,
+    "num_experts_per_token": 2,
+    "num_expert_group": 2,
+    "router_hidden_size": 16,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 4,
+    "shared_intermediate_size": 24,
+    "num_mtp_layers": 0,
+    "num_nextn_predict_layers": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 127,
+    "initializer_range": 0.1,  # far from zero, so that experts and routing matter to the logits
+}
+SPECIAL = {
+    "deepseek_ocr2": {"n_routed_experts": 8, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1},
+    "deepseek_v4": {"head_dim": 16, "o_lora_rank": 16},
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [24, 24]},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 8,
+    },
+    "glm4v_moe": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    },
+    "glm5_next": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16},
+    "qwen3_omni_moe": {"shared_expert_intermediate_size": 24},
+    "qwen4_exp": {
+        "hc_lowrank": 8,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 64,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+# Experts that no model of a few lines of config holds: they are tested alone.
+ALONE = {
+    "Ernie4_5_VLMoeMoeExperts": "two kinds of experts, for text and for images",
+    "MistralLarge4TextExperts": "only in a model with vision",
+    "Qwen3OmniMoeTalkerTextExperts": "takes embeddings of another model",
+}
+
+
+def tiny_config(model: str, config_class: type) -> PreTrainedConfig:
+    default = config_class().to_dict()
+    small = {name: value for name, value in SMALL.items() if default.get(name) is not None}
+    if "qk_rope_head_dim" in small:
+        small.pop("head_dim", None)  # the same thing, where both exist
+    if default.get("num_key_value_heads") == default.get("num_attention_heads"):
+        small["num_key_value_heads"] = SMALL["num_attention_heads"]
+    for name, value in default.items():
+        if isinstance(value, list) and len(value) == default.get("num_hidden_layers"):
+            kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
+            small[name] = (kinds * 2)[:2]  # one layer of each kind
+    return config_class(**{**small, **SPECIAL.get(model, {})})
+
+
+def tiny_module(entry: ExpertsClass) -> torch.nn.Module:
+    """Experts with random parameters."""
+    for config_class in config_classes(entry.model):
+        try:
+            module = entry.load()(tiny_config(entry.model, config_class))
+        except (AttributeError, StrictDataclassError):
+            continue  # the config of another part of the model
+        generator = torch.Generator().manual_seed(0)
+        for parameter in module.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        return module
+    raise LookupError(f"no config of {entry.model} fits {entry.name}")
+
+
+def model_classes(model: str, config_class: type) -> list[type]:
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    classes = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type)
+        and issubclass(c, PreTrainedModel)
+        and c.__module__ == module.__name__
+        and c.config_class is config_class
+        and not c.__name__.endswith("PreTrainedModel")
+    ]
+    return sorted(classes, key=lambda c: ("ForCausalLM" not in c.__name__, "ForConditional" not in c.__name__))
+
+
+def tiny_model(entry: ExpertsClass) -> PreTrainedModel:
+    """A random model with these experts in it."""
+    errors = []
+    for config_class in config_classes(entry.model):
+        for cls in model_classes(entry.model, config_class):
+            try:
+                config = tiny_config(entry.model, config_class)
+                with torch.device("meta"):
+                    model = cls(config)
+            except Exception as error:
+                errors.append(f"{cls.__name__}: {type(error).__name__}: {error}")
+                continue
+            if not any(isinstance(m, entry.load()) for m in model.modules()):
+                errors.append(f"{cls.__name__}: no experts")
+                continue
+            sizes = {name: p.numel() for name, p in model.named_parameters()}
+            if sum(sizes.values()) > 3e6:
+                errors.append(f"{cls.__name__} is not tiny: {max(sizes, key=sizes.get)}")
+                continue
+            torch.manual_seed(0)
+            return cls(config).eval()
+    raise LookupError("; ".join(errors))
