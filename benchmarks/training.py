@@ -25,19 +25,19 @@ from benchmark_moe import WORKLOADS, commit, expert_weights, matmul_rate, routed
 CASES = [(name, tokens) for name in ("qwen3-30b", "moonlight", "glm45-air") for tokens in (4096, 16384)]
 
 
-def step(layer, inputs, dout):
-    """One forward and backward; returns the gradients."""
-    return torch.autograd.grad(layer(*inputs), [x for x in inputs if x.requires_grad], dout)
+def step(layer, inputs, dout, parameters=()):
+    """One forward and backward; returns the gradients of inputs and parameters."""
+    return torch.autograd.grad(layer(*inputs), [*(x for x in inputs if x.requires_grad), *parameters], dout)
 
 
-def memory(layer, inputs, dout) -> tuple[int, int]:
+def memory(layer, inputs, dout, parameters=()) -> tuple[int, int]:
     """Bytes that lie between forward and backward, and the peak, gradients and result not counted."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = layer(*inputs)
     saved = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
-    grads = torch.autograd.grad(out, [x for x in inputs if x.requires_grad], dout)
+    grads = torch.autograd.grad(out, [*(x for x in inputs if x.requires_grad), *parameters], dout)
     kept = sum(g.numel() * g.element_size() for g in (*grads, out))
     return saved, torch.cuda.max_memory_allocated() - before - kept
 
