@@ -99,7 +99,7 @@ def test_experts_compile_into_one_graph(entry):
     expected = results(module, INTERFACE, *args)
     module.forward = torch.compile(module.forward, fullgraph=True, backend="aot_eager")
     for name, value in results(module, INTERFACE, *args).items():
-        torch.testing.assert_close(value, expected[name])
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_a_gate_that_is_none_of_ours_runs_as_it_is(calls):
