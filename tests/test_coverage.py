@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 
 from conftest import ROOT
@@ -64,13 +65,15 @@ def hidden_dim(module):
 
 
 @pytest.mark.parametrize("entry", EXPERTS)
-def test_experts_alone(entry, calls):
+def test_experts_alone(kernel, entry, calls):
     module = tiny_module(entry)
     args = inputs(module, 20, module.num_experts, hidden_dim(module))
     expected, got = results(module, "eager", *args), results(module, INTERFACE, *args)
     assert len(calls) == 1
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4 * max(1, value.abs().max()), msg=name)
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert module.forward.__func__ is kernel.layers.MoEExperts.forward
 
 
 @pytest.mark.gpu
