@@ -132,9 +132,7 @@ def test_skipped_slots_reach_neither_norm_nor_bias(name):
     ids[:4], x[:4], weights[:4] = module.num_experts, float("nan"), float("nan")
     got = results(module, INTERFACE, x, ids, weights)
     assert not got["out"][:4].any()
-    seeds = [torch.randn(n, x.shape[1], generator=torch.Generator().manual_seed(2)) for n in (16, 20)]
     torch.testing.assert_close(got["out"][4:], expected["out"])
-    assert seeds[0].shape != seeds[1].shape
     for parameter, _ in module.named_parameters():
         assert got[parameter].isfinite().all(), parameter
 
