@@ -66,12 +66,12 @@ def no_other_kernels(monkeypatch):
 
 @pytest.fixture
 def record(monkeypatch):
-    """record(module, name): a list that gets the arguments of every call of this function; the call goes on."""
+    """record(module, name): a list that gets the positional arguments of every call, which goes on."""
 
     def record(module, name):
         calls = []
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or function(*args, **kwargs))
         return calls
 
     return record

@@ -53,16 +53,9 @@ def config_classes(model: str) -> list[type]:
     return sorted(classes, key=lambda c: "Text" not in c.__name__)
 
 
-def default_module(entry: ExpertsClass) -> torch.nn.Module:
-    """The experts of the default config, without memory."""
-    cls = entry.load()
-    for config_class in config_classes(entry.model):
-        try:
-            with torch.device("meta"):
-                return cls(config_class())
-        except AttributeError:
-            continue  # the config of another part of the model
-    raise LookupError(f"no config of {entry.model} fits {entry.name}")
+def make_experts(cls: type, config: PreTrainedConfig) -> torch.nn.Module:
+    sizes = getattr(config, "moe_intermediate_size", None)
+    return cls(config, sizes[0]) if isinstance(sizes, list) else cls(config)  # Ernie's block chooses
 
 
 # By name of a config's field. What a model needs beyond this is in SPECIAL.
@@ -192,7 +185,7 @@ def tiny_module(entry: ExpertsClass) -> torch.nn.Module:
     """Experts with random parameters."""
     for config_class in config_classes(entry.model):
         try:
-            module = entry.load()(tiny_config(entry.model, config_class))
+            module = make_experts(entry.load(), tiny_config(entry.model, config_class))
         except (AttributeError, StrictDataclassError):
             continue  # the config of another part of the model
         generator = torch.Generator().manual_seed(0)

@@ -55,6 +55,38 @@ def test_grouped_gemm(kernel, device, sizes, N, K, dtype):
     assert not got[1][sum(sizes) :].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("N, K", [pytest.param(97, 47, id="tails"), pytest.param(256, 128, id="aligned")])
+def test_grouped_gemm_with_bias(kernel, device, N, K, transposed, dtype):
+    """Rows of nobody stay zero; with weights stored as (E, K, N) the gradient comes in that order, too."""
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, 0, 100, 130], dtype=torch.int32)
+    x, dy = (torch.randn(134, n, generator=generator) for n in (K, N))
+    x[130:] = dy[130:] = float("nan")
+    weight, bias = torch.randn(3, N, K, generator=generator) / K**0.5, torch.randn(3, N, generator=generator)
+    if transposed:
+        weight = weight.mT.contiguous().mT
+
+    def run(function, dtype):
+        tensors = [t.to(device, dtype).requires_grad_() for t in (x, weight, bias)]
+        y = function(*tensors[:2], offsets.to(device), tensors[2])
+        return [y, *torch.autograd.grad(y, tensors, dy.to(y))]
+
+    exact = run(kernel.reference.grouped_gemm, torch.float64)
+    got, from_torch = run(kernel.grouped_gemm, dtype), run(kernel.reference.grouped_gemm, dtype)
+    for g, t, e in zip(got, from_torch, exact):
+        assert_as_good_as_torch(g, t, e)
+    assert not got[0][130:].any() and not got[1][130:].any() and not got[3][0].any()
+    assert got[2].stride() == weight.stride()
+
+
+def test_a_bias_that_does_not_fit_is_named(kernel):
+    x, weight, offsets = torch.ones(4, 8), torch.ones(2, 6, 8), torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"bias: expected \(2, 6\) to fit weight \(2, 6, 8\), got \(2, 8\)"):
+        kernel.grouped_gemm(x, weight, offsets, torch.ones(2, 8))
+
+
 def test_building_blocks_make_the_layer(kernel, device):
     x, index, weights, gate_up_proj, down_proj = args = layer(50, 8, 2, 64, 32, device=device)
     routing = kernel.route(index, 8)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from oracle import in_fp64, layer, router
+from oracle import in_fp64, layer, router, variant_of
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +60,34 @@ def test_forward_never_waits_for_the_host(kernel, tokens):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("variant", ["gpt-oss", "openai-privacy-filter", "aria"])
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_variants_in_a_graph_without_waiting(kernel, tokens, variant):
+    static, kwargs = variant_of(variant, layer(tokens, 16, 4, 128, 64, torch.bfloat16, "cuda", "sentinels"))
+    kernel.moe_experts(*static, **kwargs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a host sync would raise
+        out = kernel.moe_experts(*static, **kwargs)
+    for seed in (1, 2):
+        fresh, _ = variant_of(variant, layer(tokens, 16, 4, 128, 64, torch.bfloat16, "cuda", "any", seed))
+        for old, new in zip(static, fresh):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, kernel.moe_experts(*fresh, **kwargs))
+
+
+@pytest.mark.parametrize("tokens", [1, 600])
+def test_transposed_weights_are_never_copied(kernel, tokens):
+    """Neither forward nor backward; gradients take the memory that they need."""
+    args, kwargs = variant_of("gpt-oss", layer(tokens, 32, 2, 512, 512, torch.bfloat16, "cuda"))
+    leaves = [t.requires_grad_() if t.is_floating_point() and t.ndim == 2 else t for t in args]
+    kernel.moe_experts(*leaves, **kwargs).sum().backward()  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kernel.moe_experts(*leaves, **kwargs).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < args[4].numel() * 2
 
 
 def launches(function):

@@ -178,7 +178,9 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
 
 
 @on_triton
-@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize(
+    "changes", [p for p in CONFIGS if p.id in ("loads", "loads-rows-first", "tma", "tma-rows-first")]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("hidden_dim, inter", [(72, 80), (97, 47)])
 def test_pipeline_of_variants(kernel, launch, config, hidden_dim, inter, variant, changes):

@@ -1,7 +1,6 @@
 """DeepSeek-V3 in Transformers, end to end: every way in, every mode, and everything that wraps a module's forward."""
 
 import copy
-import importlib
 import re
 import runpy
 import subprocess
@@ -318,56 +317,6 @@ class _SmallConfig:
         if name.startswith("__"):
             raise AttributeError(name)
         return "silu" if "act" in name else 1e-6 if "eps" in name else False if "bias" in name else 8
-
-
-def experts_classes():
-    """Every class of Transformers that carries @use_experts_implementation."""
-    for file in sorted(Path(transformers.__path__[0], "models").glob("*/modeling_*.py")):
-        if "@use_experts_implementation" in file.read_text():
-            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
-            yield from (cls for cls in vars(module).values() if "_apply_gate" in getattr(cls, "__dict__", ()))
-
-
-def test_every_experts_class(registered, calls):
-    """Ours, or for the variants that we do not compute the module's own forward: the result is never another one."""
-    served = {}
-    for cls in experts_classes():
-        torch.manual_seed(0)
-        module = cls(_SmallConfig())
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter)
-        x, ids, weights = torch.randn(5, 8), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
-        expected = module(x, ids, weights)
-        calls.clear()
-        module.config._experts_implementation = INTERFACE
-        torch.testing.assert_close(module(x, ids, weights), expected, rtol=1e-4, atol=1e-3, msg=cls.__name__)
-        served[cls.__name__] = len(calls) == 1
-
-        # `kernelize` takes the modules that we serve and no other.
-        kernelize(module, mode=Mode.INFERENCE, device="cpu")
-        assert ("forward" in vars(module)) == served[cls.__name__], cls.__name__
-    assert len(served) > 40
-    assert {name for name, ours in served.items() if not ours} >= {
-        "AriaExperts",  # transposed
-        "DeepseekV4Experts",  # a gate of its own
-        "GptOssExperts",  # interleaved, transposed, with bias
-        "MuseSparkExperts",  # a norm after each expert
-        "NemotronHExperts",  # no gate
-    }
-    assert all(served[name] for name in ("DeepseekV3Experts", "Lfm2MoeExperts", "MixtralExperts", "Qwen3MoeExperts"))
-
-
-@pytest.mark.parametrize("trait", ["has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"])
-def test_each_trait_that_we_do_not_compute(registered, calls, trait):
-    module = modeling_deepseek_v3.DeepseekV3Experts(_SmallConfig())
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter)
-    x, ids, weights = torch.randn(5, 8), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
-    expected = module(x, ids, weights)
-    setattr(module, trait, not getattr(module, trait))
-    module.config._experts_implementation = INTERFACE
-    kernelize(module, mode=Mode.INFERENCE, device="cpu")
-    assert torch.equal(module(x, ids, weights), expected) and not calls
 
 
 class _OtherForward(modeling_deepseek_v3.DeepseekV3Experts):

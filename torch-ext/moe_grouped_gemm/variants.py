@@ -124,10 +124,8 @@ def experts(
     inputs = (hidden_states.to(weights[0].dtype), top_k_index, top_k_weights, *weights)
     gate = fused_gate(module)
     if gate is not None and not adapters:
-        # Most modules need no more than this; the rest by name.
-        more = {} if gate == Gate(gate.activation) else gate._asdict()
-        more.pop("activation", None)
-        return functional.moe_experts(*inputs, gate.activation, *biases, **more)
+        activation, limit, alpha, interleaved = gate
+        return functional.moe_experts(*inputs, activation, *biases, limit=limit, alpha=alpha, interleaved=interleaved)
     gated = getattr(module, "has_gate", True)
     if gate is None:
         gate = module._apply_gate if gated else module.act_fn
