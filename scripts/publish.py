@@ -40,7 +40,9 @@ def checked_files(variant: Path, id: str) -> list[Path]:
         metadata.digest.validate(actual)
     except DigestValidationError as error:
         raise SystemExit(f"not published: {variant} changed after the build, run `make build`\n{error}") from None
-    return [variant / path for path in sorted([*actual.files, "metadata.json"])]
+    # The digest leaves out the metadata, which holds it, and the metadata's signature, if it is signed.
+    signature = [path.name for path in [variant / "metadata.json.sigstore"] if path.exists()]
+    return [variant / path for path in sorted([*actual.files, "metadata.json", *signature])]
 
 
 def render_card(repo_id: str, license: str) -> str:

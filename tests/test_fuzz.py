@@ -19,11 +19,12 @@ from oracle import experts_densely
 from test_backward_kernels import path  # noqa: F401
 from test_kernels import INTERPRETED
 
-CPU_CASES, INTERPRETED_CASES, GPU_CASES = 450, 50, 5000
+CPU_CASES, INTERPRETED_CASES, GPU_CASES = 470, 30, 5000
 ACTIVATIONS = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 LAYOUTS = ["contiguous", "transposed", "wide", "unaligned", "every-second"]
 # Of slots: to experts at random; to one; to the first two; with ids of other ranks, most of them or all.
 ROUTES = ["any", "one", "two", "sentinels", "mostly-sentinels", "sentinels-only"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["out", "hidden_states", "top_k_weights", "gate_up_proj", "down_proj"]
 
 

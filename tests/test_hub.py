@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kernels._rust import Digest, Metadata
+from kernels.verify import VerificationResult, verify_variant
 
 from conftest import REPO_ID, ROOT
 from hub_server import HubServer, Repo
@@ -118,6 +119,17 @@ def test_publish_again_replaces_the_version(checkout, hub):
     v1 = repo.commits[repo.branches["v1"]]
     assert "build/torch-cpu/reference.py" not in v1 and "benchmarks/benchmark_test.py" not in v1
     assert "reference.py" not in json.loads(v1["build/torch-cpu/metadata.json"])["digest"]["files"]
+
+
+def test_a_signature_is_published(checkout, hub):
+    """It signs the metadata, whose digest covers all else: the variant is as good with it as without."""
+    assert isinstance(verify_variant(checkout / "build/torch-cpu"), VerificationResult.SignatureBundleMissing)
+    (checkout / "build/torch-cpu/metadata.json.sigstore").write_text("a signature")
+    result = publish(checkout, hub)
+    assert result.returncode == 0, result.stderr
+    v1 = hub.repos[REPO_ID].commits[hub.repos[REPO_ID].branches["v1"]]
+    assert v1["build/torch-cpu/metadata.json.sigstore"] == b"a signature"
+    assert "build/torch-cuda/metadata.json.sigstore" not in v1
 
 
 def test_dry_run_lists_every_file_and_touches_no_network(checkout, hub):
