@@ -87,7 +87,8 @@ def test_transposed_weights_are_never_copied(kernel, tokens):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     kernel.moe_experts(*leaves, **kwargs).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < args[4].numel() * 2
+    # Rows of 32 experts padded to 64 take as much as down_proj; a copy of either weight would be more.
+    assert torch.cuda.max_memory_allocated() - before < args[3].numel() * 2
 
 
 def launches(function):
