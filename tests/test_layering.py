@@ -20,8 +20,8 @@ FILES = [
 LEVELS = [
     ["__init__"],
     ["layers", "integration"],
-    ["functional", "router", "lora"],
-    ["checks", "torch_ops", "routing", "quant", "reference"],
+    ["functional", "fp8", "router", "lora"],
+    ["checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
     ["kernels", "tuning"],
     ["_ops"],
 ]

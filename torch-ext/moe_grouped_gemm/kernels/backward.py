@@ -9,7 +9,8 @@
 so that dgate_up = wgrad(dz, x gathered), ddown = wgrad(dout gathered, weighted_a), and dhidden_states[t] is the sum of
 dx over the slots of t. <dout, y> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed.
 
-Weights are read as they are, (E, K, N): the sum runs over their rows. Grids: of the first two as in grouped_gemm.py; of
+Weights are read as they are, (E, K, N): the sum runs over their rows. In fp8 (see fp8.py) they are dequantised in
+registers, to the dtype of the gradients. Grids: of the first two as in grouped_gemm.py; of
 wgrad a program for each tile of each expert's gradient, which walks the expert's rows. No atomics: sums have one order.
 """
 
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .fp8 import _BLOCK, _from_codes, _load_scale, _scale_row
 from .grouped_gemm import _activate, _halves, _locate_tile
 from .launch import cdiv, launch
 
@@ -43,10 +45,14 @@ def _rows_times_weight(
     x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns
     mask_m,
     w_ptr,  # (E, K, N); with USE_TMA a descriptor of it
+    w_scale_ptr,  # (E, scale_rows, ceil(N / 128)) if the weight is fp8, else None
     expert,
     tile_n,
     K,
     N,
+    half,
+    scale_shift,
+    scale_rows,
     stride_we,
     stride_wk,
     BLOCK_N: tl.constexpr,
@@ -59,6 +65,9 @@ def _rows_times_weight(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if not USE_TMA:
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
+    if w_scale_ptr is not None:
+        n_blocks = tl.cdiv(N, _BLOCK)
+        w_scale_ptr += expert.to(tl.int64) * scale_rows * n_blocks + tile_n * BLOCK_N // _BLOCK
     acc = tl.zeros((x_ptrs.shape[0], BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
@@ -69,6 +78,9 @@ def _rows_times_weight(
         else:
             w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
             w_ptrs += BLOCK_K * stride_wk
+        if w_scale_ptr is not None:
+            scale = _load_scale(w_scale_ptr + _scale_row(k + offs_k, half, scale_shift, scale_rows) * n_blocks)
+            w = (_from_codes(w, tl.float32) * scale[:, None]).to(x.dtype)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
     return acc
 
@@ -86,6 +98,7 @@ def _quarters(x):
 def _down_dgrad_kernel(
     dout_ptr,  # (T, H)
     w_ptr,  # (E, H, I); with USE_TMA a descriptor of it
+    w_scale_ptr,  # (E, ceil(H / 128), ceil(I / 128)) if the weight is fp8, else None
     z_ptr,  # (S, 2I), rows [gate; up]
     sorted_slots_ptr,  # (S,) int32
     top_k_weights_ptr,  # (S,)
@@ -117,7 +130,23 @@ def _down_dgrad_kernel(
     slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
     x_ptrs = dout_ptr + (slots // top_k)[:, None].to(tl.int64) * stride_dt + tl.arange(0, BLOCK_K)[None, :]
     b = _rows_times_weight(
-        x_ptrs, mask_m, w_ptr, expert, tile_n, H, I, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
+        x_ptrs,
+        mask_m,
+        w_ptr,
+        w_scale_ptr,
+        expert,
+        tile_n,
+        H,
+        I,
+        H,
+        0,
+        tl.cdiv(H, _BLOCK),
+        stride_we,
+        stride_wk,
+        BLOCK_N,
+        BLOCK_K,
+        USE_TMA,
+        INPUT_PRECISION,
     )
 
     weight = tl.load(top_k_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
@@ -147,11 +176,14 @@ def _down_dgrad_kernel(
 def _gate_up_dgrad_kernel(
     dz_ptr,  # (S, 2I)
     w_ptr,  # (E, 2I, H); with USE_TMA a descriptor of it
+    w_scale_ptr,  # (E, scale_rows, ceil(H / 128)) if the weight is fp8, else None
     dx_ptr,  # (S, H)
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
     K,
     H,
+    scale_shift,
+    scale_rows,
     stride_we,
     stride_wk,
     BLOCK_M: tl.constexpr,
@@ -169,7 +201,23 @@ def _gate_up_dgrad_kernel(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptrs = dz_ptr + offs_m[:, None].to(tl.int64) * K + tl.arange(0, BLOCK_K)[None, :]
     dx = _rows_times_weight(
-        x_ptrs, mask_m, w_ptr, expert, tile_n, K, H, stride_we, stride_wk, BLOCK_N, BLOCK_K, USE_TMA, INPUT_PRECISION
+        x_ptrs,
+        mask_m,
+        w_ptr,
+        w_scale_ptr,
+        expert,
+        tile_n,
+        K,
+        H,
+        K // 2,
+        scale_shift,
+        scale_rows,
+        stride_we,
+        stride_wk,
+        BLOCK_N,
+        BLOCK_K,
+        USE_TMA,
+        INPUT_PRECISION,
     )
     dx_ptrs = dx_ptr + offs_m[:, None].to(tl.int64) * H + offs_n[None, :]
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < H)[None, :])
@@ -229,10 +277,18 @@ def _weight(w, config):
     return TensorDescriptor(w, w.shape, w.stride(), [1, config.BLOCK_K, config.BLOCK_N]) if config.USE_TMA else w
 
 
-def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, needs_a, input_precision, config):
+def _types(x, *others):
+    """The device; dtypes; and of the scales, which may be anywhere, whether they are aligned."""
+    return (x.device, x.dtype, *(t if t is None else (t.dtype, t.data_ptr() % 16) for t in others))
+
+
+def down_dgrad(
+    dout, w, z, sorted_slots, top_k_weights, schedule, activation, needs_a, input_precision, config, w_scale=None
+):
     """dout (T, H), w (E, H, I), z (S, 2I) -> dz (S, 2I), weighted_a (S, I) or None, dweights (S,) fp32, sorted.
 
-    Rows of dout and of w, and top_k_weights, are contiguous. Rows that belong to no expert stay unwritten.
+    Rows of dout and of w, and top_k_weights, are contiguous, and so is w_scale, that of an fp8 w. Rows that belong to
+    no expert stay unwritten.
     """
     _, hidden_dim, inter = w.shape
     rows, tiles = sorted_slots.numel(), schedule.shape[1]
@@ -250,6 +306,7 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, ne
         (
             dout,
             _weight(w, config),
+            w_scale,
             z,
             sorted_slots,
             top_k_weights,
@@ -262,25 +319,28 @@ def down_dgrad(dout, w, z, sorted_slots, top_k_weights, schedule, activation, ne
             rows,
         )
         + (*sizes, *constants),
-        (z.device, z.dtype, top_k_weights.dtype, needs_a, alignment, top_k, sizes, constants, config[5:7]),
+        (_types(z, w, w_scale, top_k_weights), needs_a, alignment, top_k, sizes, constants, config[5:7]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return dz, weighted_a, partials.sum(0)
 
 
-def gate_up_dgrad(dz, w, schedule, input_precision, config):
-    """dz (S, 2I), w (E, 2I, H) with contiguous rows -> dx (S, H); rows that belong to no expert stay unwritten."""
+def gate_up_dgrad(dz, w, schedule, input_precision, config, w_scale=None, shift=0):
+    """dz (S, 2I), w (E, 2I, H) with contiguous rows -> dx (S, H); rows that belong to no expert stay unwritten.
+
+    w_scale, contiguous, and shift are those of `grouped_gemm_fp8`.
+    """
     _, K, hidden_dim = w.shape
     tiles = schedule.shape[1]
     dx = dz.new_empty(dz.shape[0], hidden_dim)
-    sizes = (K, hidden_dim, w.stride(0), w.stride(1))
+    sizes = (K, hidden_dim, shift, 1 if w_scale is None else w_scale.shape[1], w.stride(0), w.stride(1))
     constants = (*_tile(config), input_precision)
     launch(
         _gate_up_dgrad_kernel,
         (tiles * cdiv(hidden_dim, config.BLOCK_N), 1, 1),
-        (dz, _weight(w, config), dx, schedule, tiles, *sizes, *constants),
-        (dz.device, dz.dtype, w.data_ptr() % 16, sizes, constants, config[5:7]),
+        (dz, _weight(w, config), w_scale, dx, schedule, tiles, *sizes, *constants),
+        (_types(dz, w, w_scale), w.data_ptr() % 16, sizes, constants, config[5:7]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
