@@ -147,14 +147,13 @@ def fp8_weights_in_fp64(weights, scales):
 def w8a8(inputs, weights, rounded, activation=torch.nn.functional.silu):
     """The layer in fp64, activations `rounded` before each GEMM: what exact sums of fp8 products would give."""
     x, index, top_k_weights = inputs
-    x, (gate_up_proj, down_proj) = rounded(x.double()), weights
+    x = rounded(x.double())
     out = torch.zeros_like(x)
-    for token, ids in enumerate(index.tolist()):
-        for k, expert in enumerate(ids):
-            if 0 <= expert < len(gate_up_proj):
-                gate, up = (gate_up_proj[expert] @ x[token]).chunk(2)
-                a = rounded((activation(gate) * up)[None])[0]
-                out[token] += top_k_weights[token, k] * (down_proj[expert] @ a)
+    for expert, (gate_up_proj, down_proj) in enumerate(zip(*weights)):
+        tokens, k = torch.where(index == expert)
+        gate, up = (x[tokens] @ gate_up_proj.T).chunk(2, dim=1)
+        y = rounded(activation(gate) * up) @ down_proj.T
+        out.index_put_((tokens,), top_k_weights[tokens, k, None].double() * y, accumulate=True)
     return out
 
 

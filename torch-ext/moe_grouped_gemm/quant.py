@@ -7,6 +7,8 @@ ceil(2I / 128) of them, or through each for itself, as checkpoints with one tens
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 FP8 = torch.float8_e4m3fn
@@ -42,7 +44,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scale = torch.empty(scale_shape(*weight.shape), dtype=torch.float32, device=weight.device)
     # One matrix of a stack after another: never a copy of all in fp32.
-    matrices = (t.reshape(-1, *t.shape[-2:]) for t in (weight, codes, scale))
+    matrices = (t.reshape(math.prod(batch), *t.shape[-2:]) for t in (weight, codes, scale))
     for matrix, matrix_codes, matrix_scale in zip(*matrices):
         rows, columns = matrix_scale.shape
         padded = matrix.new_zeros(rows * BLOCK, columns * BLOCK, dtype=torch.float32)
