@@ -7,6 +7,7 @@ assembly: `whole_interpreter` mends that with torch's own conversion.
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -213,3 +214,70 @@ def test_e8m0_scales(launch, config):
     launch.grouped_gemm_fp8(x, None, codes, exponents.view(9, 1, 1), schedule, "ieee", config(), y)
     expected = exponents.cpu().view(torch.float8_e8m0fnu).float() * 2.0**-6
     torch.testing.assert_close(y[:, 0].cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+WHOLE = [  # T, E, top_k, H, I, ids, form of the scales
+    pytest.param(1, 8, 2, 128, 128, "sentinels", {}, id="decode"),
+    pytest.param(20, 8, 2, 256, 128, "sentinels", {"e8m0": True}, id="small-tiles-e8m0"),
+    pytest.param(20, 8, 2, 97, 47, "any", {"split": True}, id="small-tiles-without-tma-split-scales"),
+    pytest.param(60, 4, 2, 144, 80, "any", {}, id="tall-tiles"),
+    pytest.param(330, 3, 2, 128, 192, "zipf", {}, id="two-heights"),
+]
+
+
+@pytest.fixture
+def whole(kernel, monkeypatch):
+    """functional.py and fp8.py, with the configurations of Hopper, run on what is there."""
+    functional, fp8 = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "fp8"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    return fp8
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_fp8.py runs this path")
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE)
+def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, ids, form):
+    args = (tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
+    inputs, weights, scales = fp8_layer(kernel, *args, **form)
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
+    out = whole._experts_gpu(*inputs, *weights, *scales, "silu", True)
+    assert error(out, exact) <= 1.5 * error(w8a8(inputs, exact_weights, round_to_fp8), exact)
+    out = whole._experts_gpu(*inputs, *weights, *scales, "silu", False)
+    assert error(out, exact) <= 2e-3
+
+
+@on_triton
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE)
+def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, capability):
+    monkeypatch.setattr(import_module(f"{kernel.__name__}.functional"), "_capability", lambda device: capability)
+    args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
+    top_k_weights[(index < 0) | (index >= experts)] = float("nan")
+    dout = layer(*args, seed=3)[0]
+    out, z, *routing = whole._training_gpu(x, index, top_k_weights, *weights, *scales, "silu")
+    grads = whole._backward_gpu(dout, top_k_weights, *weights, *scales, z, *routing, "silu")
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = kernel.reference.moe_experts_training(*in_fp64((x, index, top_k_weights)), *exact_weights, "silu")
+    needs_grad = [True, True, False, False]
+    exact_grads = kernel.reference.moe_experts_backward(
+        dout.double(), x.double(), top_k_weights.double(), *exact_weights, *exact[1:], "silu", needs_grad
+    )
+    for got, expected in zip((out, *grads), (exact[0], *exact_grads)):
+        assert error(got, expected) <= 4 * torch.finfo(DTYPES[0]).eps
+
+
+@on_triton
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_gemm(kernel, whole, form, transposed):
+    inputs, weights, scales = fp8_layer(kernel, 40, 5, 2, 272, 208, DTYPES[0], DEVICE, "any", **form)
+    offsets = torch.tensor([0, 3, 3, 30, 31, 36], dtype=torch.int32, device=DEVICE)
+    for weight, scale, exact in zip(weights, scales, fp8_weights_in_fp64(weights, scales)):
+        exact = exact.mT if transposed else exact
+        x = layer(40, 1, 1, exact.shape[2], 1)[0].to(DEVICE, DTYPES[0])
+        y = whole._grouped_gemm_forward(x, weight, scale, offsets, transposed)
+        expected = kernel.reference.grouped_gemm(x.double(), exact, offsets)
+        assert error(y, expected) <= 4 * torch.finfo(DTYPES[0]).eps and not y[36:].any()

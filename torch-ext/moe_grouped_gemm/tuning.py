@@ -113,7 +113,7 @@ FP8_PORTABLE = [
 FP8_WEIGHTS_HOPPER = [
     (10, _pair(16, 64, 128, 4, 3, 64, 128, 4, 3)),
     (50, _pair(64, 128, 64, 8, 4, 128, 64, 8, 4)),
-    (float("inf"), _pair(128, 128, 64, 8, 4, 128, 64, 8, 4, min_m=64)),
+    (float("inf"), _pair(128, 64, 64, 8, 4, 64, 64, 8, 4, min_m=64)),
 ]
 FP8_WEIGHTS_PORTABLE = [
     (12, _pair(16, 64, 64, 4, 3, 64, 64, 4, 3, tma=False)),
