@@ -19,7 +19,7 @@ FILES = [
 # From docs/design.md: an import points to the right, or to a neighbour.
 LEVELS = [
     ["__init__"],
-    ["layers", "integration"],
+    ["layers", "integration", "integration_fp8"],
     ["functional", "fp8", "router", "lora"],
     ["checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
     ["kernels", "tuning"],

@@ -73,7 +73,7 @@ def check_fp8_experts(
             raise TypeError(f"{name}: expected {quant.FP8}, since {name}_scale is given, got {weight.dtype}")
         if scale.dtype not in quant.SCALES:
             raise TypeError(f"{name}_scale: expected {' or '.join(map(str, quant.SCALES))}, got {scale.dtype}")
-        if weight.requires_grad or scale.requires_grad:
+        if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
             raise ValueError(f"{name}: fp8 weights are frozen, expected requires_grad=False for it and its scale")
         for tensor_name, tensor in ((name, weight), (f"{name}_scale", scale)):
             if tensor.device != hidden_states.device:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import functional, reference
-from .checks import check_experts
+from . import fp8, functional, reference
+from .checks import check_experts, check_fp8_experts
 from .torch_ops import rejects_transforms
 
 
@@ -34,32 +34,44 @@ def moe_experts_lora(
     gate_up_lora: tuple[LoraFactors, ...],
     down_lora: tuple[LoraFactors, ...],
     activation: str = "silu",
+    gate_up_proj_scale: torch.Tensor | None = None,
+    down_proj_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
 
-    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Nothing of a weight's size is made,
+    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over weights in fp8 activations are
+    not quantised, and the weights get no gradient. Nothing of a weight's size is made,
     but for the gradient of a weight that requires one, and the cast of one that has another dtype than autocast's.
 
     Saved for backward: the inputs, by reference, and per routed slot the rows of both GEMMs (H + I), gate, up and
     act(gate) (3I), the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
     """
-    hidden_states, gate_up_proj, down_proj = functional._autocast(hidden_states, gate_up_proj, down_proj)
-    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    scales = (gate_up_proj_scale, down_proj_scale)
+    if gate_up_proj_scale is None and down_proj_scale is None:
+        hidden_states, gate_up_proj, down_proj = functional._autocast(hidden_states, gate_up_proj, down_proj)
+        check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    else:
+        (hidden_states,) = functional._autocast(hidden_states)
+        inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+        check_fp8_experts(*inputs, *scales, activation, (128, 128))
     act_fn, _ = reference.ACTIVATIONS[activation]
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)
     x = _Gather.apply(hidden_states, sorted_slots, slot_positions)
-    gate, up = _grouped_gemm_lora(x, gate_up_proj, gate_up_lora, offsets).chunk(2, dim=-1)
-    y = _grouped_gemm_lora(act_fn(gate) * up, down_proj, down_lora, offsets)
+    gate, up = _grouped_gemm_lora(x, gate_up_proj, gate_up_proj_scale, gate_up_lora, offsets).chunk(2, dim=-1)
+    y = _grouped_gemm_lora(act_fn(gate) * up, down_proj, down_proj_scale, down_lora, offsets)
     return _Combine.apply(y, top_k_weights, sorted_slots, slot_positions)
 
 
-def _grouped_gemm_lora(x, weight, adapters, expert_offsets):
+def _grouped_gemm_lora(x, weight, scale, adapters, expert_offsets):
     """y[r] = (W[e] + sum of scaling * B[e] @ A[e] over the adapters) @ x[r] for the rows r of expert e.
 
     All adapters are one, of the sum of their ranks: its A has theirs as rows, its B theirs, scaled, as columns.
     """
-    y = functional.grouped_gemm(x, weight, expert_offsets)
+    if scale is None:
+        y = functional.grouped_gemm(x, weight, expert_offsets)
+    else:
+        y = fp8.grouped_gemm(x, weight, scale, expert_offsets)
     if not adapters:
         return y
     A = torch.cat([adapter.A.to(x.dtype) for adapter in adapters], dim=1)
