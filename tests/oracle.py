@@ -118,7 +118,7 @@ def dequantized(codes, scale, half=None):
 def fp8_layer(kernel, *args, e8m0=False, split=False, **kwargs):
     """`layer` with fp8 weights: (hidden_states, top_k_index, top_k_weights), the two weights, their two scales.
 
-    split: gate and up have blocks of their own.
+    split: gate and up have blocks of their own, which shows in their number.
     """
     *inputs, gate_up_proj, down_proj = layer(*args, **kwargs)
     gate_up_proj, down_proj = gate_up_proj.float(), down_proj.float()
@@ -127,6 +127,8 @@ def fp8_layer(kernel, *args, e8m0=False, split=False, **kwargs):
         rows, columns = (torch.arange(n, device=weight.device) // 128 for n in weight.shape[1:])
         weight *= 2.0 ** ((3 * rows[:, None] + 5 * columns) % 7 - 3)
     if split:
+        inter = down_proj.shape[2]
+        assert 2 * -(-inter // 128) > -(-2 * inter // 128)
         halves = [kernel.quantize_fp8(half) for half in gate_up_proj.chunk(2, dim=1)]
         gate_up_proj, gate_up_scale = (torch.cat(parts, dim=1) for parts in zip(*halves))
     else:

@@ -239,6 +239,7 @@ def test_gradients_reach_the_input_alone(registered):
         ({"expert_dtype": "fp4"}, "gate_up_proj of type Parameter in torch.int8"),
         ({"block_size": None}, "block_size=None"),
         ({"block_size": [64, 128]}, r"block_size=\[64, 128\]"),
+        ({"inter": 208}, "an intermediate size of 208, neither a multiple of 128 nor at most 64 above one"),
         ({"swiglu_limit": 7.0}, "a gate with swiglu_limit=7.0"),
         ({"hidden_act": "tanh"}, r"the activation Tanh\(\)"),
     ],

@@ -59,7 +59,8 @@ def moe_experts(
         down_proj: (E, H, I), dtype of gate_up_proj.
         activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu", applied to gate.
         gate_up_proj_scale: of weights in fp8, (E, ceil(2I / 128), ceil(H / 128)) fp32 or float8_e8m0fnu: a weight is
-            code * scale of its block of 128 x 128. Or (E, 2 * ceil(I / 128), ...): blocks of up start at its first row.
+            code * scale of its block of 128 x 128. Or, if that is more, (E, 2 * ceil(I / 128), ...): then blocks of up
+            start at its first row.
         down_proj_scale: (E, ceil(H / 128), ceil(I / 128)).
         block_size: of those blocks.
         quantize_activations: with weights in fp8, whether a GPU that multiplies fp8 may quantise activations too, with

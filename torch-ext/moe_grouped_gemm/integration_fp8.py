@@ -33,6 +33,10 @@ def obstacle(module: nn.Module, activations: dict[str, str]) -> str | None:
             return f"{name} of type {type(weight).__name__} in {weight.dtype}"
     if module.block_size is None or tuple(module.block_size) != (quant.BLOCK, quant.BLOCK):
         return f"block_size={module.block_size}"
+    inter = weights[1].shape[2]
+    if inter % quant.BLOCK > quant.BLOCK // 2:
+        # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
+        return f"an intermediate size of {inter}, neither a multiple of 128 nor at most 64 above one"
     if getattr(module, "has_bias", False):
         return "biases"
     for name in ("swiglu_alpha", "swiglu_limit", "limit"):

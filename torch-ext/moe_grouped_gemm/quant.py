@@ -3,6 +3,7 @@
 A scale is fp32 or a power of two in float8_e8m0fnu. Blocks at the end of rows or columns may be smaller. For a
 gate_up_proj (E, 2I, H) whose I is no multiple of 128 there are two ways to count blocks: through gate and up together,
 ceil(2I / 128) of them, or through each for itself, as checkpoints with one tensor each have them, 2 * ceil(I / 128).
+The number of scales tells which; where it is the same, blocks are counted through both.
 """
 
 from __future__ import annotations

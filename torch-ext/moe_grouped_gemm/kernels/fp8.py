@@ -88,7 +88,7 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _scale_row(row, half, shift, rows):
-    """Where the scales of a weight row lie. Rows from `half` on may have blocks of their own: see `SplitScale`."""
+    """Where the scales of a weight row lie. Those from `half` on may have blocks of their own: see `scale_shift`."""
     return tl.minimum((row + tl.where(row >= half, shift, 0)) // _BLOCK, rows - 1)
 
 
@@ -389,8 +389,7 @@ def _grouped_gemm_fp8_kernel(
 def scale_shift(inter, scale_rows):
     """How far up's rows lie further apart from gate's in the blocks of scales than in gate_up_proj (E, 2I, H).
 
-    Blocks are counted through both, or if there are as many scales, through each for itself, which is another count
-    only if I is no multiple of 128.
+    Blocks are counted through both, unless there are more scales than that takes: then through each for itself.
     """
     return 0 if scale_rows == cdiv(2 * inter, BLOCK) else -inter % BLOCK
 
