@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: venv environments versions build style test bench plot tune demo finetune
+.PHONY: venv environments versions build style test bench plot tune demo finetune quantize
 
 venv: $(READY)
 
@@ -50,6 +50,10 @@ tune: build
 
 demo: build
 	$(PYTHON) examples/demo.py $(if $(MODEL),--model $(MODEL))
+
+# make quantize MODEL=path OUT=path: a local checkpoint with its experts in fp8.
+quantize: build
+	$(PYTHON) examples/quantize_checkpoint.py $(MODEL) $(OUT)
 
 finetune: build
 	$(PYTHON) examples/finetune_lora.py

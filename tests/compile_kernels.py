@@ -32,6 +32,7 @@ TARGETS = {
     GPUTarget("hip", "gfx950", 64): 160,
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
 EXPERTS, HIDDEN, INTER = 8, 2048, 768
 GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with biases and transposed weights
 
@@ -45,7 +46,9 @@ def check(target, name, kernel, dtype, config) -> bool:
     if target.backend == "cuda":
         registers, stack = registers_and_stack(kernel.asm["cubin"])
         usage = f"{registers} registers, {stack} B stack, "
-        if stack > 16:  # less is a value or two put aside outside the loop
+        # Less is a value or two put aside outside the loop. With fp8 activations the assembler begins the second
+        # product while it scales the first, and pays with some registers.
+        if stack > (128 if dtype == FP8 else 16):
             faults.append("spills")
         if (
             target.arch == 90
@@ -114,6 +117,48 @@ def backward_launches(package, ways, dtype, configs, precisions):
     yield dtype, None, partial(kernels.row_sums, x, slots, offsets, weights.view(16, 6))
 
 
+def fp8_launches(package, capability, multiplies_fp8, precisions):
+    """As `launches`, for fp8 weights: as bytes where the target does not know the type."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = FP8 if multiplies_fp8 else torch.uint8
+    w1, w2 = empty(EXPERTS, 2 * INTER, HIDDEN, dtype=codes), empty(EXPERTS, HIDDEN, INTER, dtype=codes)
+    blocks = HIDDEN // 128, INTER // 128
+    slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
+    weights, index = empty(16, 6), empty(16, 6, dtype=torch.int64)
+    for dtype, scale in [(d, torch.float32) for d in ((FP8,) if multiplies_fp8 else ()) + DTYPES] + [
+        (FP8 if multiplies_fp8 else torch.bfloat16, torch.uint8)
+    ]:
+        s1, s2 = empty(EXPERTS, 2 * blocks[1], blocks[0], dtype=scale), empty(EXPERTS, *blocks, dtype=scale)
+        out = torch.bfloat16 if dtype == FP8 else dtype
+        x, a, y = empty(16, HIDDEN, dtype=dtype), empty(96, INTER, dtype=dtype), empty(96, HIDDEN, dtype=out)
+        x_scale, a_scale = (empty(16, blocks[0]), empty(96, blocks[1])) if dtype == FP8 else (None, None)
+        z = None if dtype == FP8 else empty(96, 2 * INTER, dtype=dtype)
+        for (_, config), precision in product(tuning.fp8_configs(dtype, capability), precisions[dtype]):
+            for up in tuning.ways(config.gate_up):
+                for z_or_none in {id(t): t for t in (None, z)}.values():
+                    args = (x, x_scale, w1, s1, slots, schedule, 6, Gate(), precision, up, z_or_none)
+                    yield dtype, up, partial(kernels.gate_up_fp8, *args)
+            for down in tuning.ways(config.down):
+                args = (a, a_scale, w2, s2, schedule, precision, down, y)
+                yield dtype, down, partial(kernels.grouped_gemm_fp8, *args)
+        if dtype == FP8:
+            continue
+        config = tuning.fp8_dgrad_config(dtype, capability)
+        for precision in precisions[dtype]:
+            yield dtype, config, partial(kernels.dgrad_fp8, y, w2, s2, schedule, precision, config)
+            yield dtype, config, partial(kernels.dgrad_fp8, z, w1, s1, schedule, precision, config)
+        up, down = tuning.DECODE_FP8
+        yield dtype, up, partial(kernels.gate_up_decode_fp8, x, w1, s1, index, Gate(), up)
+        yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down)
+        if multiplies_fp8:
+            yield dtype, None, partial(kernels.quantize_rows, x)
+
+
 def launches(package, target):
     """(dtype, config, launch) for all that can be launched on the target."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
@@ -147,6 +192,11 @@ def launches(package, target):
         yield from backward_launches(package, tuning.ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
+    multiplies_fp8 = target.backend == "cuda" and target.arch >= 89
+    precisions = {dtype: ("ieee",) for dtype in (FP8, *DTYPES)}
+    if target.backend == "cuda":
+        precisions[torch.float32] = ("ieee", "tf32")
+    yield from fp8_launches(package, capability, multiplies_fp8, precisions)
     for _, config in tuning.router_configs(torch.float32, capability):
         x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
         yield torch.float32, config, partial(kernels.router_logits, x, w, config)

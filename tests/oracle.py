@@ -152,3 +152,68 @@ ROUTERS = [  # E, num_group, topk_group, top_k, norm_topk_prob
     (12, 4, 1, 5, True),  # more than the winning group has
     (22, 11, 3, 4, True),  # groups of two
 ]
+
+
+def dequantized(codes, scale, half=None):
+    """An fp8 weight (E, N, K) in fp64, element by element; rows from `half` on have blocks of their own, if given."""
+    experts, rows, columns = codes.shape
+    row_blocks = torch.arange(rows, device=codes.device) // 128
+    if half is not None:
+        row_blocks[half:] = -(-half // 128) + torch.arange(rows - half, device=codes.device) // 128
+    column_blocks = torch.arange(columns, device=codes.device) // 128
+    return codes.double() * scale.double()[:, row_blocks][:, :, column_blocks]
+
+
+def fp8_layer(kernel, *args, e8m0=False, split=False, **kwargs):
+    """`layer` with fp8 weights: (hidden_states, top_k_index, top_k_weights), the two weights, their two scales.
+
+    split: gate and up have blocks of their own, which shows in their number.
+    """
+    *inputs, gate_up_proj, down_proj = layer(*args, **kwargs)
+    gate_up_proj, down_proj = gate_up_proj.float(), down_proj.float()
+    # No two blocks alike: a wrong scale shows.
+    for weight in (gate_up_proj, down_proj):
+        rows, columns = (torch.arange(n, device=weight.device) // 128 for n in weight.shape[1:])
+        weight *= 2.0 ** ((3 * rows[:, None] + 5 * columns) % 7 - 3)
+    if split:
+        inter = down_proj.shape[2]
+        assert 2 * -(-inter // 128) > -(-2 * inter // 128)
+        halves = [kernel.quantize_fp8(half) for half in gate_up_proj.chunk(2, dim=1)]
+        gate_up_proj, gate_up_scale = (torch.cat(parts, dim=1) for parts in zip(*halves))
+    else:
+        gate_up_proj, gate_up_scale = kernel.quantize_fp8(gate_up_proj)
+    down_proj, down_scale = kernel.quantize_fp8(down_proj)
+    scales = [gate_up_scale, down_scale]
+    if e8m0:
+        scales = [(2.0 ** scale.log2().round()).to(torch.float8_e8m0fnu) for scale in scales]
+    return inputs, [gate_up_proj, down_proj], scales
+
+
+def fp8_weights_in_fp64(weights, scales):
+    inter = weights[1].shape[2]
+    half = inter if scales[0].shape[1] != -(-2 * inter // 128) else None
+    return [dequantized(weights[0], scales[0], half), dequantized(weights[1], scales[1])]
+
+
+def w8a8(inputs, weights, rounded, activation=torch.nn.functional.silu):
+    """The layer in fp64, activations `rounded` before each GEMM: what exact sums of fp8 products would give."""
+    x, index, top_k_weights = inputs
+    x = rounded(x.double())
+    out = torch.zeros_like(x)
+    for expert, (gate_up_proj, down_proj) in enumerate(zip(*weights)):
+        tokens, k = torch.where(index == expert)
+        gate, up = (x[tokens] @ gate_up_proj.T).chunk(2, dim=1)
+        y = rounded(activation(gate) * up) @ down_proj.T
+        out.index_put_((tokens,), top_k_weights[tokens, k, None].double() * y, accumulate=True)
+    return out
+
+
+def round_to_fp8(x):
+    """fp64 rows rounded to fp8 with a scale for each 128 columns of each row."""
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / 448).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((blocks / scale).to(torch.float8_e4m3fn).double() * scale).flatten(1)[:, : x.shape[1]]
+
+
+def error(out, exact):
+    return ((out.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()

@@ -19,9 +19,9 @@ FILES = [
 # From docs/design.md: an import points to the right, or to a neighbour.
 LEVELS = [
     ["__init__"],
-    ["layers", "integration", "variants"],
-    ["functional", "router", "lora"],
-    ["checks", "torch_ops", "routing", "quant", "reference"],
+    ["layers", "integration", "integration_fp8", "variants"],
+    ["functional", "fp8", "router", "lora"],
+    ["checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
     ["kernels", "tuning"],
     ["_ops"],
 ]

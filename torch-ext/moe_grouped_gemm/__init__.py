@@ -6,6 +6,7 @@ Everything in `__all__` is the public API of this kernel version.
 from . import layers, reference
 from .functional import grouped_gemm, moe_experts, route
 from .integration import register
+from .quant import quantize_fp8
 from .router import topk_router
 from .routing import Routing
 
@@ -14,6 +15,7 @@ __all__ = [
     "grouped_gemm",
     "layers",
     "moe_experts",
+    "quantize_fp8",
     "reference",
     "register",
     "route",

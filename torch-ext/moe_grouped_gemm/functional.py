@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from . import reference, tuning
+from . import fp8, reference, tuning
 from .checks import check_experts, check_floats, check_index, device_type, shape
 from .reference import Gate, is_transposed
 from .routing import Routing, route_torch
@@ -48,8 +48,12 @@ def moe_experts(
     limit: float | None = None,
     alpha: float = 1.702,
     interleaved: bool = False,
+    gate_up_proj_scale: torch.Tensor | None = None,
+    down_proj_scale: torch.Tensor | None = None,
+    block_size: tuple[int, int] = (128, 128),
+    quantize_activations: bool = True,
 ) -> torch.Tensor:
-    """Gated experts over routed tokens; differentiable in every float input.
+    """Gated experts over routed tokens; differentiable in every float input, fp8 weights aside.
 
     y[t] = sum_k weight[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = top_k_index[t, k].
 
@@ -58,9 +62,9 @@ def moe_experts(
         top_k_index: (T, top_k) int32 or int64. A slot whose id lies outside [0, E) is skipped and contributes exactly
             nothing, whatever its weight.
         top_k_weights: (T, top_k), any float dtype.
-        gate_up_proj: (E, 2I, H), rows [0, I) are gate and [I, 2I) up; dtype of hidden_states. Weights stored as
-            (E, H, 2I) come as `.mT` and are read in place.
-        down_proj: (E, H, I), dtype of hidden_states.
+        gate_up_proj: (E, 2I, H), rows [0, I) are gate and [I, 2I) up; dtype of hidden_states, or float8_e4m3fn. Weights
+            stored as (E, H, 2I) come as `.mT` and are read in place.
+        down_proj: (E, H, I), dtype of gate_up_proj.
         activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu", applied to gate; or "swigluoai", gpt-oss's gate
             gate * sigmoid(alpha * gate) * (up + 1).
         gate_up_proj_bias: (E, 2I) in the order of the weight's rows, added to the first product; or None.
@@ -68,6 +72,13 @@ def moe_experts(
         limit: clamps gate to at most limit and up to [-limit, limit], before the activation. None: not at all.
         alpha: of "swigluoai"; others ignore it.
         interleaved: rows 0, 2, 4, ... of gate_up_proj are gate, rows 1, 3, 5, ... up.
+        gate_up_proj_scale: of weights in fp8, which take neither biases nor any of the last three, (E, ceil(2I / 128),
+            ceil(H / 128)) fp32 or float8_e8m0fnu: a weight is code * scale of its block of 128 x 128. Or, if that is
+            more, (E, 2 * ceil(I / 128), ...): then blocks of up start at its first row.
+        down_proj_scale: (E, ceil(H / 128), ceil(I / 128)).
+        block_size: of those blocks.
+        quantize_activations: with weights in fp8, whether a GPU that multiplies fp8 may quantise activations too, with
+            a scale for each 128 columns of each row. It does so for more than a few rows, if no gradient is asked for.
     Returns:
         (T, H) in hidden_states.dtype. Products with the weights and the sum over k are accumulated in fp32, in a fixed
         order: two calls give bitwise equal results. No host sync on a GPU.
@@ -78,6 +89,16 @@ def moe_experts(
 
     Under `torch.autocast` the three float operands of the GEMMs are cast first, as `torch.nn.functional.linear` does.
     """
+    if gate_up_proj_scale is not None or down_proj_scale is not None:
+        given = dict(gate_up_proj_bias=gate_up_proj_bias, down_proj_bias=down_proj_bias, limit=limit)
+        for name, value in {**given, "interleaved": interleaved or None}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected {None if name in given else False} with weights in fp8, got {value}"
+                )
+        inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+        scales = (gate_up_proj_scale, down_proj_scale)
+        return fp8.moe_experts(*inputs, *scales, activation, block_size, quantize_activations)
     biases = gate_up_proj_bias, down_proj_bias
     hidden_states, gate_up_proj, down_proj, *biases = _autocast(hidden_states, gate_up_proj, down_proj, *biases)
     check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, *biases, limit)

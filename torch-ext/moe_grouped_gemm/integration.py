@@ -20,11 +20,12 @@ from types import MethodType
 import torch
 from torch import nn
 
-from . import lora, router, variants
+from . import integration_fp8, lora, quant, router, variants
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
 # For `kernelize`; given a KernelConfig, Transformers takes the name of the layer's class.
 EXPERTS_LAYER = "MoEExperts"
+FP8_EXPERTS_LAYER = "FP8Experts"
 ROUTER_LAYER = "DeepseekV3TopkRouter"
 
 # Of a module while PEFT's wrappers around it run: (name of a weight, factors) of each active adapter.
@@ -44,6 +45,9 @@ def experts_forward(
     Returns:
         (T, H) in hidden_states.dtype.
     """
+    if _has_fp8_weights(module):
+        adapters = getattr(module, _ADAPTERS, ())
+        return integration_fp8.forward(module, hidden_states, top_k_index, top_k_weights, adapters)
     if variants.can_serve(module) and all(_is_dense(getattr(module, name)) for name in variants.weight_names(module)):
         # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
         adapters = getattr(module, _ADAPTERS, ())
@@ -66,6 +70,13 @@ def router_forward(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torc
         bool(module.norm_topk_prob),  # None means no, too
         module.routed_scaling_factor,
     )
+
+
+def _has_fp8_weights(module: nn.Module) -> bool:
+    """Not if they are dense: then Transformers could not cut them into blocks."""
+    if not integration_fp8.is_fp8_experts(module):
+        return False
+    return not any(_is_dense(weight) for name, weight in module.named_parameters() if name.endswith("_proj"))
 
 
 def _is_dense(weight: torch.Tensor) -> bool:
@@ -115,6 +126,19 @@ def _may_replace_forward(marked: type, module: nn.Module) -> bool:
     return _is_unwrapped(module, marked.forward, MoEExperts.forward)
 
 
+def _may_replace_fp8(module: nn.Module) -> bool:
+    """As `_may_replace_forward`; FP8Experts is decorated anew for each module, in place."""
+    from .layers import FP8Experts
+
+    stock_forward = type(module).forward
+    if stock_forward is not _fp8_experts_class().forward or not _has_fp8_weights(module):
+        return False
+    if integration_fp8.obstacle(module) is not None:
+        return False
+    module.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
+    return _is_unwrapped(module, stock_forward, FP8Experts.forward)
+
+
 def _may_replace_router(module: nn.Module) -> bool:
     """As `_may_replace_forward`; a router below a wrapper stays the stock one."""
     from .layers import DeepseekV3TopkRouter
@@ -135,14 +159,19 @@ def _runs_on_kernel(module: nn.Module) -> bool:
     """Whether `module(...)` is bound to end in `experts_forward`, and there in our own computation."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    from .layers import MoEExperts
+    from .layers import FP8Experts, MoEExperts
 
-    if not variants.can_serve(module) or not all(_is_dense(getattr(module, n)) for n in variants.weight_names(module)):
+    if _has_fp8_weights(module):
+        if integration_fp8.obstacle(module) is not None:
+            return False
+    elif not variants.can_serve(module) or not all(
+        _is_dense(getattr(module, name)) for name in variants.weight_names(module)
+    ):
         return False
     forward = getattr(module, "_old_forward", module.forward)  # accelerate's hook keeps what it wraps there
     if not isinstance(forward, MethodType):
         return False
-    if forward.__func__ is MoEExperts.forward:
+    if forward.__func__ in (MoEExperts.forward, FP8Experts.forward):
         return True
     dispatches = any("_apply_gate" in vars(cls) and cls.forward is forward.__func__ for cls in type(module).__mro__)
     name = module.config._experts_implementation
@@ -214,7 +243,8 @@ def _check_peft() -> None:
 def _lora_factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.LoraFactors] | None:
     """The factors of the adapters that PEFT would add to the wrapped weight; None if they are not as expected.
 
-    In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast.
+    In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast. Over an
+    fp8 weight in their own.
     """
     if wrapper.parameter_name not in variants.weight_names(wrapper.get_base_layer()):
         return None
@@ -224,7 +254,11 @@ def _lora_factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.L
         for adapter in active_adapters:
             if adapter not in wrapper.lora_A:
                 continue
-            B, A, scaling = wrapper.get_delta_factors(adapter)
+            if wrapper.get_param().dtype == quant.FP8:
+                uncast = integration_fp8.UncastFactors(wrapper, adapter)
+                B, A, scaling = type(wrapper).get_delta_factors(uncast, adapter)
+            else:
+                B, A, scaling = wrapper.get_delta_factors(adapter)
             rank = A.shape[1]
             if (A.shape, B.shape) != ((experts, rank, columns), (experts, rows, rank)) or wrapper.lora_variant:
                 raise TypeError("an adapter is not the product of two plain factors")
@@ -282,6 +316,12 @@ def _experts_classes(modeling: str) -> list[type]:
     return decorated()
 
 
+def _fp8_experts_class() -> type:
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    return FP8Experts
+
+
 @functools.cache
 def _router_class() -> type:
     """Transformers' DeepseekV3TopkRouter; its name may point at our stand-in."""
@@ -324,25 +364,27 @@ def _register_interface() -> None:
 def register() -> None:
     """Make this kernel available to Transformers.
 
-    Afterwards `use_kernels=True` (or `kernelize`) puts it into every experts module that it can serve and into
-    DeepSeek-V3's routers, in models loaded before or after, and `experts_implementation="moe_grouped_gemm"` selects the
-    experts by name. May be called again.
+    Afterwards `use_kernels=True` (or `kernelize`) puts it into every experts module that it can serve, FP8 ones among
+    them, and into DeepSeek-V3's routers, in models loaded before or after, and `experts_implementation=
+    "moe_grouped_gemm"` selects the experts by name. May be called again.
 
     Raises:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
     """
     _check_versions()
-    from kernels import Mode, register_kernel_mapping
+    from kernels import Mode, register_kernel_mapping, replace_kernel_forward_from_hub
 
-    from .layers import DeepseekV3TopkRouter, MoEExperts
+    from .layers import DeepseekV3TopkRouter, FP8Experts, MoEExperts
 
     _register_interface()
     _meet_peft()
-    for name, cls in ((EXPERTS_LAYER, MoEExperts), (ROUTER_LAYER, DeepseekV3TopkRouter)):
+    layers = ((EXPERTS_LAYER, MoEExperts), (FP8_EXPERTS_LAYER, FP8Experts), (ROUTER_LAYER, DeepseekV3TopkRouter))
+    for name, cls in layers:
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
         register_kernel_mapping({name: {"cuda": modes, "cpu": modes}})
     stock_router_class()
+    replace_kernel_forward_from_hub(_fp8_experts_class(), FP8_EXPERTS_LAYER, _may_replace_fp8)
     for cls in nn.Module.__subclasses__():
         _mark(cls)
     _mark_on_import()

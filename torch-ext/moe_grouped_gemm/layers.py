@@ -28,6 +28,19 @@ class MoEExperts(nn.Module):
         return integration.experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
+class FP8Experts(nn.Module):
+    """Replaces the forward of Transformers' FP8Experts, as `MoEExperts` does that of other experts."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, H) hidden states, (T, top_k) expert ids, (T, top_k) weights -> (T, H)."""
+        return integration.experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
 class DeepseekV3TopkRouter(nn.Module):
     """Replaces the forward of Transformers' DeepseekV3TopkRouter, as `MoEExperts` does that of the experts."""
 

@@ -7,8 +7,8 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from . import functional, reference
-from .checks import check_experts
+from . import fp8, functional, reference
+from .checks import check_experts, check_fp8_experts
 from .reference import Gate
 from .torch_ops import rejects_transforms
 
@@ -42,10 +42,13 @@ def moe_experts_lora(
     down_proj_bias: torch.Tensor | None = None,
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     gated: bool = True,
+    gate_up_proj_scale: torch.Tensor | None = None,
+    down_proj_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
 
-    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Nothing of a weight's size is made,
+    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over weights in fp8 activations are
+    not quantised, and the weights get no gradient. Nothing of a weight's size is made,
     but for the gradient of a weight that requires one, and the cast of one that has another dtype than autocast's.
 
     gate: one of ours, or any function (S, 2I) -> (S, I); with gated=False (S, I) -> (S, I), and gate_up_proj is
@@ -55,29 +58,37 @@ def moe_experts_lora(
     act(gate) (3I), the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
     """
     biases = gate_up_proj_bias, down_proj_bias
-    hidden_states, gate_up_proj, down_proj, *biases = functional._autocast(
-        hidden_states, gate_up_proj, down_proj, *biases
-    )
     name, limit = (gate.activation, gate.limit) if isinstance(gate, Gate) else ("silu", None)
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    check_experts(*inputs, name, *biases, limit, gated)
+    scales = (gate_up_proj_scale, down_proj_scale)
+    if scales == (None, None):
+        hidden_states, gate_up_proj, down_proj, *biases = functional._autocast(
+            hidden_states, gate_up_proj, down_proj, *biases
+        )
+        check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, name, *biases, limit, gated)
+    else:
+        (hidden_states,) = functional._autocast(hidden_states)
+        inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+        check_fp8_experts(*inputs, *scales, name, (128, 128))
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)
     x = _Gather.apply(hidden_states, sorted_slots, slot_positions)
-    z = _grouped_gemm_lora(x, gate_up_proj, gate_up_lora, offsets, biases[0])
+    z = _grouped_gemm_lora(x, gate_up_proj, gate_up_proj_scale, gate_up_lora, offsets, biases[0])
     a = reference.apply_gate(z, gate) if isinstance(gate, Gate) else gate(z)
-    y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_lora, offsets, biases[1])
+    y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_proj_scale, down_lora, offsets, biases[1])
     if norm is not None:
         y = norm(y).to(x.dtype)
     return _Combine.apply(y, top_k_weights, sorted_slots, slot_positions)
 
 
-def _grouped_gemm_lora(x, weight, adapters, expert_offsets, bias):
+def _grouped_gemm_lora(x, weight, scale, adapters, expert_offsets, bias):
     """y[r] = (W[e] + sum of scaling * B[e] @ A[e] over the adapters) @ x[r] + bias[e] for the rows r of expert e.
 
     All adapters are one, of the sum of their ranks: its A has theirs as rows, its B theirs, scaled, as columns.
     """
-    y = functional.grouped_gemm(x, weight, expert_offsets, bias)
+    if scale is None:
+        y = functional.grouped_gemm(x, weight, expert_offsets, bias)
+    else:
+        y = fp8.grouped_gemm(x, weight, scale, expert_offsets)
     if not adapters:
         return y
     A = torch.cat([adapter.A.to(x.dtype) for adapter in adapters], dim=1)

@@ -91,6 +91,37 @@ FP32 = [
     (float("inf"), _pair(64, 32, 16, 4, 2, 64, 16, 8, 2, tma=False)),
 ]
 
+# fp8 weights, by rows per expert as above. The gate_up GEMM's BLOCK_N is 128 where its result leaves in fp8; both GEMMs
+# read two tiles of BLOCK_N weight rows.
+DECODE_FP8 = ExpertsConfig(DecodeConfig(4, 512, 2), DecodeConfig(4, 1024, 4))
+FP8_HOPPER = [
+    (10, _pair(16, 128, 128, 4, 3, 128, 128, 4, 3)),
+    (50, _pair(64, 128, 128, 8, 4, 128, 128, 8, 4)),
+    (float("inf"), _pair(128, 128, 128, 8, 4, 128, 128, 8, 4, min_m=64)),
+]
+FP8_PORTABLE = [
+    (12, _pair(16, 128, 64, 4, 3, 128, 64, 4, 3, tma=False)),
+    (float("inf"), _pair(64, 128, 64, 8, 3, 128, 64, 8, 3, tma=False)),
+]
+# The same weights, dequantised for activations in another dtype.
+FP8_WEIGHTS_HOPPER = [
+    (10, _pair(16, 64, 128, 4, 3, 64, 128, 4, 3)),
+    (50, _pair(64, 128, 64, 8, 4, 128, 64, 8, 4)),
+    (float("inf"), _pair(128, 64, 64, 8, 4, 64, 64, 8, 4, min_m=64)),
+]
+FP8_WEIGHTS_PORTABLE = [
+    (12, _pair(16, 64, 64, 4, 3, 64, 64, 4, 3, tma=False)),
+    (float("inf"), _pair(64, 64, 32, 4, 3, 64, 32, 4, 3, tma=False)),
+]
+FP8_WEIGHTS_FP32 = [
+    (12, _pair(16, 32, 32, 4, 2, 32, 32, 4, 2, tma=False)),
+    (float("inf"), _pair(64, 32, 32, 8, 2, 32, 32, 8, 2, tma=False)),
+]
+# Their dgrad; a tile of columns has one scale, so BLOCK_N divides 128.
+FP8_DGRAD_HOPPER = GemmConfig(128, 128, 128, 64, 8, 8, 3, True)
+FP8_DGRAD_PORTABLE = GemmConfig(64, 64, 64, 32, 8, 4, 3, False)
+FP8_DGRAD_FP32 = GemmConfig(64, 64, 64, 16, 8, 8, 2, False)
+
 # wgrad, by rows per expert as above; BLOCK_K is of rows. USE_TMA goes with WARP_SPECIALIZED, whose tile is fixed.
 WGRAD_HOPPER = [
     (32, GemmConfig(64, 64, 256, 64, 1, 4, 4, False)),
@@ -169,6 +200,27 @@ def _table(shape, dtype, capability, device_name):
     # Nearest in log(rows): neighbours meet at the geometric mean of theirs.
     limits = [math.sqrt(a * b) / shape[0] for (a, _), (b, _) in zip(entries, entries[1:])]
     return [(limit, config) for limit, (_, config) in zip([*limits, math.inf], entries)]
+
+
+def fp8_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, ExpertsConfig]]:
+    """(most rows per expert, configuration) for fp8 weights and activations of this dtype."""
+    if dtype == torch.float32:
+        return FP8_WEIGHTS_FP32
+    if dtype == torch.float8_e4m3fn:
+        return FP8_HOPPER if capability[0] == 9 else FP8_PORTABLE
+    return FP8_WEIGHTS_HOPPER if capability[0] == 9 else FP8_WEIGHTS_PORTABLE
+
+
+def fp8_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> ExpertsConfig:
+    """Configuration for `rows` routed rows of this dtype over `num_experts` experts in fp8."""
+    return _find(fp8_configs(dtype, capability), rows / num_experts)
+
+
+def fp8_dgrad_config(dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
+    """Configuration of the dgrad of experts in fp8, for gradients of this dtype."""
+    if dtype == torch.float32:
+        return FP8_DGRAD_FP32
+    return FP8_DGRAD_HOPPER if capability[0] == 9 else FP8_DGRAD_PORTABLE
 
 
 def wgrad_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, GemmConfig]]:

@@ -78,17 +78,20 @@ def fused_gate(module: nn.Module) -> Gate | None:
     kind = _KINDS.get(type(module)._apply_gate)
     if kind is None:
         return None
-    activation = kind.activation
-    if activation is None:
-        act = getattr(module, "act_fn", None)
-        if not inspect.isfunction(act):
-            act = type(act)
-        activation = _ACTIVATIONS.get(f"{act.__module__}.{act.__qualname__}")
+    act = activation(module) if kind.activation is None else kind.activation
     limit = None if kind.limit is None else getattr(module, kind.limit)
-    if activation is None or (kind.limit is not None and not (limit and limit > 0)):
+    if act is None or (kind.limit is not None and not (limit and limit > 0)):
         return None
     alpha = Gate().alpha if kind.alpha is None else getattr(module, kind.alpha)
-    return Gate(activation, limit if limit is None else float(limit), float(alpha), kind.interleaved)
+    return Gate(act, limit if limit is None else float(limit), float(alpha), kind.interleaved)
+
+
+def activation(module: nn.Module) -> str | None:
+    """Our name of `act_fn`, if there is one."""
+    act = getattr(module, "act_fn", None)
+    if not inspect.isfunction(act):
+        act = type(act)
+    return _ACTIVATIONS.get(f"{act.__module__}.{act.__qualname__}")
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:

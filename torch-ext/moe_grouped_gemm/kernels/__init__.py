@@ -3,6 +3,9 @@
 from .backward import gather, glu_backward, row_sums, wgrad
 from .combine import combine, zero_skipped
 from .decode import down_decode, gate_up_decode
+from .decode_fp8 import down_decode_fp8, gate_up_decode_fp8
+from .dgrad_fp8 import dgrad_fp8
+from .fp8 import gate_up_fp8, grouped_gemm_fp8, quantize_rows, scale_shift
 from .grouped_gemm import gate_up, grouped_gemm
 from .grouped_gemm_hopper import can_specialize
 from .router import router_logits, router_topk
@@ -11,17 +14,24 @@ from .routing import pad, route, tile_schedule
 __all__ = [
     "can_specialize",
     "combine",
+    "dgrad_fp8",
     "down_decode",
+    "down_decode_fp8",
     "gate_up",
     "gate_up_decode",
+    "gate_up_decode_fp8",
+    "gate_up_fp8",
     "gather",
     "glu_backward",
     "grouped_gemm",
+    "grouped_gemm_fp8",
     "pad",
+    "quantize_rows",
     "route",
     "router_logits",
     "router_topk",
     "row_sums",
+    "scale_shift",
     "tile_schedule",
     "wgrad",
     "zero_skipped",

@@ -1,0 +1,319 @@
+"""`quantize_fp8`, and `moe_experts` over fp8 weights, against fp64."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from conftest import COMPILE_BACKENDS
+from oracle import DTYPES, dequantized, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# --- quantize_fp8 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(128, 128), (1, 1), (97, 300), (2, 3, 129, 127), (2, 0, 5), (0, 4, 4)])
+def test_quantize(kernel, device, shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    codes, scale = kernel.quantize_fp8(weight)
+    assert codes.dtype == torch.float8_e4m3fn and codes.shape == shape
+    assert scale.dtype == torch.float32
+    assert scale.shape == (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+    stacks = (t.flatten(0, -3) if t.ndim > 2 else t[None] for t in (codes, scale, weight))
+    for c, s, w in zip(*stacks) if codes.numel() else ():
+        back = dequantized(c[None], s[None])[0]
+        # Half a step of three mantissa bits, or of the subnormal codes.
+        assert ((back - w.double()).abs() <= w.double().abs() / 16 + s.max() * 2**-10).all()
+    if codes.numel():
+        assert codes.float().abs().max() == 448
+
+
+def test_quantize_anything(kernel, device):
+    weight = torch.zeros(7, 128, 256, device=device)
+    weight[1, 3, 4], weight[2], weight[3, 0, 0] = 1e-45, 1e-42, 3.4e38
+    weight[4, 5, 6], weight[5] = float("nan"), torch.linspace(-1e30, 1e30, 256)
+    weight[6, :, :128], weight[6, 7, 9] = 1e-6, 1000
+    codes, scale = kernel.quantize_fp8(weight)
+    back = dequantized(codes, scale)
+    assert scale.isfinite().sum() == scale.numel() - 1  # that of the block with a NaN
+    back[4, :, :128], weight[4, :, :128] = 0, 0
+    assert back.isfinite().all()
+    assert not back[0].any()
+    assert (back - weight.double()).abs().max() <= 3.4e38 / 16
+    assert (back[1:3] - weight[1:3].double()).abs().max() < 1e-38
+    assert ((back[5] - weight[5].double()).abs() <= weight[5].double().abs() / 16 + 5e27).all()
+    assert back[6, 7, 9] == pytest.approx(1000, rel=2**-4)
+
+
+def test_quantize_takes_strides(kernel):
+    weight = torch.randn(3, 200, 130)
+    for a, b in zip(kernel.quantize_fp8(weight.mT), kernel.quantize_fp8(weight.mT.contiguous())):
+        assert torch.equal(a.float(), b.float())
+
+
+def test_quantize_bad_input(kernel):
+    with pytest.raises(TypeError, match="weight: expected a float dtype, got torch.int64"):
+        kernel.quantize_fp8(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"weight: expected \(\.\.\., N, K\), got \(3,\)"):
+        kernel.quantize_fp8(torch.ones(3))
+
+
+# --- moe_experts ------------------------------------------------------------------------------------------------------
+
+CASES = [  # T, E, top_k, H, I, ids, form of the scales
+    pytest.param(0, 4, 2, 128, 128, "distinct", {}, id="no-tokens"),
+    pytest.param(1, 64, 8, 256, 128, "distinct", {}, id="decode"),
+    pytest.param(1, 4, 1, 97, 47, "distinct", {"e8m0": True}, id="decode-tails-e8m0"),
+    pytest.param(3, 100, 5, 272, 208, "sentinels", {}, id="decode-blocks-across-gate-and-up"),
+    pytest.param(3, 100, 5, 272, 176, "sentinels", {"split": True}, id="decode-split-scales"),
+    pytest.param(33, 4, 1, 256, 384, "distinct", {"e8m0": True}, id="top_k-1-e8m0"),
+    pytest.param(100, 7, 2, 97, 47, "any", {}, id="tails-everywhere"),
+    pytest.param(60, 9, 3, 272, 208, "zipf", {"e8m0": True}, id="blocks-across-gate-and-up-e8m0"),
+    pytest.param(60, 9, 3, 272, 176, "zipf", {"split": True}, id="split-scales"),
+    pytest.param(300, 5, 3, 256, 128, "one", {}, id="all-on-one-expert"),
+    pytest.param(300, 7, 6, 128, 64, "sentinels", {"split": True, "e8m0": True}, id="sentinels-split-e8m0-scales"),
+    pytest.param(500, 4, 4, 128, 256, "distinct", {}, id="every-expert-sees-every-token"),
+]
+CASE = "tokens, experts, top_k, hidden_dim, inter, ids, form"
+
+
+def run(kernel, inputs, weights, scales, **options):
+    return kernel.moe_experts(*inputs, *weights, gate_up_proj_scale=scales[0], down_proj_scale=scales[1], **options)
+
+
+def oracle(kernel, inputs, weights, scales, quantized):
+    """The exact result, and the error that is allowed.
+
+    quantized: whether activations may be, on a GPU: half as much again as exact sums of fp8 products would be off.
+    """
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
+    rounding = 2 * torch.finfo(inputs[0].dtype).eps + 2e-6
+    if not quantized or inputs[0].device.type == "cpu":
+        return exact, rounding
+    return exact, max(1.5 * error(w8a8(inputs, exact_weights, round_to_fp8), exact), rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(CASE, CASES)
+def test_outputs(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
+    args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
+    inputs, weights, scales = fp8_layer(kernel, *args, **form)
+    for quantize_activations in (False, True):
+        exact, allowed = oracle(kernel, inputs, weights, scales, quantize_activations)
+        out = run(kernel, inputs, weights, scales, quantize_activations=quantize_activations)
+        assert out.dtype == dtype and out.shape == exact.shape
+        assert error(out, exact) <= allowed
+        assert torch.equal(out, run(kernel, inputs, weights, scales, quantize_activations=quantize_activations))
+
+
+@pytest.mark.parametrize("kind", ["outliers", "zeros", "tiny", "huge"])
+def test_activations_of_any_size(kernel, device, kind):
+    (x, *routed), weights, scales = fp8_layer(kernel, 80, 4, 2, 384, 256, torch.bfloat16, device, "sentinels")
+    if kind == "outliers":
+        x[:, torch.tensor([3, 130, 377], device=device)] *= 100
+    elif kind == "zeros":
+        x[::2], x[:, 128:256] = 0, 0
+    elif kind == "tiny":
+        x *= 1e-37
+        x[::3] *= 1e-3
+    else:
+        x *= 1e15
+    exact, allowed = oracle(kernel, (x, *routed), weights, scales, True)
+    out = run(kernel, (x, *routed), weights, scales)
+    assert out.isfinite().all()
+    if kind == "tiny":  # the result is less than any bf16
+        assert out.abs().max() < 1e-36
+    else:
+        assert error(out, exact) <= allowed
+
+
+def test_nan_stays_in_its_token(kernel, device):
+    for tokens in (2, 70):
+        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 64, 2, 128, 128, torch.bfloat16, device)
+        expected = run(kernel, (x, index, top_k_weights), weights, scales)
+        x[1] = float("nan")
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        assert out[1].isnan().all()
+        others = torch.arange(tokens, device=device) != 1
+        assert torch.equal(out[others], expected[others])
+
+
+def test_skipped_slots_contribute_nothing(kernel, device):
+    for tokens in (2, 70):
+        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 64, 2, 128, 128, torch.bfloat16, device)
+        index[0], top_k_weights[0], x[0] = torch.tensor([-1, 64]), float("nan"), float("nan")
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        assert not out[0].any() and out.isfinite().all()
+
+
+def test_strides(kernel, device):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
+    expected = run(kernel, (x, index, top_k_weights), weights, scales)
+
+    def strided(t):
+        return t.mT.contiguous().mT
+
+    for inputs in (
+        ((strided(x), strided(index), strided(top_k_weights)), weights, scales),
+        ((x, index, top_k_weights), weights, [strided(s) for s in scales]),
+        ((x, index, top_k_weights), [strided(w) for w in weights], scales),
+    ):
+        assert torch.equal(run(kernel, *inputs), expected)
+
+
+def test_autocast(kernel, device):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, run(kernel, (x.bfloat16(), index, top_k_weights), weights, scales))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(function, x, top_k_weights, dout):
+    x, top_k_weights = (t.detach().requires_grad_() for t in (x, top_k_weights))
+    out = function(x, top_k_weights)
+    return out, *torch.autograd.grad(out, (x, top_k_weights), dout.to(out.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(CASE, CASES)
+def test_gradients(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
+    args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
+    top_k_weights[(index < 0) | (index >= experts)] = float("nan")
+    dout = layer(*args, seed=3)[0]
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = gradients(
+        lambda x, w: kernel.reference.moe_experts(x, index, w.nan_to_num(), *exact_weights),
+        x.double(),
+        top_k_weights.double(),
+        dout,
+    )
+    for grad, e in zip(
+        gradients(lambda x, w: run(kernel, (x, index, w), weights, scales), x, top_k_weights, dout), exact
+    ):
+        assert error(grad, e) <= 4 * torch.finfo(dtype).eps + 4e-6
+
+
+def test_frozen_weights_are_named(kernel):
+    inputs, weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    weights[1].requires_grad_()
+    with pytest.raises(ValueError, match="down_proj: fp8 weights are frozen, expected requires_grad=False"):
+        run(kernel, inputs, weights, scales)
+
+
+def test_second_derivatives_are_refused(kernel):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(run(kernel, (x, index, top_k_weights), weights, scales).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_torch_compile(kernel, device, requires_grad):
+    compiled = torch.compile(
+        lambda *args: run(kernel, args[:3], args[3:5], args[5:]), fullgraph=True, backend=COMPILE_BACKENDS[device]
+    )
+    for tokens in (5, 70):
+        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 8, 2, 128, 64, device=device)
+        results = []
+        for function in (lambda *args: run(kernel, args[:3], args[3:5], args[5:]), compiled):
+            x = x.detach().requires_grad_(requires_grad)
+            out = function(x, index, top_k_weights, *weights, *scales)
+            results.append([out, *(torch.autograd.grad(out.sum(), x) if requires_grad else ())])
+        for a, b in zip(*results):
+            assert torch.equal(a, b)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named(kernel):
+    inputs, (gate_up_proj, down_proj), (up_scale, down_scale) = fp8_layer(kernel, 4, 4, 2, 256, 192)
+
+    def call(gate_up_proj=gate_up_proj, down_proj=down_proj, up_scale=up_scale, down_scale=down_scale, **options):
+        return run(kernel, inputs, (gate_up_proj, down_proj), (up_scale, down_scale), **options)
+
+    for kind, message, changes in [
+        (ValueError, r"block_size: expected \(128, 128\), got \(1, 32\)", {"block_size": (1, 32)}),
+        (ValueError, "down_proj_scale: expected a scale for each block.*got None", {"down_scale": None}),
+        (TypeError, "gate_up_proj: expected torch.float8_e4m3fn", {"gate_up_proj": gate_up_proj.to(torch.float8_e5m2)}),
+        (TypeError, "down_proj: expected torch.float8_e4m3fn", {"down_proj": down_proj.float()}),
+        (TypeError, "down_proj_scale: expected torch.float32 or", {"down_scale": down_scale.half()}),
+        (
+            ValueError,
+            r"gate_up_proj_scale: expected \(4, 3, 2\) or, with blocks of gate and up apart, \(4, 4, 2\), got",
+            {"up_scale": up_scale[:, :1]},
+        ),
+        (ValueError, r"down_proj_scale: expected \(4, 2, 2\) to fit down_proj", {"down_scale": up_scale}),
+        (ValueError, "gate_up_proj: expected on cpu like hidden_states", {"gate_up_proj": gate_up_proj.to("meta")}),
+    ]:
+        with pytest.raises(kind, match=message):
+            call(**changes)
+
+
+def test_fp8_weights_without_scales(kernel):
+    inputs, weights, _ = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    with pytest.raises(TypeError, match="gate_up_proj: expected torch.float32 like hidden_states, got torch.float8"):
+        kernel.moe_experts(*inputs, *weights)
+
+
+# --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize_activations", [True, False])
+def test_true_deepseek_v3_dimensions(kernel, quantize_activations):
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+    E, H, I = 256, 7168, 2048
+    weights = [torch.empty(E, *shape, dtype=torch.float8_e4m3fn, device="cuda") for shape in ((2 * I, H), (H, I))]
+    scales = [torch.empty(E, w.shape[1] // 128, w.shape[2] // 128, device="cuda") for w in weights]
+    for w, s in zip(weights, scales):
+        for expert in range(E):
+            dense = torch.empty(w.shape[1:], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+            w[expert], s[expert] = kernel.quantize_fp8(dense)
+    reference = import_module(f"{kernel.__name__}.reference_fp8")
+    for tokens in (1, 33, 600, 40000):
+        x = torch.randn(tokens, H, dtype=torch.bfloat16, device="cuda")
+        index = torch.rand(tokens, E, device="cuda").topk(8)[1]
+        index[-1] = torch.arange(E - 8, E)
+        top_k_weights = torch.rand(tokens, 8, device="cuda")
+        out = run(kernel, (x, index, top_k_weights), weights, scales, quantize_activations=quantize_activations)
+        some = torch.tensor([0, tokens // 2, tokens - 1], device="cuda")
+        expected = reference.moe_experts(x[some], index[some], top_k_weights[some], *weights, *scales)
+        difference = (out[some].float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1)
+        assert difference.max() < (6e-2 if quantize_activations else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_no_host_sync_and_graphs(kernel, tokens):
+    inputs, weights, scales = fp8_layer(kernel, tokens, 16, 4, 256, 128, torch.bfloat16, "cuda", "sentinels")
+    run(kernel, inputs, weights, scales)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(kernel, inputs, weights, scales)
+    for seed in (1, 2):
+        fresh, _, _ = fp8_layer(kernel, tokens, 16, 4, 256, 128, torch.bfloat16, "cuda", "any", seed=seed)
+        for old, new in zip(inputs, fresh):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, run(kernel, inputs, weights, scales))
+
+
+@pytest.mark.gpu
+def test_as_on_a_gpu_without_fp8(kernel, monkeypatch):
+    functional = import_module(f"{kernel.__name__}.functional")
+    monkeypatch.setattr(functional, "_capability", lambda device: (8, 0))
+    for tokens in (1, 40, 600):
+        inputs, weights, scales = fp8_layer(kernel, tokens, 16, 4, 272, 208, torch.bfloat16, "cuda", "any")
+        exact, allowed = oracle(kernel, inputs, weights, scales, False)
+        assert error(run(kernel, inputs, weights, scales), exact) < allowed

@@ -1,0 +1,311 @@
+"""`moe_experts` and `grouped_gemm` over frozen fp8 weights: the choice of path, and gradients of the activations.
+
+With gradients, and for GPUs that do not multiply fp8, activations keep their dtype and weights are dequantised in
+registers. Otherwise more than a few rows are quantised, once a token and once by the first GEMM's own epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import functional, reference_fp8, tuning
+from .checks import check_fp8_experts
+from .reference import Gate
+from .routing import route_torch
+from .torch_ops import register_op
+
+
+def moe_experts(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    gate_up_proj_scale,
+    down_proj_scale,
+    activation,
+    block_size,
+    quantize_activations,
+):
+    """See `functional.moe_experts`."""
+    (hidden_states,) = functional._autocast(hidden_states)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_scale, down_proj_scale)
+    check_fp8_experts(*inputs, activation, block_size)
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        return _training_op(*inputs, activation)[0]
+    if torch.compiler.is_compiling():
+        return _experts_op(*inputs, activation, quantize_activations)
+    return _experts_forward(*inputs, activation, quantize_activations)
+
+
+def _experts_forward(hidden_states, *args):
+    if hidden_states.device.type == "cpu":
+        return reference_fp8.moe_experts(hidden_states, *args[:-1])
+    return _experts_gpu(hidden_states, *args)
+
+
+def _experts_gpu(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    gate_up_proj_scale,
+    down_proj_scale,
+    activation,
+    quantize_activations,
+):
+    """Few slots: two launches. Else up to six: quantise, (count), route, gate_up GEMM, down GEMM, combine."""
+    rows, num_experts = top_k_index.numel(), gate_up_proj.shape[0]
+    if rows == 0 or hidden_states.numel() == 0:
+        return hidden_states.new_zeros(hidden_states.shape)
+    device = hidden_states.device.index
+    if device != torch.cuda.current_device():
+        weights = (gate_up_proj, down_proj, gate_up_proj_scale, down_proj_scale)
+        with torch.cuda.device(device):
+            return _experts_gpu(hidden_states, top_k_index, top_k_weights, *weights, activation, quantize_activations)
+    kernels = functional._kernels()
+    if hidden_states.stride(1) != 1:
+        hidden_states = hidden_states.contiguous()
+    top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
+    gate_up_proj, gate_up_proj_scale = _as_bits(gate_up_proj, gate_up_proj_scale)
+    down_proj, down_proj_scale = _as_bits(down_proj, down_proj_scale)
+    is_decode = tuning.is_decode(rows, top_k_index.shape[0], num_experts, 3 * down_proj.stride(0))
+    if is_decode and gate_up_proj.stride(2) == down_proj.stride(2) == 1:
+        up_config, down_config = tuning.DECODE_FP8
+        a = kernels.gate_up_decode_fp8(
+            hidden_states, gate_up_proj, gate_up_proj_scale, top_k_index, Gate(activation), up_config
+        )
+        return kernels.down_decode_fp8(a, down_proj, down_proj_scale, top_k_index, top_k_weights, down_config)
+    x, x_scale = hidden_states, None
+    if quantize_activations and _multiplies_fp8(device):
+        x, x_scale = kernels.quantize_rows(hidden_states)
+    up_config, down_config = _config(rows, num_experts, x)
+    _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
+    weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
+    y = hidden_states.new_empty(rows, hidden_states.shape[1])
+    _both_gemms(x, x_scale, *weights, sorted_slots, schedule, activation, (up_config, down_config), y)
+    return kernels.combine(y, slot_positions, top_k_weights)
+
+
+def _both_gemms(x, x_scale, gate_up, gate_up_scale, down, down_scale, slots, schedule, activation, configs, y, z=None):
+    """Fills y (S, H), and z (S, 2I) if it is given; rows of skipped slots stay unwritten."""
+    kernels, precision = functional._kernels(), functional._input_precision()
+    up_config, down_config = configs
+    up_config = functional._as_readable(up_config, gate_up)
+    a, a_scale = kernels.gate_up_fp8(
+        x,
+        x_scale,
+        gate_up,
+        gate_up_scale,
+        slots,
+        schedule,
+        slots.numel() // x.shape[0],
+        Gate(activation),
+        precision,
+        up_config,
+        z,
+    )
+    down_config = functional._as_readable(down_config, a, down)
+    kernels.grouped_gemm_fp8(a, a_scale, down, down_scale, schedule, precision, down_config, y)
+
+
+_SCHEMA = (
+    "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
+    " Tensor gate_up_proj_scale, Tensor down_proj_scale, str activation"
+)
+
+_experts_op = register_op(
+    "moe_experts_fp8",
+    f"({_SCHEMA}, bool quantize_activations) -> Tensor",
+    _experts_forward,
+    fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+)
+
+
+# --- gradients of hidden_states and top_k_weights ---------------------------------------------------------------------
+
+
+def _training_gpu(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    gate_up_proj_scale,
+    down_proj_scale,
+    activation,
+):
+    """The layer, z (S, 2I) before the activation, and the routing."""
+    experts, rows, _ = gate_up_proj.shape
+    z = hidden_states.new_empty(top_k_index.numel(), rows)
+    if z.numel() == 0 or hidden_states.numel() == 0:
+        return hidden_states.new_zeros(hidden_states.shape), z, *route_torch(top_k_index, experts)
+    kernels = functional._kernels()
+    with torch.cuda.device_of(hidden_states):
+        if hidden_states.stride(1) != 1:
+            hidden_states = hidden_states.contiguous()
+        configs = _config(z.shape[0], experts, hidden_states)
+        *routing, schedule = kernels.route(top_k_index.contiguous(), experts, configs[0].BLOCK_M)
+        weights = (*_as_bits(gate_up_proj, gate_up_proj_scale), *_as_bits(down_proj, down_proj_scale))
+        y = hidden_states.new_empty(z.shape[0], hidden_states.shape[1])
+        _both_gemms(hidden_states, None, *weights, routing[1], schedule, activation, configs, y, z)
+        return kernels.combine(y, routing[2], top_k_weights.contiguous()), z, *routing
+
+
+def _training_forward(hidden_states, *args):
+    forward = reference_fp8.moe_experts_training if hidden_states.device.type == "cpu" else _training_gpu
+    return forward(hidden_states, *args)
+
+
+def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
+    return out, z, *functional._route_fake(top_k_index, gate_up_proj.shape[0])
+
+
+_training_op = register_op(
+    "moe_experts_fp8_training",
+    f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _training_forward,
+    fake=_training_fake,
+)
+
+
+def _backward_gpu(
+    dout, top_k_weights, gate_up_proj, down_proj, gate_up_scale, down_scale, z, offsets, slots, positions, activation
+):
+    """As functional._backward_gpu, without gradients of weights."""
+    if z.numel() == 0 or dout.numel() == 0:
+        return torch.zeros_like(dout), torch.zeros_like(top_k_weights)
+    kernels, precision = functional._kernels(), functional._input_precision()
+    with torch.cuda.device_of(dout):
+        dout, gate_up_proj, down_proj = (
+            t if t.stride(-1) == 1 else t.contiguous() for t in (dout, gate_up_proj, down_proj)
+        )
+        gate_up_proj, gate_up_scale = _as_bits(gate_up_proj, gate_up_scale)
+        down_proj, down_scale = _as_bits(down_proj, down_scale)
+        top_k_weights = top_k_weights.contiguous()
+        config = tuning.fp8_dgrad_config(z.dtype, functional._capability(dout.device.index))
+        padded_offsets, padded_slots, padded_positions = kernels.pad(offsets, slots)
+        schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), config.BLOCK_M)
+        rows = kernels.gather(dout, padded_slots, padded_offsets, top_k_weights.shape[1])
+        down_config = functional._as_readable(config, down_proj)
+        b = kernels.dgrad_fp8(rows, down_proj, down_scale, schedule, precision, down_config)
+        del rows
+        order = (padded_slots, positions, padded_offsets)
+        dz, _, dweights = kernels.glu_backward(b, z, top_k_weights, *order, Gate(activation), needs_a=False)
+        del b
+        up_config = functional._as_readable(config, gate_up_proj)
+        shift = kernels.scale_shift(z.shape[1] // 2, gate_up_scale.shape[1])
+        rows = kernels.dgrad_fp8(dz, gate_up_proj, gate_up_scale, schedule, precision, up_config, shift)
+        dx = kernels.combine(rows, padded_positions, torch.ones_like(top_k_weights, dtype=torch.float32))
+        return dx, dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
+
+
+def _backward_impl(dout, *args):
+    backward = reference_fp8.moe_experts_backward if dout.device.type == "cpu" else _backward_gpu
+    return backward(dout, *args)
+
+
+_backward_op = register_op(
+    "moe_experts_fp8_backward",
+    "(Tensor dout, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, Tensor gate_up_proj_scale,"
+    " Tensor down_proj_scale, Tensor z, Tensor expert_offsets, Tensor sorted_slots, Tensor slot_positions,"
+    " str activation) -> (Tensor, Tensor)",
+    _backward_impl,
+    fake=lambda dout, top_k_weights, *_: tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dout, top_k_weights)
+    ),
+)
+
+
+def _training_setup_context(ctx, inputs, output):
+    _, _, *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _training_backward(ctx, dout, *_):
+    dx, dweights = _backward_op(dout, *ctx.saved_tensors, ctx.activation)
+    return dx, None, dweights, None, None, None, None, None
+
+
+_training_op.register_autograd(_training_backward, setup_context=_training_setup_context)
+
+
+# --- grouped_gemm, for adapters ---------------------------------------------------------------------------------------
+
+
+def grouped_gemm(x, weight, scale, expert_offsets):
+    """`functional.grouped_gemm` with an fp8 weight (E, N, K) and its scale; differentiable in x."""
+    return _grouped_gemm_op(x, weight, scale, expert_offsets, False)
+
+
+def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
+    """transposed: y[r] = W[e]^T @ x[r]."""
+    if x.device.type == "cpu":
+        return reference_fp8.grouped_gemm(x, weight, scale, expert_offsets, transposed)
+    y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
+    if y.numel() == 0 or x.shape[1] == 0:
+        return y
+    kernels, precision = functional._kernels(), functional._input_precision()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weight, scale = _as_bits(weight, scale)
+    # Of a weight that is [gate; up]; others have one way to count blocks.
+    shift = kernels.scale_shift(weight.shape[1] // 2, scale.shape[1]) if weight.shape[1] % 2 == 0 else 0
+    with torch.cuda.device_of(x):
+        if transposed:
+            weight = weight if weight.stride(2) == 1 else weight.contiguous()
+            config = tuning.fp8_dgrad_config(x.dtype, functional._capability(x.device.index))
+            schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
+            config = functional._as_readable(config, weight)
+            rows = kernels.dgrad_fp8(x.contiguous(), weight, scale, schedule, precision, config, shift)
+            routed = torch.arange(x.shape[0], device=x.device)[:, None] < expert_offsets[-1]
+            return torch.where(routed, rows, 0)
+        config = _config(x.shape[0], weight.shape[0], x).down
+        schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
+        config = functional._as_readable(config, x, weight)
+        return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift)
+
+
+_grouped_gemm_op = register_op(
+    "grouped_gemm_fp8",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor expert_offsets, bool transposed) -> Tensor",
+    _grouped_gemm_forward,
+    fake=lambda x, weight, scale, expert_offsets, transposed: x.new_empty(
+        x.shape[0], weight.shape[2 if transposed else 1]
+    ),
+)
+
+
+def _grouped_gemm_setup_context(ctx, inputs, output):
+    _, *tensors, ctx.transposed = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _grouped_gemm_backward(ctx, dy):
+    return _grouped_gemm_op(dy, *ctx.saved_tensors, not ctx.transposed), None, None, None, None
+
+
+_grouped_gemm_op.register_autograd(_grouped_gemm_backward, setup_context=_grouped_gemm_setup_context)
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+def _multiplies_fp8(device: int) -> bool:
+    """Whether the GPU knows float8_e4m3fn, and its tensor cores multiply it: NVIDIA's from Ada and Hopper on."""
+    return torch.version.hip is None and functional._capability(device) >= (8, 9)
+
+
+def _as_bits(weight, scale):
+    """What the kernels read: bytes in place of a type that Triton, or this GPU, does not know; contiguous scales."""
+    if not _multiplies_fp8(weight.device.index):
+        weight = weight.view(torch.uint8)
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    return weight, scale.contiguous()
+
+
+def _config(rows, num_experts, x) -> tuning.ExpertsConfig:
+    return tuning.fp8_config(rows, num_experts, x.dtype, functional._capability(x.device.index))

@@ -1,0 +1,468 @@
+"""Grouped GEMMs over weights in float8_e4m3fn, with one scale for each block of 128 x 128:
+
+    gate_up_fp8:       a[r] = act(gate[e] @ x[t]) * (up[e] @ x[t])  x (T, H), t = sorted_slots[r] // top_k -> a (S, I)
+    grouped_gemm_fp8:  y[r] = w[e] @ x[r]                           x (S, K) -> y (S, N)
+    quantize_rows:     x (T, K) -> codes (T, K) and a scale for each 128 columns of each row, x = codes * scale
+
+An activation in fp8 comes with such scales. Then codes are multiplied with codes, and `gate_up_fp8` answers in the same
+form: its tiles of 128 columns find their own scales. An activation in another dtype meets weight codes converted to
+that dtype, exactly, in registers. Either way products are summed over 128 of K, scaled, and added in fp32:
+
+    y[r, n] = sum over the blocks k of x_scale[r, k] * w_scale[e, n // 128, k] * (sum in k of x_codes * w_codes)
+
+Hopper adds fp8 products with about 14 bits: too coarse for more than one block.
+
+A program owns BLOCK_M rows and two tiles of BLOCK_N weight rows: those of gate and up, or two neighbours. Tile heights,
+the order of the operands and the grid are as in grouped_gemm.py, but converted codes can only be the first operand.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .grouped_gemm import _glu, _is_height, _locate_tile, _store_glu, _store_rows
+from .launch import cdiv, launch
+
+BLOCK = 128  # rows and columns of weights, and columns of activations, that share a scale
+_BLOCK = tl.constexpr(BLOCK)
+
+
+@triton.jit
+def _from_codes(codes, dtype: tl.constexpr):
+    """E4M3 codes in another dtype, exactly. As uint8 they are decoded by hand, for GPUs that do not know the type."""
+    if codes.dtype == tl.uint8:
+        codes = codes.to(tl.int32)
+        # Exponent and mantissa in their places in fp32, whose exponents are biased by 120 more; subnormals alike.
+        x = (((codes & 0x80) << 24) | ((codes & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
+        return tl.where((codes & 0x7F) == 0x7F, float("nan"), x).to(dtype)
+    else:
+        return codes.to(dtype)
+
+
+@triton.jit
+def _load_scale(ptrs):
+    """fp32 scales, or the exponents of float8_e8m0fnu as uint8: 2 ** (exponent - 127), 255 for NaN."""
+    scale = tl.load(ptrs)
+    if scale.dtype == tl.uint8:
+        bits = scale.to(tl.int32) << 23
+        bits = tl.where(scale == 0, 1 << 22, tl.where(scale == 255, 0x7FC00000, bits))
+        scale = bits.to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _quantize(x, axis: tl.constexpr):
+    """fp8 codes of x, fp32, and the scale of each row along `axis`: its greatest magnitude becomes 448.
+
+    The least scale is the least normal number: zeros stay zeros, and nothing is divided by zero. A NaN stays one.
+    """
+    scale = tl.maximum(tl.max(tl.abs(x), axis=axis) / 448.0, 1.1754943508222875e-38)
+    return (x / tl.expand_dims(scale, axis)).to(tl.float8e4nv), scale
+
+
+# --- quantisation of activations --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,  # (T, K)
+    codes_ptr,  # (T, K) fp8
+    scale_ptr,  # (T, ceil(K / 128)) fp32
+    K,
+    stride_xt,
+    BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    offs_k = offs_b[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    x = tl.load(x_ptr + row * stride_xt + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    codes, scale = _quantize(x, 1)
+    tl.store(codes_ptr + row * K + offs_k, codes, mask=offs_k < K)
+    blocks = tl.cdiv(K, _BLOCK)
+    tl.store(scale_ptr + row * blocks + offs_b, scale, mask=offs_b < blocks)
+
+
+# --- GEMMs ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scale_row(row, half, shift, rows):
+    """Where the scales of a weight row lie. Those from `half` on may have blocks of their own: see `scale_shift`."""
+    return tl.minimum((row + tl.where(row >= half, shift, 0)) // _BLOCK, rows - 1)
+
+
+@triton.jit
+def _load_weight(
+    w_ptr,
+    expert,
+    row,
+    k,
+    N,
+    K,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    if USE_TMA:
+        return w_ptr.load([expert, row, k]).reshape(BLOCK_N, BLOCK_K)
+    else:
+        offs_n = row + tl.arange(0, BLOCK_N)
+        offs_k = k + tl.arange(0, BLOCK_K)
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_n[:, None].to(tl.int64) * stride_wn
+        return tl.load(
+            w_ptrs + offs_k[None, :] * stride_wk, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0
+        )
+
+
+@triton.jit
+def _multiply(
+    acc,
+    x,  # [BM, BK]
+    w,  # [BN, BK]
+    x_scale,  # [BM], or None
+    w_scale,  # one, or with ONE_SCALE false [BN]
+    ROWS_FIRST: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """acc + x_scale * w_scale * (x @ w.T), [BM, BN]; all transposed if weights come first."""
+    if w.dtype != x.dtype:
+        w = _from_codes(w, x.dtype)
+    if ROWS_FIRST:
+        product = tl.dot(x, w.T, input_precision=INPUT_PRECISION)
+        if ONE_SCALE:
+            return acc + product * (x_scale * w_scale)[:, None]
+        else:
+            return acc + product * (x_scale[:, None] * w_scale[None, :])
+    else:
+        product = tl.dot(w, x.T, input_precision=INPUT_PRECISION)
+        if x_scale is not None:
+            if ONE_SCALE:
+                return acc + product * (x_scale * w_scale)[None, :]
+            else:
+                return acc + product * (x_scale[None, :] * w_scale[:, None])
+        elif ONE_SCALE:
+            return acc + product * w_scale
+        else:
+            return acc + product * w_scale[:, None]
+
+
+@triton.jit
+def _now(x):
+    """x, computed here. Else LLVM scales the first product after the second, and both take registers at once."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
+def _two_tiles(
+    x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns; with TMA_X unused
+    x_desc,  # with TMA_X a descriptor of x
+    row,
+    mask_m,
+    x_scale_ptr,  # (T or S, ceil(K / 128)); None if x is not fp8
+    x_rows,  # [BLOCK_M], which of its rows
+    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
+    w_scale_ptr,  # (E, scale_rows, ceil(K / 128))
+    expert,
+    first,
+    second,
+    half,
+    scale_shift,
+    scale_rows,
+    N,
+    K,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    TMA_X: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Rows of x times the BLOCK_N weight rows from `first` and from `second` on: two [BM, BN] in fp32."""
+    offs_k = tl.arange(0, BLOCK_K)
+    k_blocks = tl.cdiv(K, _BLOCK)
+    offs_n = tl.arange(0, BLOCK_N)
+    # The scales of the weights, and those of activations, are 1 / 128 of them at most: 32 bits will do inside.
+    w_scale_ptr += expert.to(tl.int64) * scale_rows * k_blocks
+    offs_scale = _scale_row(first if ONE_SCALE else first + offs_n, half, scale_shift, scale_rows) * k_blocks
+    second_offs_scale = _scale_row(second if ONE_SCALE else second + offs_n, half, scale_shift, scale_rows) * k_blocks
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
+    second_acc = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_scale = None
+        if x_scale_ptr is not None:
+            x_scale = tl.load(x_scale_ptr + k // _BLOCK + x_rows * k_blocks, mask=mask_m, other=0.0)
+        scale = _load_scale(w_scale_ptr + k // _BLOCK + offs_scale)
+        second_scale = _load_scale(w_scale_ptr + k // _BLOCK + second_offs_scale)
+        if TMA_X:
+            # Rows past row_end are another expert's: they reach only parts of the sums that are never stored.
+            x = x_desc.load([row, k])
+        else:
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K - k)[None, :], other=0.0)
+            x_ptrs += BLOCK_K
+        w = _load_weight(w_ptr, expert, first, k, N, K, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA)
+        second_w = _load_weight(
+            w_ptr, expert, second, k, N, K, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA
+        )
+        acc = _multiply(acc, x, w, x_scale, scale, ROWS_FIRST, ONE_SCALE, INPUT_PRECISION)
+        if x_scale_ptr is not None:
+            acc = _now(acc)
+        second_acc = _multiply(second_acc, x, second_w, x_scale, second_scale, ROWS_FIRST, ONE_SCALE, INPUT_PRECISION)
+    if ROWS_FIRST:
+        return acc, second_acc
+    else:
+        return acc.T, second_acc.T
+
+
+@triton.jit
+def _store_quantized(codes_ptr, scale_ptr, x, row, row_end, tile_n, N):
+    """x [BM, 128] as fp8 codes (S, N) and scales (S, ceil(N / 128))."""
+    offs_n = tile_n * _BLOCK + tl.arange(0, _BLOCK)
+    codes, scale = _quantize(tl.where((offs_n < N)[None, :], x, 0.0), 1)
+    _store_rows(codes_ptr, codes, row, row_end, offs_n, N)
+    offs_m = row + tl.arange(0, x.shape[0])
+    scale_ptrs = scale_ptr + offs_m.to(tl.int64) * tl.cdiv(N, _BLOCK) + tile_n
+    tl.store(scale_ptrs, scale, mask=offs_m < row_end)
+
+
+# max_tiles follows T: a new T must not compile anew.
+@triton.jit(do_not_specialize=["max_tiles"])
+def _gate_up_fp8_kernel(
+    x_ptr,  # (T, H)
+    x_scale_ptr,  # (T, ceil(H / 128)) fp32 if x is fp8, else None
+    w_ptr,  # (E, 2I, H), rows [gate; up]; with USE_TMA a descriptor of it
+    w_scale_ptr,  # (E, scale_rows, ceil(H / 128)) fp32 | e8m0 as uint8
+    a_ptr,  # (S, I), dtype of x
+    a_scale_ptr,  # (S, ceil(I / 128)) fp32 if x is fp8, else None
+    z_ptr,  # (S, 2I), rows [gate; up] before the activation; None if nobody wants it
+    sorted_slots_ptr,  # (S,) int32
+    schedule_ptr,  # (5, max_tiles) int32
+    max_tiles,
+    top_k,
+    I,
+    H,
+    scale_shift,
+    scale_rows,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    MIN_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    GATE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
+    if expert < 0:
+        return
+    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
+    for i in tl.static_range(HEIGHTS):
+        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+            offs_m = row + tl.arange(0, BLOCK_M >> i)
+            mask_m = offs_m < row_end
+            token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
+            x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_xt + tl.arange(0, BLOCK_K)[None, :]
+            gate, up = _two_tiles(
+                x_ptrs,
+                None,
+                row,
+                mask_m,
+                x_scale_ptr,
+                token,
+                w_ptr,
+                w_scale_ptr,
+                expert,
+                tile_n * BLOCK_N,
+                tile_n * BLOCK_N + I,
+                I,
+                scale_shift,
+                scale_rows,
+                2 * I,
+                H,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                BLOCK_M >> i,
+                BLOCK_N,
+                BLOCK_K,
+                x_scale_ptr is not None and MIN_M >= 64,
+                False,
+                USE_TMA,
+                ONE_SCALE,
+                INPUT_PRECISION,
+            )
+            if a_scale_ptr is not None:
+                _store_quantized(a_ptr, a_scale_ptr, _glu(gate, up, GATE), row, row_end, tile_n, I)
+            else:
+                _store_glu(a_ptr, z_ptr, None, gate, up, row, row_end, tile_n, I, GATE)
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def _grouped_gemm_fp8_kernel(
+    x_ptr,  # (S, K)
+    x_desc,  # with USE_TMA a descriptor of x, else x
+    x_scale_ptr,  # (S, ceil(K / 128)) fp32 if x is fp8, else None
+    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
+    w_scale_ptr,  # (E, scale_rows, ceil(K / 128)) fp32 | e8m0 as uint8
+    y_ptr,  # (S, N)
+    schedule_ptr,  # (5, max_tiles) int32
+    max_tiles,
+    N,
+    K,
+    half,
+    scale_shift,
+    scale_rows,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    MIN_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, 2 * BLOCK_N), BLOCK_M, GROUP_M)
+    if expert < 0:
+        return
+    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
+    first = tile_n * (2 * BLOCK_N)
+    for i in tl.static_range(HEIGHTS):
+        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+            offs_m = row + tl.arange(0, BLOCK_M >> i)
+            mask_m = offs_m < row_end
+            x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + tl.arange(0, BLOCK_K)[None, :]
+            left, right = _two_tiles(
+                x_ptrs,
+                x_desc,
+                row,
+                mask_m,
+                x_scale_ptr,
+                offs_m,
+                w_ptr,
+                w_scale_ptr,
+                expert,
+                first,
+                first + BLOCK_N,
+                half,
+                scale_shift,
+                scale_rows,
+                N,
+                K,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                BLOCK_M >> i,
+                BLOCK_N,
+                BLOCK_K,
+                x_scale_ptr is not None and MIN_M >= 64,
+                USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
+                USE_TMA,
+                ONE_SCALE,
+                INPUT_PRECISION,
+            )
+            _store_rows(y_ptr, left, row, row_end, first + tl.arange(0, BLOCK_N), N)
+            _store_rows(y_ptr, right, row, row_end, first + BLOCK_N + tl.arange(0, BLOCK_N), N)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def scale_shift(inter, scale_rows):
+    """How far up's rows lie further apart from gate's in the blocks of scales than in gate_up_proj (E, 2I, H).
+
+    Blocks are counted through both, unless there are more scales than that takes: then through each for itself.
+    """
+    return 0 if scale_rows == cdiv(2 * inter, BLOCK) else -inter % BLOCK
+
+
+def quantize_rows(x):
+    """x (T, K) with contiguous rows -> fp8 codes (T, K) and fp32 scales (T, ceil(K / 128)), x = codes * scale."""
+    tokens, K = x.shape
+    blocks = cdiv(K, BLOCK)
+    codes = torch.empty((tokens, K), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((tokens, blocks), dtype=torch.float32, device=x.device)
+    launch(
+        _quantize_rows_kernel,
+        (tokens, cdiv(blocks, 8), 1),
+        (x, codes, scale, K, x.stride(0), 8),
+        (x.device, x.dtype, x.data_ptr() % 16, K, x.stride(0)),
+        num_warps=2,
+    )
+    return codes, scale
+
+
+def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, input_precision, config, z=None):
+    """x (T, H), fp8 with its scale or another float without, w (E, 2I, H) fp8 -> a (S, I) in the form of x, its scale.
+
+    z (S, 2I), if given, is filled, for an x that is not fp8. Rows of skipped slots stay unwritten. Scales: contiguous.
+    """
+    _, rows, hidden_dim = w.shape
+    inter = rows // 2
+    tiles = schedule.shape[1]
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
+    a = torch.empty((sorted_slots.numel(), inter), dtype=x.dtype, device=x.device)
+    a_scale = None
+    if x_scale is not None:
+        a_scale = torch.empty((sorted_slots.numel(), cdiv(inter, BLOCK)), dtype=torch.float32, device=x.device)
+    shift = scale_shift(inter, w_scale.shape[1])
+    sizes = (top_k, inter, hidden_dim, shift, w_scale.shape[1], x.stride(0), *w.stride())
+    one_scale = (inter + shift) % block_n == 0
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, one_scale, tuple(gate), input_precision)
+    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k]) if use_tma else w
+    types = (x.device, x.dtype, w.dtype, w_scale.dtype, z is None)
+    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16)
+    launch(
+        _gate_up_fp8_kernel,
+        (tiles * cdiv(inter, block_n), 1, 1),
+        (x, x_scale, w_arg, w_scale, a, a_scale, z, sorted_slots, schedule, tiles, *sizes, *constants),
+        (types, alignment, sizes, constants, num_warps, num_stages),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return a, a_scale
+
+
+def grouped_gemm_fp8(x, x_scale, w, w_scale, schedule, input_precision, config, y, shift=0):
+    """x (S, K) as in `gate_up_fp8`, w (E, N, K) fp8 -> y (S, N); rows that belong to no expert keep what y held.
+
+    shift: `scale_shift`, where w is [gate; up].
+    """
+    _, N, K = w.shape
+    tiles = schedule.shape[1]
+    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
+    sizes = (N, K, N // 2, shift, w_scale.shape[1], x.stride(0), *w.stride())
+    one_scale = shift == 0 or N // 2 % block_n == 0
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, one_scale, input_precision)
+    x_arg, w_arg = x, w
+    if use_tma:
+        x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
+        w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+    types = (x.device, x.dtype, w.dtype, w_scale.dtype, y.dtype)
+    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16)
+    launch(
+        _grouped_gemm_fp8_kernel,
+        (tiles * cdiv(N, 2 * block_n), 1, 1),
+        (x, x_arg, x_scale, w_arg, w_scale, y, schedule, tiles, *sizes, *constants),
+        (types, alignment, sizes, constants, num_warps, num_stages),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return y
