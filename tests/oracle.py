@@ -176,8 +176,7 @@ def fp8_layer(kernel, *args, e8m0=False, split=False, **kwargs):
         rows, columns = (torch.arange(n, device=weight.device) // 128 for n in weight.shape[1:])
         weight *= 2.0 ** ((3 * rows[:, None] + 5 * columns) % 7 - 3)
     if split:
-        inter = down_proj.shape[2]
-        assert 2 * -(-inter // 128) > -(-2 * inter // 128)
+        assert down_proj.shape[2] % 128 <= 64
         halves = [kernel.quantize_fp8(half) for half in gate_up_proj.chunk(2, dim=1)]
         gate_up_proj, gate_up_scale = (torch.cat(parts, dim=1) for parts in zip(*halves))
     else:
