@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times one DeepSeek-V3 expert layer with fp8 weights: against our bf16, and torch's dequantisation and grouped_mm.
 
-    python benchmarks/fp8.py        # on a GPU: the table, and benchmarks/results/<gpu>-fp8.json
+    python benchmarks/fp8.py        # on a GPU: the table, and docs/measurements/<gpu>-fp8.json
 
 Weights in both precisions take 34 GB, torch's dequantised copies as much as bf16's again. Roof of a case: max(FLOPs /
 sustained fp8 rate, bytes of the distinct experts hit / read bandwidth), both measured in the same run, the rate through
@@ -112,7 +112,7 @@ def run_case(kernel, tokens, dense, codes, scales, ceilings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-fp8.json")
+    parser.add_argument("--out", type=Path, help="default: docs/measurements/<gpu>-fp8.json")
     args = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={root}")
@@ -130,7 +130,7 @@ def main():
         "ceilings": ceilings,
         "cases": [],
     }
-    out = args.out or root / "benchmarks/results" / f"{gpu.replace(' ', '-')}-fp8.json"
+    out = args.out or root / "docs/measurements" / f"{gpu.replace(' ', '-')}-fp8.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     rates = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in ceilings.items())
     print(f"{gpu}: {rates} per second, sustained")

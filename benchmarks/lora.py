@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times LoRA on one expert layer through stock PEFT: this kernel against Transformers' grouped_mm.
 
-    python benchmarks/lora.py        # on a GPU: the table, and benchmarks/results/<gpu>-lora.json
+    python benchmarks/lora.py        # on a GPU: the table, and docs/measurements/<gpu>-lora.json
 
 r = 16 on both weights, which are frozen; forward and backward, with gradients of the hidden states and of A and B. The
 two are compared before anything is timed. Memory is what training.py measures: what lies between the two passes
@@ -72,7 +72,7 @@ def run_case(workload, tokens, device="cuda") -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-lora.json")
+    parser.add_argument("--out", type=Path, help="default: docs/measurements/<gpu>-lora.json")
     args = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={root}")
@@ -85,7 +85,7 @@ def main() -> None:
         "versions": {m.__name__: m.__version__ for m in (torch, triton, transformers, peft)},
         "cases": [],
     }
-    out = args.out or root / "benchmarks/results" / f"{gpu.replace(' ', '-')}-lora.json"
+    out = args.out or root / "docs/measurements" / f"{gpu.replace(' ', '-')}-lora.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'workload':12} {'T':>6} {'ours us':>9} {'stock us':>9} {'speed-up':>9}", end="")
     print("   saved MB: ours, stock   peak MB: ours, stock")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times forward and backward of one expert layer, and what they keep in memory, against Transformers' grouped_mm.
 
-    python benchmarks/training.py        # on a GPU: the table, and benchmarks/results/<gpu>-training.json
+    python benchmarks/training.py        # on a GPU: the table, and docs/measurements/<gpu>-training.json
 
 Gradients of hidden states, routing weights and both weights. Roof: three times the forward's FLOPs at the sustained
 matmul rate of the same run. Gradients are compared with stock's before anything is timed. Memory is what lies between
@@ -78,7 +78,7 @@ def run_case(kernel, workload, tokens, rate):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-training.json")
+    parser.add_argument("--out", type=Path, help="default: docs/measurements/<gpu>-training.json")
     args = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={root}")
@@ -93,7 +93,7 @@ def main() -> None:
         "flops": rate,
         "cases": [],
     }
-    out = args.out or root / "benchmarks/results" / f"{gpu.replace(' ', '-')}-training.json"
+    out = args.out or root / "docs/measurements" / f"{gpu.replace(' ', '-')}-training.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'workload':12} {'T':>6} {'roof us':>9} {'ours us':>9} {'of roof':>8} {'stock':>9} {'speed-up':>9}", end="")
     print("   saved MB: ours, stock   peak MB: ours, stock")

@@ -40,7 +40,12 @@ def no_gpu(monkeypatch):
 def test_generate(kernel, monkeypatch, tmp_path, capsys):
     calls = []
     moe_experts = kernel.functional.moe_experts
-    monkeypatch.setattr(kernel.functional, "moe_experts", lambda *args: calls.append(args) or moe_experts(*args))
+
+    def recorded(*args, **options):
+        calls.append(args)
+        return moe_experts(*args, **options)
+
+    monkeypatch.setattr(kernel.functional, "moe_experts", recorded)
     out = tmp_path / "generate.json"
     # In two runs: the second adds to the first.
     run("generate.py", "--modes", "eager", "--batches", 1, 2, "--out", out, monkeypatch=monkeypatch)
@@ -59,7 +64,7 @@ def test_generate(kernel, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_generate_times_nothing_that_is_wrong(kernel, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernel.functional, "moe_experts", lambda hidden_states, *_: hidden_states)
+    monkeypatch.setattr(kernel.functional, "moe_experts", lambda hidden_states, *_, **__: hidden_states)
     out = tmp_path / "generate.json"
     with pytest.raises(SystemExit, match="logits differ by .*: nothing is timed"):
         run("generate.py", "--batches", 1, "--out", out, monkeypatch=monkeypatch)
