@@ -20,7 +20,7 @@ FILES = [
 LEVELS = [
     ["__init__"],
     ["layers", "integration", "variants"],
-    ["functional", "router", "lora"],
+    ["functional", "router", "lora", "lora_ops"],
     ["checks", "torch_ops", "routing", "quant", "reference"],
     ["kernels", "tuning"],
     ["_ops"],
