@@ -55,13 +55,19 @@ def check(target, name, kernel, dtype, config) -> bool:
             and ("gemm" in name or "grad" in name or name == "_gate_up_kernel")
             and dtype != torch.float32
         ):
-            if "wgmma.mma_async" not in kernel.asm["ptx"]:
+            if "wgmma.mma_async" not in kernel.asm["ptx"] and has_room_for_wgmma(name, config):
                 faults.append("no wgmma")
         if name == "_router_logits_kernel" and not re.search(r"\badd(\.rn)?\.f32", kernel.asm["ptx"]):
             faults.append("sums in the tensor cores alone")
     label = f"{target.backend}:{target.arch} {name} {str(dtype).removeprefix('torch.')} {config or ''}"
     print(f"{'FAULT: ' + ', '.join(faults) if faults else 'ok'}  {label}  {usage}{shared} B shared", flush=True)
     return not faults
+
+
+def has_room_for_wgmma(name, config) -> bool:
+    """wgmma wants 64 rows: of the weight in a GEMM of low tiles, of p in wgrad. A rank may be less."""
+    first = config.BLOCK_M if "grad" in name or config.MIN_M >= 64 else config.BLOCK_N
+    return first >= 64 or config.WARP_SPECIALIZED
 
 
 def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inter):
@@ -159,6 +165,38 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
             yield dtype, None, partial(kernels.quantize_rows, x)
 
 
+def lora_launches(package, dtype, capability, precisions):
+    """As `launches`, for an adapter's products and what lies between them."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    slots, offsets = empty(128, dtype=torch.int32), empty(EXPERTS + 1, dtype=torch.int32)
+    schedule, weights, x = empty(5, 96, dtype=torch.int32), empty(96, dtype=torch.float32), empty(128, HIDDEN)
+    for gate in (Gate(), Gate(**GPT_OSS)):
+        yield dtype, None, partial(kernels.glu, empty(128, 2 * INTER), slots, offsets, gate)
+    for rank in (16, 48, 128):
+        u = empty(128, rank)
+        yield dtype, None, partial(kernels.scale_rows, u, weights, slots, offsets)
+        A, B = empty(EXPERTS, rank, HIDDEN), empty(EXPERTS, HIDDEN, rank)
+        beside = {config.down for config in tuning.all_configs(dtype, capability)}
+        for config, precision in product(beside, precisions):
+            for factor in (A, B.mT):
+                thin = tuning.thin_config(config, rank, HIDDEN, dtype, capability)
+                for way in tuning.ways(thin):
+                    yield dtype, way, partial(kernels.grouped_gemm, x, factor, schedule, precision, way)
+            for factor in (B, A.mT):
+                thin = tuning.thin_config(config, HIDDEN, rank, dtype, capability)
+                for way in tuning.ways(thin):
+                    args = (u, factor, schedule, precision, way, x)
+                    yield dtype, way, partial(kernels.grouped_gemm, *args, accumulate=True)
+        for (p, q), precision in product(((x, u), (u, x)), precisions):
+            config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], dtype, capability)
+            yield dtype, config, partial(kernels.wgrad, p, q, offsets, precision, config)
+
+
 def launches(package, target):
     """(dtype, config, launch) for all that can be launched on the target."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
@@ -190,6 +228,7 @@ def launches(package, target):
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
             yield from gemm_launches(package, tuning.ways, dtype, config, precision, EXPERTS, HIDDEN, INTER)
         yield from backward_launches(package, tuning.ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
+        yield from lora_launches(package, dtype, capability, precisions)
         for _, config in tuning.router_configs(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     multiplies_fp8 = target.backend == "cuda" and target.arch >= 89

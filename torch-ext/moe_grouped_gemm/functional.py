@@ -541,12 +541,13 @@ def _input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
-def _launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None):
+def _launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None, accumulate=False):
     kernels = _kernels()
     config = _as_readable(config, x, weight)
-    if config.WARP_SPECIALIZED and not (bias is None and kernels.can_specialize(weight)):
+    if config.WARP_SPECIALIZED and (bias is not None or accumulate or not kernels.can_specialize(weight)):
         config = config._replace(WARP_SPECIALIZED=False)
-    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, bias=bias)
+    options = {"bias": bias, "accumulate": accumulate}
+    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, **options)
 
 
 def _launch_wgrad(p, q, padded_offsets, precision, config, transposed):

@@ -1,5 +1,5 @@
-"""The layer composed of grouped GEMMs: with low-rank adapters on the weights, without ever making W + scaling * B A,
-and around any function between the two GEMMs."""
+"""The layer with low-rank adapters on the weights, without ever making W + scaling * B A: on a GPU with a gate of ours
+by the ops of lora_ops.py; else composed of grouped GEMMs, around any function between the two."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from . import fp8, functional, reference
-from .checks import check_experts, check_fp8_experts
+from . import fp8, functional, lora_ops, reference
+from .checks import check_experts, check_fp8_experts, shape
 from .reference import Gate
 from .torch_ops import rejects_transforms
 
@@ -54,45 +54,77 @@ def moe_experts_lora(
     gate: one of ours, or any function (S, 2I) -> (S, I); with gated=False (S, I) -> (S, I), and gate_up_proj is
     (E, I, H). norm: a function of the rows (S, H) of the second product. Rows of skipped slots are zero in both.
 
-    Saved for backward: the inputs, by reference, and per routed slot the rows of both GEMMs (H + I), gate, up and
-    act(gate) (3I), the outputs (H) and the low-rank products. `moe_experts` computes these again; here they are kept.
+    Saved for backward, besides the inputs and the factors, joined: on a GPU with a gate of ours, gated and without a
+    norm, what `moe_experts` saves, gate and up (2I) of each routed slot, and the low-rank products (R of each adapted
+    weight), in rows padded to at most 63 more an expert. Else per routed slot the rows of both GEMMs (H + I), gate, up
+    and act(gate) (3I), the outputs (H) and the low-rank products.
     """
     biases = gate_up_proj_bias, down_proj_bias
     name, limit = (gate.activation, gate.limit) if isinstance(gate, Gate) else ("silu", None)
     scales = (gate_up_proj_scale, down_proj_scale)
-    if scales == (None, None):
+    is_fp8 = any(scale is not None for scale in scales)
+    if is_fp8:
+        (hidden_states,) = functional._autocast(hidden_states)
+    else:
         hidden_states, gate_up_proj, down_proj, *biases = functional._autocast(
             hidden_states, gate_up_proj, down_proj, *biases
         )
-        check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, name, *biases, limit, gated)
-    else:
-        (hidden_states,) = functional._autocast(hidden_states)
-        inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    if is_fp8:
         check_fp8_experts(*inputs, *scales, name, (128, 128))
+    else:
+        check_experts(*inputs, name, *biases, limit, gated)
+    on_gpu = hidden_states.device.type == "cuda"
+    multiple = lora_ops.RANK_MULTIPLE if on_gpu else 1
+    up_factors = _join("gate_up_lora", gate_up_lora, gate_up_proj, hidden_states.dtype, multiple)
+    down_factors = _join("down_lora", down_lora, down_proj, hidden_states.dtype, multiple)
+    if on_gpu and not is_fp8 and isinstance(gate, Gate) and gated and norm is None:
+        return lora_ops.moe_experts_lora(*inputs, *biases, *up_factors, *down_factors, *gate)
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)
     x = _Gather.apply(hidden_states, sorted_slots, slot_positions)
-    z = _grouped_gemm_lora(x, gate_up_proj, gate_up_proj_scale, gate_up_lora, offsets, biases[0])
+    z = _grouped_gemm_lora(x, gate_up_proj, gate_up_proj_scale, *up_factors, offsets, biases[0])
     a = reference.apply_gate(z, gate) if isinstance(gate, Gate) else gate(z)
-    y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_proj_scale, down_lora, offsets, biases[1])
+    y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_proj_scale, *down_factors, offsets, biases[1])
     if norm is not None:
         y = norm(y).to(x.dtype)
     return _Combine.apply(y, top_k_weights, sorted_slots, slot_positions)
 
 
-def _grouped_gemm_lora(x, weight, scale, adapters, expert_offsets, bias):
-    """y[r] = (W[e] + sum of scaling * B[e] @ A[e] over the adapters) @ x[r] + bias[e] for the rows r of expert e.
+def _join(name, adapters, weight, dtype, multiple):
+    """All adapters as one, of the sum of their ranks: its A has theirs as rows, its B theirs, scaled, as columns.
 
-    All adapters are one, of the sum of their ranks: its A has theirs as rows, its B theirs, scaled, as columns.
+    Zeros bring the rank to a multiple. Without adapters: None, None.
     """
+    if not adapters:
+        return None, None
+    As = [adapter.A.to(dtype) for adapter in adapters]
+    Bs = [(adapter.scaling * adapter.B).to(dtype) for adapter in adapters]
+    experts, N, K = weight.shape
+    rank = sum(A.shape[1] for A in As)
+    for A, B in zip(As, Bs):
+        if A.shape != (experts, A.shape[1], K) or B.shape != (experts, N, A.shape[1]):
+            raise ValueError(
+                f"{name}: expected A ({experts}, R, {K}) and B ({experts}, {N}, R) to fit the weight, "
+                f"got {shape(A)} and {shape(B)}"
+            )
+        if A.device != weight.device or B.device != weight.device:
+            raise ValueError(f"{name}: expected factors on {weight.device}, got {A.device} and {B.device}")
+    padding = max(1, -(-rank // multiple)) * multiple - rank
+    if padding:
+        As.append(As[0].new_zeros(experts, padding, K))
+        Bs.append(Bs[0].new_zeros(experts, N, padding))
+    return torch.cat(As, dim=1), torch.cat(Bs, dim=2)
+
+
+def _grouped_gemm_lora(x, weight, scale, A, B, expert_offsets, bias):
+    """y[r] = (W[e] + B[e] @ A[e]) @ x[r] + bias[e] for the rows r of expert e; A and B may be None."""
     if scale is None:
         y = functional.grouped_gemm(x, weight, expert_offsets, bias)
     else:
         y = fp8.grouped_gemm(x, weight, scale, expert_offsets)
-    if not adapters:
+    if A is None:
         return y
-    A = torch.cat([adapter.A.to(x.dtype) for adapter in adapters], dim=1)
-    B = torch.cat([(adapter.scaling * adapter.B).to(x.dtype) for adapter in adapters], dim=2)
     return y + functional.grouped_gemm(functional.grouped_gemm(x, A, expert_offsets), B, expert_offsets)
 
 

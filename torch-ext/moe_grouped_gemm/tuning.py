@@ -130,6 +130,13 @@ WGRAD_HOPPER = [
 WGRAD_PORTABLE = [(float("inf"), GemmConfig(64, 64, 64, 32, 1, 4, 3, False))]
 WGRAD_FP32 = [(float("inf"), GemmConfig(64, 64, 64, 16, 1, 8, 2, False))]
 
+# An adapter's products, one side of which is its rank: at most these tiles, narrower where a side is. They are bound by
+# memory, which small tiles keep busy from several programs a multiprocessor. Not measured yet.
+# (BLOCK_N, BLOCK_K, stages of a GEMM; its other sizes are those of the GEMM beside it), (wgrad).
+THIN_HOPPER = (128, 64, 3), GemmConfig(128, 128, 128, 64, 1, 4, 3, False)
+THIN_PORTABLE = (64, 64, 3), GemmConfig(64, 64, 64, 32, 1, 4, 3, False)
+THIN_FP32 = (64, 16, 2), GemmConfig(64, 64, 64, 16, 1, 8, 2, False)
+
 # The router, by tokens. Few tokens: small tiles of experts, so that many programs share in reading the weight.
 ROUTER_HOPPER = [
     (16, RouterConfig(16, 16, 128, 4, 5)),
@@ -233,6 +240,35 @@ def wgrad_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple
 def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
     """Configuration of wgrad for `rows` routed rows over `num_experts` experts."""
     return _find(wgrad_configs(dtype, capability), rows / num_experts)
+
+
+def _thin(dtype: torch.dtype, capability: tuple[int, int]):
+    if dtype == torch.float32:
+        return THIN_FP32
+    return THIN_HOPPER if capability[0] == 9 else THIN_PORTABLE
+
+
+def _block(most: int, size: int) -> int:
+    """The least power of two that holds `size`, but 16 to `most`."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def thin_config(config: GemmConfig, N: int, K: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
+    """Configuration of a GEMM whose N or K is an adapter's rank; rows are cut as by `config`, as in its schedule."""
+    (most_n, most_k, num_stages), _ = _thin(dtype, capability)
+    return config._replace(
+        BLOCK_N=_block(most_n, N),
+        BLOCK_K=_block(most_k, K),
+        num_warps=4 if config.BLOCK_M < 128 and dtype != torch.float32 else 8,
+        num_stages=num_stages,
+        WARP_SPECIALIZED=False,
+    )
+
+
+def thin_wgrad_config(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
+    """Configuration of a wgrad whose M or N is an adapter's rank."""
+    _, config = _thin(dtype, capability)
+    return config._replace(BLOCK_M=_block(config.BLOCK_M, M), BLOCK_N=_block(config.BLOCK_N, N))
 
 
 def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, RouterConfig]]:

@@ -8,6 +8,7 @@ from .dgrad_fp8 import dgrad_fp8
 from .fp8 import gate_up_fp8, grouped_gemm_fp8, quantize_rows, scale_shift
 from .grouped_gemm import gate_up, grouped_gemm
 from .grouped_gemm_hopper import can_specialize
+from .lora import glu, scale_rows
 from .router import router_logits, router_topk
 from .routing import pad, route, tile_schedule
 
@@ -22,6 +23,7 @@ __all__ = [
     "gate_up_decode_fp8",
     "gate_up_fp8",
     "gather",
+    "glu",
     "glu_backward",
     "grouped_gemm",
     "grouped_gemm_fp8",
@@ -31,6 +33,7 @@ __all__ = [
     "router_logits",
     "router_topk",
     "row_sums",
+    "scale_rows",
     "scale_shift",
     "tile_schedule",
     "wgrad",

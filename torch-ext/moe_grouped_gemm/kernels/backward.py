@@ -183,7 +183,7 @@ def _wgrad_kernel(
 def _row_sums_kernel(
     p_ptr,  # (S, N), or with GATHER (T, N)
     sums_ptr,  # (E, N)
-    sorted_slots_ptr,  # (S,) int32
+    sorted_slots_ptr,  # (S,) int32, -1 for a row of nobody
     top_k_weights_ptr,  # (S,)
     expert_offsets_ptr,  # (E + 1,) int32
     top_k,
@@ -203,7 +203,8 @@ def _row_sums_kernel(
         mask_r = rows < end
         p_rows = rows
         if GATHER:
-            slots = tl.load(sorted_slots_ptr + rows, mask=mask_r, other=0)
+            slots = tl.load(sorted_slots_ptr + rows, mask=mask_r, other=-1)
+            mask_r = slots >= 0
             weight = tl.load(top_k_weights_ptr + slots, mask=mask_r, other=0.0).to(tl.float32)
             p_rows = slots // top_k
         p_ptrs = p_ptr + p_rows[:, None].to(tl.int64) * stride_p + offs_n[None, :]
@@ -290,7 +291,8 @@ def wgrad(p, q, expert_offsets, input_precision, config):
 def row_sums(p, sorted_slots, expert_offsets, top_k_weights=None):
     """sums (E, N) in p.dtype of p (S, N), rows contiguous; zeros for an expert without rows.
 
-    Given contiguous top_k_weights (T, top_k), p is (T, N), gathered by the slots' tokens, times their weights.
+    Given contiguous top_k_weights (T, top_k), p is (T, N), gathered by the slots' tokens, times their weights; padded
+    slots and offsets will do.
     """
     experts, N = expert_offsets.numel() - 1, p.shape[1]
     gather = top_k_weights is not None

@@ -1,7 +1,7 @@
 """Grouped GEMMs: rows sorted by expert times that expert's weight.
 
     gate_up:       a[r] = act(gate[e] @ x[t]) * (up[e] @ x[t])     x (T, H), t = sorted_slots[r] // top_k -> a (S, I)
-    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N)
+    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N); y[r] += ... if asked for
                    y[s] = weight[s] * (w[e] @ x[r]) if asked for,  s = sorted_slots[r]
 
 With biases, gate[e] @ x[t] + gate_bias[e] and so on. GATE is (activation, limit, alpha, interleaved), as Gate in
@@ -374,6 +374,7 @@ def _grouped_gemm_tile(
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -414,6 +415,9 @@ def _grouped_gemm_tile(
     y = acc if ROWS_FIRST else acc.T
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if ACCUMULATE:
+        y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        y += tl.load(y_ptrs, mask=mask_m[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
     if sorted_slots_ptr is None:
         _store_rows(y_ptr, y, row, row_end, offs_n, N)
     else:
@@ -447,6 +451,7 @@ def _grouped_gemm_kernel(
     GROUP_M: tl.constexpr,
     USE_TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # not with sorted_slots
     INPUT_PRECISION: tl.constexpr,
 ):
     expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
@@ -480,6 +485,7 @@ def _grouped_gemm_kernel(
                 USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
                 USE_TMA,
                 TRANSPOSED,
+                ACCUMULATE,
                 INPUT_PRECISION,
             )
 
@@ -523,11 +529,14 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
     return a
 
 
-def grouped_gemm(x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None, bias=None):
+def grouped_gemm(
+    x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None, bias=None, accumulate=False
+):
     """x (S, K), w (E, N, K), contiguous bias (E, N) -> y (S, N); rows that belong to no expert keep what y held.
 
-    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s]. The
-    warp-specialized kernel knows no bias.
+    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s]. With
+    accumulate, but without these two, rows are added to what y holds. The warp-specialized kernel has neither bias nor
+    accumulate.
     """
     _, N, K = w.shape
     if y is None:
@@ -537,7 +546,8 @@ def grouped_gemm(x, w, schedule, input_precision, config, y=None, sorted_slots=N
     tiles = schedule.shape[1]
     block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (N, K, x.stride(0), *w.stride())
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1, input_precision)
+    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1)
+    constants += (accumulate, input_precision)
     x_arg, w_arg = x, w
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
