@@ -53,10 +53,9 @@ def _gate_up_decode_kernel(
     for k in range(0, H, BLOCK_K):
         mask_k = offs_k < H - k
         mask_w = (offs_n < I)[:, None] & mask_k[None, :]
-        w_gate = tl.load(gate_ptrs, mask=mask_w, other=0.0)
-        w_up = tl.load(up_ptrs, mask=mask_w, other=0.0)
-        gate_ptrs += BLOCK_K * stride_wk
-        up_ptrs += BLOCK_K * stride_wk
+        # Not pointers that advance: with those fewer loads are on their way at a time. An expert has < 2 ** 31 elements.
+        w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
+        w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         gate += w_gate.to(tl.float32) * x
         up += w_up.to(tl.float32) * x
@@ -101,12 +100,11 @@ def _down_decode_kernel(
         columns = tl.where((expert >= 0) & (expert < E), I, 0)
         weight = tl.load(top_k_weights_ptr + slot).to(tl.float32)
         weight = tl.where(columns > 0, weight, 0.0)
-        w_ptrs = row_ptrs + expert * stride_we
         for k in range(0, I, BLOCK_K):
             mask_k = offs_k < columns - k
             a = tl.load(a_ptr + slot * I + k + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
+            w_ptrs = row_ptrs + expert * stride_we + k * stride_wk
             w = tl.load(w_ptrs, mask=(offs_n < H)[:, None] & mask_k[None, :], other=0.0)
-            w_ptrs += BLOCK_K * stride_wk
             acc += w.to(tl.float32) * a[None, :]
         if bias_ptr is not None:
             mask = offs_n < tl.where(columns > 0, H, 0)
