@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.testing
 
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
-from test_kernels import DEVICE, DTYPES, INTERPRETED, on_triton
+from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
 from test_lora import SCALINGS, adapters
 
 
@@ -133,6 +133,17 @@ def test_only_what_is_needed(kernel, lora, ops):
         alone = ops._backward_gpu(*args, [i == needed for i in range(10)], *gate)
         for i in range(10):
             assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
+
+
+@on_triton
+def test_row_sums_skip_padding_rows(launch):  # noqa: F811
+    """What lies before the first token and its weight is read for no row."""
+    index = torch.tensor([[1, 0], [1, 7], [1, 0]], device=DEVICE)
+    dout, weights = torch.full((4, 16), float("nan"), device=DEVICE), torch.full((4, 2), 1e9, device=DEVICE)
+    dout[1:], weights[1:] = torch.arange(1.0, 4.0, device=DEVICE)[:, None], 1.0
+    offsets, slots, _ = launch.pad(*launch.route(index, 2, 16)[:2])
+    sums = launch.row_sums(dout[1:], slots, offsets, weights[1:])
+    assert sums.tolist() == [[4.0] * 16, [6.0] * 16]
 
 
 @on_triton
