@@ -169,9 +169,9 @@ calls = []
 moe_experts = kernel.functional.moe_experts
 
 
-def recording_moe_experts(hidden_states, top_k_index, *args):
+def recording_moe_experts(hidden_states, top_k_index, *args, **kwargs):
     calls.append(top_k_index)
-    return moe_experts(hidden_states, top_k_index, *args)
+    return moe_experts(hidden_states, top_k_index, *args, **kwargs)
 
 
 kernel.functional.moe_experts = recording_moe_experts

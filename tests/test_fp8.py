@@ -44,7 +44,7 @@ def test_quantize_anything(kernel, device):
     assert (back - weight.double()).abs().max() <= 3.4e38 / 16
     assert (back[1:3] - weight[1:3].double()).abs().max() < 1e-38
     assert ((back[5] - weight[5].double()).abs() <= weight[5].double().abs() / 16 + 5e27).all()
-    assert back[6, 7, 9] == pytest.approx(1000, rel=2**-4)
+    assert back[6, 7, 9].item() == pytest.approx(1000, rel=2**-4)
 
 
 def test_quantize_takes_strides(kernel):

@@ -221,11 +221,12 @@ def test_interpreted(path, monkeypatch):  # noqa: F811
     def run(case):
         args, dout = draw_layer(case, "cpu")
         expected, plain = expect(case, args, dout), [t.detach() for t in args]
-        check(case, args, [path._experts_gpu(*plain, case.activation)], expected)
-        out, z, *routing = path._training_gpu(*plain, case.activation)
+        no_biases, gate = (None, None), (case.activation, None, 1.0, False)
+        check(case, args, [path._experts_gpu(*plain, *no_biases, *gate)], expected)
+        out, *saved = path._training_gpu(*plain, *no_biases, *gate)
         x, _, *rest = plain
-        grads = path._backward_gpu(dout, x, *rest, z, *routing, case.activation, [True] * 4)
-        check(case, args, [out, *grads], expected)
+        grads = path._backward_gpu(dout, x, *rest, *no_biases, *saved, [True] * 4 + [False] * 2, *gate)
+        check(case, args, [out, *grads[:4]], expected)
 
     run()
 

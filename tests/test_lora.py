@@ -106,3 +106,8 @@ def test_bad_input_is_named(lora):
     args = layer(5, 4, 2, 64, 32)
     with pytest.raises(ValueError, match="down_proj: expected"):
         low_rank(lora, [*args[:4], args[4][:2]], [], [])
+    A, B = adapters(args[4], [3], 1)
+    with pytest.raises(ValueError, match="gate_up_lora: expected A .4, R, 64. and B .4, 64, R."):
+        low_rank(lora, args, [A, B], [])
+    with pytest.raises(ValueError, match="down_lora: expected"):
+        low_rank(lora, args, [], [A, B[:, :2]])

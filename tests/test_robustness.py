@@ -108,9 +108,9 @@ assert torch.equal(first.moe_experts(*args), second.moe_experts(*args))
 
 calls = []
 for kernel in (first, second):
-    def recording(*args, kernel=kernel, moe_experts=kernel.functional.moe_experts):
+    def recording(*args, kernel=kernel, moe_experts=kernel.functional.moe_experts, **kwargs):
         calls.append(kernel)
-        return moe_experts(*args)
+        return moe_experts(*args, **kwargs)
     kernel.functional.moe_experts = recording
 
 expected = tiny_model("cpu")(prompt()).logits

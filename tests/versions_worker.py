@@ -31,9 +31,9 @@ calls = []
 moe_experts = kernel.functional.moe_experts
 
 
-def recording_moe_experts(*args):
+def recording_moe_experts(*args, **kwargs):
     calls.append(args)
-    return moe_experts(*args)
+    return moe_experts(*args, **kwargs)
 
 
 kernel.functional.moe_experts = recording_moe_experts

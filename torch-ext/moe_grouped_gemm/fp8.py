@@ -92,7 +92,7 @@ def _both_gemms(x, x_scale, gate_up, gate_up_scale, down, down_scale, slots, sch
     """Fills y (S, H), and z (S, 2I) if it is given; rows of skipped slots stay unwritten."""
     kernels, precision = functional._kernels(), functional._input_precision()
     up_config, down_config = configs
-    up_config = functional._as_readable(up_config, gate_up)
+    up_config = _as_readable(up_config, gate_up)
     a, a_scale = kernels.gate_up_fp8(
         x,
         x_scale,
@@ -106,7 +106,7 @@ def _both_gemms(x, x_scale, gate_up, gate_up_scale, down, down_scale, slots, sch
         up_config,
         z,
     )
-    down_config = functional._as_readable(down_config, a, down)
+    down_config = _as_readable(down_config, a, down)
     kernels.grouped_gemm_fp8(a, a_scale, down, down_scale, schedule, precision, down_config, y)
 
 
@@ -190,13 +190,13 @@ def _backward_gpu(
         padded_offsets, padded_slots, padded_positions = kernels.pad(offsets, slots)
         schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), config.BLOCK_M)
         rows = kernels.gather(dout, padded_slots, padded_offsets, top_k_weights.shape[1])
-        down_config = functional._as_readable(config, down_proj)
+        down_config = _as_readable(config, down_proj)
         b = kernels.dgrad_fp8(rows, down_proj, down_scale, schedule, precision, down_config)
         del rows
         order = (padded_slots, positions, padded_offsets)
         dz, _, dweights = kernels.glu_backward(b, z, top_k_weights, *order, Gate(activation), needs_a=False)
         del b
-        up_config = functional._as_readable(config, gate_up_proj)
+        up_config = _as_readable(config, gate_up_proj)
         shift = kernels.scale_shift(z.shape[1] // 2, gate_up_scale.shape[1])
         rows = kernels.dgrad_fp8(dz, gate_up_proj, gate_up_scale, schedule, precision, up_config, shift)
         dx = kernels.combine(rows, padded_positions, torch.ones_like(top_k_weights, dtype=torch.float32))
@@ -258,13 +258,13 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
             weight = weight if weight.stride(2) == 1 else weight.contiguous()
             config = tuning.fp8_dgrad_config(x.dtype, functional._capability(x.device.index))
             schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-            config = functional._as_readable(config, weight)
+            config = _as_readable(config, weight)
             rows = kernels.dgrad_fp8(x.contiguous(), weight, scale, schedule, precision, config, shift)
             routed = torch.arange(x.shape[0], device=x.device)[:, None] < expert_offsets[-1]
             return torch.where(routed, rows, 0)
         config = _config(x.shape[0], weight.shape[0], x).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        config = functional._as_readable(config, x, weight)
+        config = _as_readable(config, x, weight)
         return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift)
 
 
@@ -309,3 +309,10 @@ def _as_bits(weight, scale):
 
 def _config(rows, num_experts, x) -> tuning.ExpertsConfig:
     return tuning.fp8_config(rows, num_experts, x.dtype, functional._capability(x.device.index))
+
+
+def _as_readable(config, *tensors):
+    """As functional's; these kernels read weights, which come last, by rows alone."""
+    if tensors[-1].stride(-1) != 1:
+        return config._replace(USE_TMA=False)
+    return functional._as_readable(config, *tensors)
