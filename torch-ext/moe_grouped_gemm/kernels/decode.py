@@ -53,7 +53,7 @@ def _gate_up_decode_kernel(
     for k in range(0, H, BLOCK_K):
         mask_k = offs_k < H - k
         mask_w = (offs_n < I)[:, None] & mask_k[None, :]
-        # Not pointers that advance: with those fewer loads are on their way at a time. An expert has < 2 ** 31 elements.
+        # Not pointers that advance: fewer loads would be on their way. An expert has less than 2 ** 31 elements.
         w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
