@@ -33,7 +33,7 @@ style: $(READY)
 	$(PYTHON) -m ruff format --check
 
 test: style
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 bench: build
 	$(PYTHON) benchmarks/benchmark_moe.py

@@ -150,10 +150,9 @@ def test_quantized_activations(kernel, launch, config, tokens, experts, top_k, h
 
 
 @on_triton
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("as_bits", [False, True], ids=["fp8", "bits"])
+@pytest.mark.parametrize("as_bits, dtype", [(False, DTYPES[0]), (True, DTYPES[0]), (True, torch.float32)], ids=str)
 @pytest.mark.parametrize("variant, form", VARIANTS)
-@pytest.mark.parametrize(CASE, LAYERS)
+@pytest.mark.parametrize(CASE, LAYERS[:2] if INTERPRETED else LAYERS)
 def test_weights_alone(
     kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, variant, form, as_bits, dtype
 ):
@@ -258,7 +257,7 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
 
 @on_triton
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
-@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE)
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[:4])
 def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, capability):
     monkeypatch.setattr(import_module(f"{kernel.__name__}.functional"), "_capability", lambda device: capability)
     args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)

@@ -255,7 +255,8 @@ def _backward_gpu(
     """Gradients by kernels, as in kernels/backward.py; of what is (rows, H) there is one at a time."""
     inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias)
     if z.numel() == 0 or hidden_states.numel() == 0:
-        return tuple(t.new_zeros(t.shape) if needed else dout.new_zeros(0) for t, needed in zip(inputs, needs_grad))
+        empty = _backward_fake(dout, *inputs, z, offsets, slots, positions, needs_grad)
+        return tuple(t.zero_() for t in empty)
     needs_x, needs_weights, needs_gate_up, needs_down, needs_up_bias, needs_down_bias = needs_grad
     dx, dweights, dgate_up, ddown, dup_bias, ddown_bias = (dout.new_empty(0) for _ in inputs)
     kernels = _kernels()
