@@ -372,7 +372,7 @@ def register() -> None:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
     """
     _check_versions()
-    from kernels import Mode, register_kernel_mapping, replace_kernel_forward_from_hub
+    from kernels import Mode, register_kernel_mapping
 
     from .layers import DeepseekV3TopkRouter, FP8Experts, MoEExperts
 
@@ -384,7 +384,7 @@ def register() -> None:
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
         register_kernel_mapping({name: {"cuda": modes, "cpu": modes}})
     stock_router_class()
-    replace_kernel_forward_from_hub(_fp8_experts_class(), FP8_EXPERTS_LAYER, _may_replace_fp8)
+    _name_for_kernelize(_fp8_experts_class(), FP8_EXPERTS_LAYER, _may_replace_fp8)
     for cls in nn.Module.__subclasses__():
         _mark(cls)
     _mark_on_import()
