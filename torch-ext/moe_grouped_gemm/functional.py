@@ -255,8 +255,7 @@ def _backward_gpu(
     """Gradients by kernels, as in kernels/backward.py; of what is (rows, H) there is one at a time."""
     inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias)
     if z.numel() == 0 or hidden_states.numel() == 0:
-        empty = _backward_fake(dout, *inputs, z, offsets, slots, positions, needs_grad)
-        return tuple(t.zero_() for t in empty)
+        return tuple(t.zero_() for t in _empty_gradients(dout, inputs, needs_grad))
     needs_x, needs_weights, needs_gate_up, needs_down, needs_up_bias, needs_down_bias = needs_grad
     dx, dweights, dgate_up, ddown, dup_bias, ddown_bias = (dout.new_empty(0) for _ in inputs)
     kernels = _kernels()
@@ -313,11 +312,13 @@ def _backward_impl(dout, *args):
     return backward(dout, *args)
 
 
-def _backward_fake(dout, x, top_k_weights, gate_up, down, up_bias, down_bias, z, offsets, slots, positions, needs, *_):
+def _empty_gradients(dout, inputs, needs_grad):
+    """Uninitialised, of (hidden_states, top_k_weights, gate_up_proj, down_proj, others or None); size 0 if unneeded."""
+    x, top_k_weights, gate_up_proj, down_proj, *others = inputs
     empty = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, top_k_weights)]
-    empty += [reference.empty_gradient(weight) for weight in (gate_up, down)]
-    empty += [None if bias is None else bias.new_empty(bias.shape) for bias in (up_bias, down_bias)]
-    return tuple(t if needed else dout.new_empty(0) for t, needed in zip(empty, needs))
+    empty += [reference.empty_gradient(weight) for weight in (gate_up_proj, down_proj)]
+    empty += [None if t is None else t.new_empty(t.shape) for t in others]
+    return tuple(t if needed else dout.new_empty(0) for t, needed in zip(empty, needs_grad))
 
 
 _backward_op = register_op(
@@ -326,25 +327,33 @@ _backward_op = register_op(
     " Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor z, Tensor expert_offsets, Tensor sorted_slots,"
     f" Tensor slot_positions, bool[] needs_grad, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
-    fake=_backward_fake,
+    fake=lambda dout, *args: _empty_gradients(dout, args[:6], args[10]),
 )
 
 
-def _training_setup_context(ctx, inputs, output):
-    hidden_states, _, *others = inputs[:7]
-    ctx.gate = inputs[7:]
-    ctx.save_for_backward(hidden_states, *others, *output[1:])
+def register_backward(forward_op, backward_op, tensors: int) -> None:
+    """The gradients of `forward_op` are what `backward_op` returns.
+
+    Of the forward's first `tensors` inputs the second, the ids, has none and is not saved; those after them describe
+    the gate. The backward takes dout, the saved inputs, the forward's outputs but the first, needs_grad, and the gate.
+    """
+
+    def setup_context(ctx, inputs, output):
+        hidden_states, _, *others = inputs[:tensors]
+        ctx.gate = inputs[tensors:]
+        ctx.save_for_backward(hidden_states, *others, *output[1:])
+
+    def backward(ctx, dout, *_):
+        needs_x, _, *needs_others = ctx.needs_input_grad[:tensors]
+        needs_grad = [needs_x, *needs_others]
+        grads = backward_op(dout, *ctx.saved_tensors, needs_grad, *ctx.gate)
+        dx, *others = (grad if needed else None for grad, needed in zip(grads, needs_grad))
+        return dx, None, *others, *(None for _ in ctx.gate)
+
+    forward_op.register_autograd(backward, setup_context=setup_context)
 
 
-def _training_backward(ctx, dout, *_):
-    needs_x, _, *needs_others = ctx.needs_input_grad[:7]
-    needs_grad = [needs_x, *needs_others]
-    grads = _backward_op(dout, *ctx.saved_tensors, needs_grad, *ctx.gate)
-    dx, *others = (grad if needed else None for grad, needed in zip(grads, needs_grad))
-    return dx, None, *others, *(None for _ in ctx.gate)
-
-
-_training_op.register_autograd(_training_backward, setup_context=_training_setup_context)
+register_backward(_training_op, _backward_op, tensors=7)
 
 
 # --- building blocks --------------------------------------------------------------------------------------------------

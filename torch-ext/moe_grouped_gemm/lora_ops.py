@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import functional, reference, tuning
+from . import functional, tuning
 from .reference import Gate, is_transposed
 from .torch_ops import register_op
 
@@ -129,7 +129,7 @@ def _backward_gpu(
     """Gradients of the ten inputs, empty where not needed; of what is (P, H) there is one at a time."""
     inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, A1, B1, A2, B2)
     if _is_empty(hidden_states, top_k_weights, down_proj):
-        return tuple(t.zero_() for t in _empty_gradients(dout, *inputs, needs_grad))
+        return tuple(t.zero_() for t in functional._empty_gradients(dout, inputs, needs_grad))
     grads = _Gradients(*(dout.new_empty(0) for _ in inputs))
     needs = _Gradients(*needs_grad)
     kernels = functional._kernels()
@@ -209,16 +209,8 @@ def _forward_fake(hidden_states, top_k_index, _, gate_up_proj, down_proj, up_bia
     return _empty_outputs(hidden_states, top_k_index, gate_up_proj, A1, A2)
 
 
-def _empty_gradients(dout, x, top_k_weights, gate_up_proj, down_proj, *others):
-    *biases_and_factors, needs_grad = others
-    empty = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, top_k_weights)]
-    empty += [reference.empty_gradient(weight) for weight in (gate_up_proj, down_proj)]
-    empty += [None if t is None else t.new_empty(t.shape) for t in biases_and_factors]
-    return tuple(t if needed else dout.new_empty(0) for t, needed in zip(empty, needs_grad))
-
-
 def _backward_fake(dout, *args):
-    return _empty_gradients(dout, *args[:10], args[16])
+    return functional._empty_gradients(dout, args[:10], args[16])
 
 
 _FACTORS = "Tensor? A1, Tensor? B1, Tensor? A2, Tensor? B2"
@@ -241,22 +233,7 @@ _backward_op = register_op(
     fake=_backward_fake,
 )
 
-
-def _setup_context(ctx, inputs, output):
-    hidden_states, _, *others = inputs[:11]
-    ctx.gate = inputs[11:]
-    ctx.save_for_backward(hidden_states, *others, *output[1:])
-
-
-def _backward(ctx, dout, *_):
-    needs_x, _, *needs_others = ctx.needs_input_grad[:11]
-    needs_grad = [needs_x, *needs_others]
-    grads = _backward_op(dout, *ctx.saved_tensors, needs_grad, *ctx.gate)
-    dx, *others = (grad if needed else None for grad, needed in zip(grads, needs_grad))
-    return dx, None, *others, *(None for _ in ctx.gate)
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+functional.register_backward(_forward_op, _backward_op, tensors=11)
 
 
 def moe_experts_lora(*args):

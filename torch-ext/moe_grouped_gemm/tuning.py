@@ -163,10 +163,15 @@ def decode_config(dtype: torch.dtype, transposed: bool) -> ExpertsConfig:
     return DECODE_FP32 if dtype == torch.float32 else DECODE
 
 
-def _heuristics(dtype: torch.dtype, capability: tuple[int, int]):
+def _for_gpu(dtype: torch.dtype, capability: tuple[int, int], fp32, hopper, portable):
+    """The one of three tables that is for this dtype on a GPU of this compute capability."""
     if dtype == torch.float32:
-        return FP32
-    return HOPPER if capability[0] == 9 else PORTABLE
+        return fp32
+    return hopper if capability[0] == 9 else portable
+
+
+def _heuristics(dtype: torch.dtype, capability: tuple[int, int]):
+    return _for_gpu(dtype, capability, FP32, HOPPER, PORTABLE)
 
 
 def ways(config: GemmConfig) -> set[GemmConfig]:
@@ -211,11 +216,10 @@ def _table(shape, dtype, capability, device_name):
 
 def fp8_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, ExpertsConfig]]:
     """(most rows per expert, configuration) for fp8 weights and activations of this dtype."""
-    if dtype == torch.float32:
-        return FP8_WEIGHTS_FP32
+    hopper, portable = FP8_WEIGHTS_HOPPER, FP8_WEIGHTS_PORTABLE
     if dtype == torch.float8_e4m3fn:
-        return FP8_HOPPER if capability[0] == 9 else FP8_PORTABLE
-    return FP8_WEIGHTS_HOPPER if capability[0] == 9 else FP8_WEIGHTS_PORTABLE
+        hopper, portable = FP8_HOPPER, FP8_PORTABLE
+    return _for_gpu(dtype, capability, FP8_WEIGHTS_FP32, hopper, portable)
 
 
 def fp8_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> ExpertsConfig:
@@ -225,16 +229,12 @@ def fp8_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tupl
 
 def fp8_dgrad_config(dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
     """Configuration of the dgrad of experts in fp8, for gradients of this dtype."""
-    if dtype == torch.float32:
-        return FP8_DGRAD_FP32
-    return FP8_DGRAD_HOPPER if capability[0] == 9 else FP8_DGRAD_PORTABLE
+    return _for_gpu(dtype, capability, FP8_DGRAD_FP32, FP8_DGRAD_HOPPER, FP8_DGRAD_PORTABLE)
 
 
 def wgrad_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, GemmConfig]]:
     """(most rows per expert, configuration)."""
-    if dtype == torch.float32:
-        return WGRAD_FP32
-    return WGRAD_HOPPER if capability[0] == 9 else WGRAD_PORTABLE
+    return _for_gpu(dtype, capability, WGRAD_FP32, WGRAD_HOPPER, WGRAD_PORTABLE)
 
 
 def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
@@ -243,9 +243,7 @@ def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tu
 
 
 def _thin(dtype: torch.dtype, capability: tuple[int, int]):
-    if dtype == torch.float32:
-        return THIN_FP32
-    return THIN_HOPPER if capability[0] == 9 else THIN_PORTABLE
+    return _for_gpu(dtype, capability, THIN_FP32, THIN_HOPPER, THIN_PORTABLE)
 
 
 def _block(most: int, size: int) -> int:
@@ -273,9 +271,7 @@ def thin_wgrad_config(M: int, N: int, dtype: torch.dtype, capability: tuple[int,
 
 def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[float, RouterConfig]]:
     """(most tokens, configuration); dtype is that of the products: fp32 unless both operands share a 16-bit type."""
-    if dtype == torch.float32:
-        return ROUTER_FP32
-    return ROUTER_HOPPER if capability[0] == 9 else ROUTER_PORTABLE
+    return _for_gpu(dtype, capability, ROUTER_FP32, ROUTER_HOPPER, ROUTER_PORTABLE)
 
 
 def router_config(tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> RouterConfig:
