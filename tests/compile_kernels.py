@@ -149,7 +149,16 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
                 for z_or_none in {id(t): t for t in (None, z)}.values():
                     args = (x, x_scale, w1, s1, slots, schedule, 6, Gate(), precision, up, z_or_none)
                     yield dtype, up, partial(kernels.gate_up_fp8, *args)
-            for down in tuning.ways(config.down):
+            if dtype == FP8 and config.down.WARP_SPECIALIZED:
+                rows, row_scales = empty(96, HIDDEN, dtype=FP8), [empty(n, 96) for n in blocks]
+                args = (rows, row_scales[0], w1, s1, schedule, Gate(), config.gate_up)
+                yield dtype, config.down, partial(kernels.gate_up_fp8_hopper, *args)
+                args = (a, row_scales[1], w2, s2, schedule, config.down, y)
+                yield dtype, config.down, partial(kernels.grouped_gemm_fp8_hopper, *args)
+            elif config.down.WARP_SPECIALIZED:
+                args = (empty(96, HIDDEN, dtype=dtype), w1, s1, schedule, config.down, z)
+                yield dtype, config.down, partial(kernels.fp8_weights_gemm_hopper, *args)
+            for down in tuning.ways(config.down._replace(WARP_SPECIALIZED=False)):
                 args = (a, a_scale, w2, s2, schedule, precision, down, y)
                 yield dtype, down, partial(kernels.grouped_gemm_fp8, *args)
         if dtype == FP8:
@@ -158,11 +167,14 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
         for precision in precisions[dtype]:
             yield dtype, config, partial(kernels.dgrad_fp8, y, w2, s2, schedule, precision, config)
             yield dtype, config, partial(kernels.dgrad_fp8, z, w1, s1, schedule, precision, config)
+            if config.WARP_SPECIALIZED:
+                yield dtype, config, partial(kernels.fp8_weights_gemm_hopper, z, w1, s1, schedule, config, y, True)
         up, down = tuning.DECODE_FP8
         yield dtype, up, partial(kernels.gate_up_decode_fp8, x, w1, s1, index, Gate(), up)
         yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down)
         if multiplies_fp8:
             yield dtype, None, partial(kernels.quantize_rows, x)
+            yield dtype, None, partial(kernels.quantize_slots, x, slots)
 
 
 def lora_launches(package, dtype, capability, precisions):
@@ -268,6 +280,7 @@ def main() -> int:
         if wanted and str(target.arch) not in wanted.split(","):
             continue
         compiled = compile_only(target, device)
+        import_module(f"{package}.kernels.launch").warp_size.cache_clear()  # "meta" stands for every target
         for dtype, config, launch in chain(launches(package, target), tuned_launches(package, target)):
             compiled.clear()
             launch()

@@ -13,7 +13,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from oracle import error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
+from oracle import assert_as_good_as_torch, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
 from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
 
 # ruff: noqa: F811
@@ -150,6 +150,103 @@ def test_quantized_activations(kernel, launch, config, tokens, experts, top_k, h
 
 
 @on_triton
+def test_quantize_slots(launch):
+    """What quantize_rows makes of a token stands where its slots are; no other row is written."""
+    x, index, *_ = layer(45, 3, 2, 1300, 16, DTYPES[0], DEVICE, "sentinels")
+    offsets, sorted_slots, positions, _ = launch.route(index, 3, 16)
+    codes, scale = launch.quantize_slots(x, positions)
+    expected_codes, expected_scale = launch.quantize_rows(x)
+    rows = int(offsets[-1])
+    tokens = sorted_slots[:rows].long() // 2
+    assert 0 < rows < index.numel()
+    assert torch.equal(codes.view(torch.uint8)[:rows], expected_codes.view(torch.uint8)[tokens])
+    assert torch.equal(scale.T[:rows], expected_scale[tokens])
+    assert scale.T[rows:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    CASE,
+    [
+        pytest.param(1, 4, 2, 128, 128, "distinct", id="one-token"),
+        pytest.param(300, 8, 2, 144, 128, "sentinels", id="tails-in-H"),
+        pytest.param(500, 7, 1, 2048, 256, "one", id="all-on-one-expert"),
+        pytest.param(700, 3, 2, 400, 512, "zipf", id="uneven"),
+        pytest.param(3000, 16, 4, 512, 768, "zipf", id="more-tiles-than-programs"),
+        pytest.param(1500, 300, 4, 128, 128, "any", id="tiles-of-few-rows"),
+        pytest.param(333, 5, 2, 256, 176, "any", id="tails-in-I"),
+    ],
+)
+def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, form):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper")
+    if inter % 128 and "split" not in form:
+        pytest.skip("a tile of up would have two scales")
+    args = (tokens, experts, top_k, hidden_dim, inter, torch.bfloat16, DEVICE, ids)
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    inputs = x, index, top_k_weights
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
+    allowed = error(w8a8(inputs, exact_weights, round_to_fp8), exact)
+    scales = [s.view(torch.uint8) if s.dtype == torch.float8_e8m0fnu else s for s in scales]
+    config = config(num_stages=4)
+    offsets, _, positions, schedule = launch.route(index, experts, 128)
+    rows = int(offsets[-1])
+    results = []
+    for _ in range(3):  # the same schedule serves again
+        a = launch.quantize_slots(x, positions)
+        a = launch.gate_up_fp8_hopper(*a, weights[0], scales[0], schedule, SILU, config)
+        assert a[1].T[rows:].isnan().all()
+        y = torch.full((index.numel(), hidden_dim), float("nan"), dtype=x.dtype, device=DEVICE)
+        launch.grouped_gemm_fp8_hopper(*a, weights[1], scales[1], schedule, config, y)
+        assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
+        results.append(launch.combine(y, positions, top_k_weights))
+        assert error(results[-1], exact) <= 1.5 * allowed and allowed < 0.1
+        assert torch.equal(results[-1], results[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-it-is", "transposed"])
+@pytest.mark.parametrize("e8m0", [False, True], ids=["fp32-scales", "e8m0"])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, K, N, ids",
+    [
+        pytest.param(1, 4, 1, 128, 256, "any", id="one-row-two-steps"),
+        pytest.param(300, 8, 2, 192, 272, "sentinels", id="tails-in-N"),
+        pytest.param(500, 7, 1, 320, 128, "one", id="all-on-one-expert"),
+        pytest.param(700, 3, 2, 1024, 80, "zipf", id="one-column-tile"),
+        pytest.param(3000, 16, 4, 512, 1024, "zipf", id="more-tiles-than-programs"),
+        pytest.param(1500, 300, 4, 128, 384, "any", id="tiles-of-few-rows"),
+    ],
+)
+def test_weights_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, ids, e8m0, transposed, dtype):
+    """y = w @ x, each weight rounded to dtype: torch on those weights is no better."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper")
+    args = (tokens, experts, top_k, *((K, N) if transposed else (N, K)), dtype, DEVICE, ids)
+    (_, index, _), weights, scales = fp8_layer(kernel, *args, e8m0=e8m0)
+    weight, scale = weights[1], scales[1]
+    exact_weight = fp8_weights_in_fp64(weights, scales)[1]
+    exact_weight = exact_weight.mT if transposed else exact_weight
+    x = torch.randn(index.numel(), K, dtype=dtype, device=DEVICE)
+    offsets, _, _, schedule = launch.route(index, experts, 128)
+    rows = int(offsets[-1])
+    exact = kernel.reference.grouped_gemm(x.double(), exact_weight, offsets)
+    expected = kernel.reference.grouped_gemm(x, exact_weight.to(dtype), offsets)
+    scale = scale.view(torch.uint8) if e8m0 else scale
+    results = []
+    for _ in range(3):  # the same schedule serves again
+        y = torch.full((index.numel(), N), float("nan"), dtype=dtype, device=DEVICE)
+        launch.fp8_weights_gemm_hopper(x, weight, scale, schedule, config(), y, transposed)
+        assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
+        assert_as_good_as_torch(y[:rows], expected[:rows], exact[:rows])
+        results.append(y[:rows])
+        assert torch.equal(results[-1], results[0])
+
+
+@on_triton
 @pytest.mark.parametrize("as_bits, dtype", [(False, DTYPES[0]), (True, DTYPES[0]), (True, torch.float32)], ids=str)
 @pytest.mark.parametrize("variant, form", VARIANTS)
 @pytest.mark.parametrize(CASE, LAYERS[:2] if INTERPRETED else LAYERS)
@@ -169,7 +266,7 @@ def test_weights_alone(
     assert error(out, exact) < 2 * torch.finfo(dtype).eps + 1e-6
 
 
-@on_triton
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
@@ -178,6 +275,8 @@ def test_weights_alone(
         pytest.param(1, 4, 2, 128, 128, "distinct", id="one-token"),
         pytest.param(5, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
         pytest.param(4, 2, 2, 272, 176, "any", id="several-blocks"),
+        pytest.param(2, 12, 9, 1200, 700, "any", id="several-steps-and-more-slots-than-warps"),
+        pytest.param(3, 4, 1, 640, 128, "any", id="one-slot-a-token"),
     ],
 )
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
@@ -191,6 +290,17 @@ def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, 
         a = launch.gate_up_decode_fp8(x, codes[0], scales[0], index, SILU, config)
         out = launch.down_decode_fp8(a, codes[1], scales[1], index, top_k_weights, config)
         assert error(out, exact) < 2 * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.gpu
+def test_decode_reads_no_scale_of_another_expert(kernel, launch):
+    """A skipped slot stands for no expert; a scale that is NaN stays with its own."""
+    (x, _, top_k_weights), weights, scales = fp8_layer(kernel, 2, 3, 2, 128, 128, torch.float32, DEVICE)
+    scales[0][0], scales[1][0] = float("nan"), float("nan")
+    index = torch.tensor([[1, -1], [3, 2]], device=DEVICE)
+    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 512, 2)
+    a = launch.gate_up_decode_fp8(x, weights[0], scales[0], index, SILU, config)
+    assert launch.down_decode_fp8(a, weights[1], scales[1], index, top_k_weights, config).isfinite().all()
 
 
 @on_triton
@@ -239,6 +349,9 @@ def whole(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    if INTERPRETED:  # Gluon has no interpreter
+        monkeypatch.setattr(fp8, "_can_specialize", lambda *_: False)
+        monkeypatch.setattr(fp8.tuning, "is_decode", lambda *_: False)
     return fp8
 
 

@@ -116,7 +116,16 @@ def test_fp8_experts_on_a_gpu(bf16_checkpoint, quantize, registered, tmp_path, k
         assert experts.gate_up_proj.dtype == torch.float8_e4m3fn
         if "use_kernels" in kwargs:
             assert experts.forward.__func__ is registered.layers.FP8Experts.forward
-    assert error(logits(model), expected.double()) < 0.1
+    calls = []
+    for experts in experts_of(model):
+        experts.register_forward_hook(lambda module, args, out: calls.append((module, args, out)))
+    # A few tokens go to other experts than stock's, as rounding decides; the experts themselves are exact enough.
+    assert error(logits(model), expected.double()) < 0.3
+    assert len(calls) == NUM_MOE_LAYERS
+    for experts, args, out in calls:
+        scales = experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv
+        exact = registered.reference_fp8.moe_experts(*args, experts.gate_up_proj, experts.down_proj, *scales)
+        assert 0 < error(out, exact.double()) < 0.06
     tokens = model.generate(prompt().cuda(), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert tokens.shape == (2, prompt().shape[1] + 8)
 

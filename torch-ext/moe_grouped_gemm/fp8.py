@@ -55,7 +55,7 @@ def _experts_gpu(
     activation,
     quantize_activations,
 ):
-    """Few slots: two launches. Else up to six: quantise, (count), route, gate_up GEMM, down GEMM, combine."""
+    """Few slots: two launches. Else up to six: (count), route, quantise, gate_up GEMM, down GEMM, combine."""
     rows, num_experts = top_k_index.numel(), gate_up_proj.shape[0]
     if rows == 0 or hidden_states.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape)
@@ -77,37 +77,53 @@ def _experts_gpu(
             hidden_states, gate_up_proj, gate_up_proj_scale, top_k_index, Gate(activation), up_config
         )
         return kernels.down_decode_fp8(a, down_proj, down_proj_scale, top_k_index, top_k_weights, down_config)
-    x, x_scale = hidden_states, None
-    if quantize_activations and _multiplies_fp8(device):
-        x, x_scale = kernels.quantize_rows(hidden_states)
-    up_config, down_config = _config(rows, num_experts, x)
-    _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
+    quantized = quantize_activations and _multiplies_fp8(device)
+    configs = _config(rows, num_experts, torch.float8_e4m3fn if quantized else hidden_states.dtype, device)
+    *routing, schedule = kernels.route(top_k_index, num_experts, configs.gate_up.BLOCK_M)
     weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
     y = hidden_states.new_empty(rows, hidden_states.shape[1])
-    _both_gemms(x, x_scale, *weights, sorted_slots, schedule, activation, (up_config, down_config), y)
-    return kernels.combine(y, slot_positions, top_k_weights)
+    _both_gemms(hidden_states, *weights, routing, schedule, Gate(activation), configs, quantized, y)
+    return kernels.combine(y, routing[2], top_k_weights)
 
 
-def _both_gemms(x, x_scale, gate_up, gate_up_scale, down, down_scale, slots, schedule, activation, configs, y, z=None):
+def _both_gemms(x, gate_up, gate_up_scale, down, down_scale, routing, schedule, gate, configs, quantized, y, z=None):
     """Fills y (S, H), and z (S, 2I) if it is given; rows of skipped slots stay unwritten."""
     kernels, precision = functional._kernels(), functional._input_precision()
     up_config, down_config = configs
+    offsets, slots, positions = routing
+    top_k = slots.numel() // x.shape[0]
+    shift = kernels.scale_shift(down.shape[2], gate_up_scale.shape[1])
+    specialized = down_config.WARP_SPECIALIZED and all(_can_specialize(weight) for weight in (gate_up, down))
+    if specialized and quantized and (down.shape[2] + shift) % 128 == 0:
+        a = kernels.quantize_slots(x, positions)
+        a = kernels.gate_up_fp8_hopper(*a, gate_up, gate_up_scale, schedule, gate, up_config)
+        kernels.grouped_gemm_fp8_hopper(*a, down, down_scale, schedule, down_config, y)
+        return
+    if specialized and not quantized and shift == 0:
+        x = kernels.gather(x, slots, offsets, top_k, out=y)
+        z = x.new_empty(x.shape[0], gate_up.shape[1]) if z is None else z
+        kernels.fp8_weights_gemm_hopper(x, gate_up, gate_up_scale, schedule, up_config, z)
+        a = kernels.glu(z, slots, offsets, gate)
+        kernels.fp8_weights_gemm_hopper(a, down, down_scale, schedule, down_config, y)
+        return
+    x, x_scale = kernels.quantize_rows(x) if quantized else (x, None)
     up_config = _as_readable(up_config, gate_up)
     a, a_scale = kernels.gate_up_fp8(
-        x,
-        x_scale,
-        gate_up,
-        gate_up_scale,
-        slots,
-        schedule,
-        slots.numel() // x.shape[0],
-        Gate(activation),
-        precision,
-        up_config,
-        z,
+        x, x_scale, gate_up, gate_up_scale, slots, schedule, top_k, gate, precision, up_config, z
     )
     down_config = _as_readable(down_config, a, down)
     kernels.grouped_gemm_fp8(a, a_scale, down, down_scale, schedule, precision, down_config, y)
+
+
+def _dgrad(x, weight, scale, schedule, config, shift=0):
+    """x (S, K) contiguous, weight (E, K, N) -> (S, N); rows of nobody stay unwritten."""
+    kernels = functional._kernels()
+    config = _as_readable(config, x, weight)
+    # A box past the K rows of an expert would hold rows of the next one.
+    if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and x.shape[1] % 64 == 0:
+        y = x.new_empty(x.shape[0], weight.shape[2])
+        return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
+    return kernels.dgrad_fp8(x, weight, scale, schedule, functional._input_precision(), config, shift)
 
 
 _SCHEMA = (
@@ -145,11 +161,11 @@ def _training_gpu(
     with torch.cuda.device_of(hidden_states):
         if hidden_states.stride(1) != 1:
             hidden_states = hidden_states.contiguous()
-        configs = _config(z.shape[0], experts, hidden_states)
+        configs = _config(z.shape[0], experts, z.dtype, z.device.index)
         *routing, schedule = kernels.route(top_k_index.contiguous(), experts, configs[0].BLOCK_M)
         weights = (*_as_bits(gate_up_proj, gate_up_proj_scale), *_as_bits(down_proj, down_proj_scale))
         y = hidden_states.new_empty(z.shape[0], hidden_states.shape[1])
-        _both_gemms(hidden_states, None, *weights, routing[1], schedule, activation, configs, y, z)
+        _both_gemms(hidden_states, *weights, routing, schedule, Gate(activation), configs, False, y, z)
         return kernels.combine(y, routing[2], top_k_weights.contiguous()), z, *routing
 
 
@@ -178,7 +194,7 @@ def _backward_gpu(
     """As functional._backward_gpu, without gradients of weights."""
     if z.numel() == 0 or dout.numel() == 0:
         return torch.zeros_like(dout), torch.zeros_like(top_k_weights)
-    kernels, precision = functional._kernels(), functional._input_precision()
+    kernels = functional._kernels()
     with torch.cuda.device_of(dout):
         dout, gate_up_proj, down_proj = (
             t if t.stride(-1) == 1 else t.contiguous() for t in (dout, gate_up_proj, down_proj)
@@ -190,15 +206,13 @@ def _backward_gpu(
         padded_offsets, padded_slots, padded_positions = kernels.pad(offsets, slots)
         schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), config.BLOCK_M)
         rows = kernels.gather(dout, padded_slots, padded_offsets, top_k_weights.shape[1])
-        down_config = _as_readable(config, down_proj)
-        b = kernels.dgrad_fp8(rows, down_proj, down_scale, schedule, precision, down_config)
+        b = _dgrad(rows, down_proj, down_scale, schedule, config)
         del rows
         order = (padded_slots, positions, padded_offsets)
         dz, _, dweights = kernels.glu_backward(b, z, top_k_weights, *order, Gate(activation), needs_a=False)
         del b
-        up_config = _as_readable(config, gate_up_proj)
         shift = kernels.scale_shift(z.shape[1] // 2, gate_up_scale.shape[1])
-        rows = kernels.dgrad_fp8(dz, gate_up_proj, gate_up_scale, schedule, precision, up_config, shift)
+        rows = _dgrad(dz, gate_up_proj, gate_up_scale, schedule, config, shift)
         dx = kernels.combine(rows, padded_positions, torch.ones_like(top_k_weights, dtype=torch.float32))
         return dx, dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
 
@@ -248,7 +262,7 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
     y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
     if y.numel() == 0 or x.shape[1] == 0:
         return y
-    kernels, precision = functional._kernels(), functional._input_precision()
+    kernels = functional._kernels()
     x = x if x.stride(1) == 1 else x.contiguous()
     weight, scale = _as_bits(weight, scale)
     # Of a weight that is [gate; up]; others have one way to count blocks.
@@ -258,13 +272,15 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
             weight = weight if weight.stride(2) == 1 else weight.contiguous()
             config = tuning.fp8_dgrad_config(x.dtype, functional._capability(x.device.index))
             schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-            config = _as_readable(config, weight)
-            rows = kernels.dgrad_fp8(x.contiguous(), weight, scale, schedule, precision, config, shift)
+            rows = _dgrad(x.contiguous(), weight, scale, schedule, config, shift)
             routed = torch.arange(x.shape[0], device=x.device)[:, None] < expert_offsets[-1]
             return torch.where(routed, rows, 0)
-        config = _config(x.shape[0], weight.shape[0], x).down
+        config = _config(x.shape[0], weight.shape[0], x.dtype, x.device.index).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
         config = _as_readable(config, x, weight)
+        if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0:
+            return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y)
+        precision = functional._input_precision()
         return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift)
 
 
@@ -307,12 +323,17 @@ def _as_bits(weight, scale):
     return weight, scale.contiguous()
 
 
-def _config(rows, num_experts, x) -> tuning.ExpertsConfig:
-    return tuning.fp8_config(rows, num_experts, x.dtype, functional._capability(x.device.index))
+def _config(rows, num_experts, dtype, device) -> tuning.ExpertsConfig:
+    return tuning.fp8_config(rows, num_experts, dtype, functional._capability(device))
+
+
+def _can_specialize(weight) -> bool:
+    """Whether the warp-specialized kernels can read this: by TMA, and more than one step of its columns and rows."""
+    return weight.is_contiguous() and functional._tma_can_read(weight) and min(weight.shape[1:]) > 64
 
 
 def _as_readable(config, *tensors):
     """As functional's; these kernels read weights, which come last, by rows alone."""
     if tensors[-1].stride(-1) != 1:
-        return config._replace(USE_TMA=False)
+        return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
     return functional._as_readable(config, *tensors)

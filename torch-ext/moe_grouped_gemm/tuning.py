@@ -27,7 +27,9 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int
     USE_TMA: bool
-    WARP_SPECIALIZED: bool = False  # the kernel of grouped_gemm_hopper.py, whose tiles are 128, 64, 256, 64
+    # The kernel of grouped_gemm_hopper.py, whose tiles are 128, 64, 256, 64; over fp8 weights those of fp8_hopper.py or
+    # fp8_weights_hopper.py, for both GEMMs where the down GEMM says so.
+    WARP_SPECIALIZED: bool = False
 
 
 class DecodeConfig(NamedTuple):
@@ -93,11 +95,11 @@ FP32 = [
 
 # fp8 weights, by rows per expert as above. The gate_up GEMM's BLOCK_N is 128 where its result leaves in fp8; both GEMMs
 # read two tiles of BLOCK_N weight rows.
-DECODE_FP8 = ExpertsConfig(DecodeConfig(4, 512, 2), DecodeConfig(4, 1024, 4))
+DECODE_FP8 = ExpertsConfig(DecodeConfig(4, 512, 2), DecodeConfig(4, 512, 2))
 FP8_HOPPER = [
-    (10, _pair(16, 128, 128, 4, 3, 128, 128, 4, 3)),
-    (50, _pair(64, 128, 128, 8, 4, 128, 128, 8, 4)),
-    (float("inf"), _pair(128, 128, 128, 8, 4, 128, 128, 8, 4, min_m=64)),
+    (10, _pair(16, 128, 128, 4, 4, 64, 128, 4, 3)),
+    (24, _pair(32, 128, 128, 4, 3, 64, 128, 4, 3)),
+    (float("inf"), _pair(128, 128, 128, 8, 4, 128, 128, 8, 4, min_m=64, ws=True)),
 ]
 FP8_PORTABLE = [
     (12, _pair(16, 128, 64, 4, 3, 128, 64, 4, 3, tma=False)),
@@ -107,7 +109,7 @@ FP8_PORTABLE = [
 FP8_WEIGHTS_HOPPER = [
     (10, _pair(16, 64, 128, 4, 3, 64, 128, 4, 3)),
     (50, _pair(64, 128, 64, 8, 4, 128, 64, 8, 4)),
-    (float("inf"), _pair(128, 64, 64, 8, 4, 64, 64, 8, 4, min_m=64)),
+    (float("inf"), _pair(128, 64, 64, 8, 4, 64, 64, 8, 4, min_m=64, ws=True)),
 ]
 FP8_WEIGHTS_PORTABLE = [
     (12, _pair(16, 64, 64, 4, 3, 64, 64, 4, 3, tma=False)),
@@ -118,7 +120,7 @@ FP8_WEIGHTS_FP32 = [
     (float("inf"), _pair(64, 32, 32, 8, 2, 32, 32, 8, 2, tma=False)),
 ]
 # Their dgrad; a tile of columns has one scale, so BLOCK_N divides 128.
-FP8_DGRAD_HOPPER = GemmConfig(128, 128, 128, 64, 8, 8, 3, True)
+FP8_DGRAD_HOPPER = GemmConfig(128, 128, 128, 64, 8, 8, 3, True, True)
 FP8_DGRAD_PORTABLE = GemmConfig(64, 64, 64, 32, 8, 4, 3, False)
 FP8_DGRAD_FP32 = GemmConfig(64, 64, 64, 16, 8, 8, 2, False)
 

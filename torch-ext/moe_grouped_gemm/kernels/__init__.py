@@ -5,7 +5,9 @@ from .combine import combine, zero_skipped
 from .decode import down_decode, gate_up_decode
 from .decode_fp8 import down_decode_fp8, gate_up_decode_fp8
 from .dgrad_fp8 import dgrad_fp8
-from .fp8 import gate_up_fp8, grouped_gemm_fp8, quantize_rows, scale_shift
+from .fp8 import gate_up_fp8, grouped_gemm_fp8, quantize_rows, quantize_slots, scale_shift
+from .fp8_hopper import gate_up_fp8_hopper, grouped_gemm_fp8_hopper
+from .fp8_weights_hopper import fp8_weights_gemm_hopper
 from .grouped_gemm import gate_up, grouped_gemm
 from .grouped_gemm_hopper import can_specialize
 from .lora import glu, scale_rows
@@ -18,17 +20,21 @@ __all__ = [
     "dgrad_fp8",
     "down_decode",
     "down_decode_fp8",
+    "fp8_weights_gemm_hopper",
     "gate_up",
     "gate_up_decode",
     "gate_up_decode_fp8",
     "gate_up_fp8",
+    "gate_up_fp8_hopper",
     "gather",
     "glu",
     "glu_backward",
     "grouped_gemm",
     "grouped_gemm_fp8",
+    "grouped_gemm_fp8_hopper",
     "pad",
     "quantize_rows",
+    "quantize_slots",
     "route",
     "router_logits",
     "router_topk",

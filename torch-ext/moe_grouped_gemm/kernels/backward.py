@@ -72,15 +72,17 @@ def _gather_kernel(
     BLOCK_H: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
-    if row >= tl.load(expert_offsets_ptr + E):
+    end = tl.load(expert_offsets_ptr + E)
+    if row >= end:
         return
     rows = row + tl.arange(0, ROWS)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = (offs_h < H)[None, :]
-    slots = tl.load(slots_ptr + rows)
+    slots = tl.load(slots_ptr + rows, mask=rows < end, other=-1)
     x_ptrs = x_ptr + (slots // top_k)[:, None].to(tl.int64) * stride_xt + offs_h[None, :]
     x = tl.load(x_ptrs, mask=(slots >= 0)[:, None] & mask_h, other=0.0)
-    tl.store(out_ptr + rows[:, None].to(tl.int64) * H + offs_h[None, :], x, mask=mask_h)
+    out_ptrs = out_ptr + rows[:, None].to(tl.int64) * H + offs_h[None, :]
+    tl.store(out_ptrs, x, mask=(rows < end)[:, None] & mask_h)
 
 
 @triton.jit
@@ -214,18 +216,19 @@ def _row_sums_kernel(
     tl.store(sums_ptrs, tl.sum(acc, axis=0).to(sums_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-def gather(x, slots, expert_offsets, top_k):
-    """x (T, H) with contiguous rows, padded slots (P,) and expert_offsets (E + 1,) -> (P, H).
+def gather(x, slots, expert_offsets, top_k, out=None):
+    """x (T, H) with contiguous rows, slots (P,) and expert_offsets (E + 1,), padded or not -> (P, H).
 
     Rows from expert_offsets[E] on stay unwritten.
     """
     hidden_dim, experts = x.shape[1], expert_offsets.numel() - 1
-    out = x.new_empty(slots.numel(), hidden_dim)
+    if out is None:
+        out = x.new_empty(slots.numel(), hidden_dim)
     block_h = min(1024, next_power_of_2(hidden_dim))
     rows = 8
     launch(
         _gather_kernel,
-        (slots.numel() // rows, cdiv(hidden_dim, block_h), 1),
+        (cdiv(slots.numel(), rows), cdiv(hidden_dim, block_h), 1),
         (x, slots, expert_offsets, out, experts, top_k, hidden_dim, x.stride(0), rows, block_h),
         (x.device, x.dtype, x.data_ptr() % 16, experts, top_k, hidden_dim, x.stride(0)),
         num_warps=4,

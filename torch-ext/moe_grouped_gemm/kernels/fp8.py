@@ -3,6 +3,7 @@
     gate_up_fp8:       a[r] = act(gate[e] @ x[t]) * (up[e] @ x[t])  x (T, H), t = sorted_slots[r] // top_k -> a (S, I)
     grouped_gemm_fp8:  y[r] = w[e] @ x[r]                           x (S, K) -> y (S, N)
     quantize_rows:     x (T, K) -> codes (T, K) and a scale for each 128 columns of each row, x = codes * scale
+    quantize_slots:    the same, and each row copied to where its slots are in expert order
 
 An activation in fp8 comes with such scales. Then codes are multiplied with codes, and `gate_up_fp8` answers in the same
 form: its tiles of 128 columns find their own scales. An activation in another dtype meets weight codes converted to
@@ -64,11 +65,14 @@ def _quantize(x, axis: tl.constexpr):
 # --- quantisation of activations --------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _quantize_rows_kernel(
     x_ptr,  # (T, K)
-    codes_ptr,  # (T, K) fp8
-    scale_ptr,  # (T, ceil(K / 128)) fp32
+    positions_ptr,  # (T * top_k,) int32: rows of codes that a row of x becomes, -1: none; None: its own
+    codes_ptr,  # (rows, K) fp8
+    scale_ptr,  # (rows, ceil(K / 128)) fp32; with positions (ceil(K / 128), rows)
+    top_k,
+    rows,
     K,
     stride_xt,
     BLOCKS: tl.constexpr,
@@ -78,9 +82,16 @@ def _quantize_rows_kernel(
     offs_k = offs_b[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     x = tl.load(x_ptr + row * stride_xt + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
     codes, scale = _quantize(x, 1)
-    tl.store(codes_ptr + row * K + offs_k, codes, mask=offs_k < K)
     blocks = tl.cdiv(K, _BLOCK)
-    tl.store(scale_ptr + row * blocks + offs_b, scale, mask=offs_b < blocks)
+    if positions_ptr is None:
+        tl.store(codes_ptr + row * K + offs_k, codes, mask=offs_k < K)
+        tl.store(scale_ptr + row * blocks + offs_b, scale, mask=offs_b < blocks)
+    else:
+        for slot in range(row * top_k, (row + 1) * top_k):
+            position = tl.load(positions_ptr + slot).to(tl.int64)
+            here = position >= 0
+            tl.store(codes_ptr + position * K + offs_k, codes, mask=here & (offs_k < K))
+            tl.store(scale_ptr + offs_b.to(tl.int64) * rows + position, scale, mask=here & (offs_b < blocks))
 
 
 # --- GEMMs ------------------------------------------------------------------------------------------------------------
@@ -395,15 +406,28 @@ def scale_shift(inter, scale_rows):
 
 def quantize_rows(x):
     """x (T, K) with contiguous rows -> fp8 codes (T, K) and fp32 scales (T, ceil(K / 128)), x = codes * scale."""
+    return _launch_quantize(x, None, x.shape[0], (x.shape[0], cdiv(x.shape[1], BLOCK)))
+
+
+def quantize_slots(x, slot_positions):
+    """`quantize_rows`, with the row of each slot in its place in expert order: codes (S, K), scales (K / 128, S).
+
+    Rows past the last routed one stay unwritten.
+    """
+    slots = slot_positions.numel()
+    return _launch_quantize(x, slot_positions, slots, (cdiv(x.shape[1], BLOCK), slots))
+
+
+def _launch_quantize(x, positions, rows, scale_shape):
     tokens, K = x.shape
-    blocks = cdiv(K, BLOCK)
-    codes = torch.empty((tokens, K), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((tokens, blocks), dtype=torch.float32, device=x.device)
+    codes = torch.empty((rows, K), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(scale_shape, dtype=torch.float32, device=x.device)
+    top_k = rows // tokens
     launch(
         _quantize_rows_kernel,
-        (tokens, cdiv(blocks, 8), 1),
-        (x, codes, scale, K, x.stride(0), 8),
-        (x.device, x.dtype, x.data_ptr() % 16, K, x.stride(0)),
+        (tokens, cdiv(K, 8 * BLOCK), 1),
+        (x, positions, codes, scale, top_k, rows, K, x.stride(0), 8),
+        (x.device, x.dtype, x.data_ptr() % 16, positions is None, top_k, K, x.stride(0)),
         num_warps=2,
     )
     return codes, scale

@@ -46,12 +46,13 @@ def _previous(i, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles):
+def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles, expert):
     tiles, full, free = queue
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    field = gl.arange(0, 4, layout)
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 8, layout)
     mbarrier.wait(free.index(i), phase ^ 1)
-    tile = gl.where(field == 0, row, gl.where(field == 1, row_end, gl.where(field == 2, tile_n, k_tiles)))
+    tile = gl.where(field == 2, tile_n, gl.where(field == 3, k_tiles, expert))
+    tile = gl.where(field == 0, row, gl.where(field == 1, row_end, tile))
     tiles.index(i).store(tile)
     _barrier()
     mbarrier.arrive(full.index(i), count=1)
@@ -60,10 +61,10 @@ def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles):
 
 @gluon.jit
 def _take_tile(queue, i, phase):
-    """First row (-1: no more tiles), row after the expert's last, column tile, steps of K; next place in the queue."""
+    """(First row, -1: no more tiles; row after the expert's last; column tile; steps of K; expert), next place."""
     tiles, full, free = queue
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    field = gl.arange(0, 4, layout)
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 8, layout)
     mbarrier.wait(full.index(i), phase)
     tile = tiles.index(i).load(layout)
     _barrier()
@@ -72,8 +73,9 @@ def _take_tile(queue, i, phase):
     row_end = gl.sum(gl.where(field == 1, tile, 0), 0)
     tile_n = gl.sum(gl.where(field == 2, tile, 0), 0)
     k_tiles = gl.sum(gl.where(field == 3, tile, 0), 0)
+    expert = gl.sum(gl.where(field == 4, tile, 0), 0)
     i, phase = _next(i, phase, QUEUE)
-    return row, row_end, tile_n, k_tiles, i, phase
+    return (row, row_end, tile_n, k_tiles, expert), i, phase
 
 
 @gluon.jit
@@ -94,54 +96,80 @@ def _locate_tile(schedule_ptr, max_tiles, tile, n_tiles, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def _load_weight(w_desc, w_smem, bar, expert, tile_n, k, second, N, K, TILE_N: gl.constexpr):
+    """BLOCK_N rows of w (E, N, K), in two boxes; or with boxes that are BLOCK_N wide, columns of w (E, K, N)."""
+    HALF: gl.constexpr = BLOCK_N // 2
+    if w_smem.shape[1] == BLOCK_N:
+        _tma_load(w_desc, [expert * K + k, tile_n * TILE_N], bar, w_smem)
+    else:
+        w_row = expert * N + tile_n * TILE_N
+        _tma_load(w_desc, [w_row, k], bar, w_smem.slice(0, HALF))
+        _tma_load(w_desc, [w_row + second, k], bar, w_smem.slice(HALF, HALF))
+
+
+@gluon.jit
+def _number_of_tiles(schedule, n_tiles):
+    schedule_ptr, max_tiles = schedule
+    return gl.load(schedule_ptr + 4 * max_tiles) * n_tiles
+
+
+@gluon.jit
+def _claim_tile(schedule, num_tiles):
+    """The tile after this one, for each one that a program begins."""
+    schedule_ptr, max_tiles = schedule
+    claims_ptr = schedule_ptr + 4 * max_tiles + 1
+    claimed = gl.atomic_add(claims_ptr, 1, sem="relaxed")
+    # Every tile done is a claim made, so this is the last one: leave the counter as it was.
+    if claimed == num_tiles - 1:
+        gl.store(claims_ptr, 0)
+    return gl.num_programs(0) + claimed
+
+
+@gluon.jit
+def _locate_turn(schedule, tile, num_tiles, n_tiles, GROUP_M: gl.constexpr):
+    """`_locate_tile`, for experts of many rows and of few in turns where there are both."""
+    schedule_ptr, max_tiles = schedule
+    is_mixed = gl.load(schedule_ptr + 4 * max_tiles + 2)
+    turn = gl.where(is_mixed != 0, tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2), tile)
+    return _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
+
+
+@gluon.jit
 def _load(
     x_desc,
     w_desc,
-    schedule_ptr,
-    max_tiles,
-    N,
-    K,
+    schedule,
+    sizes,  # column tiles, rows of a weight between the halves of a tile, N, K
     stages,
     queue,
+    TILE_N: gl.constexpr,  # rows of a weight between two tiles
     GROUP_M: gl.constexpr,
-    TRANSPOSED_W: gl.constexpr,
 ):
+    n_tiles, second, N, K = sizes
     x_smem, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
-    HALF: gl.constexpr = BLOCK_N // 2
-    n_tiles = gl.cdiv(N, BLOCK_N)
-    num_tiles = gl.load(schedule_ptr + 4 * max_tiles) * n_tiles
-    claims_ptr = schedule_ptr + 4 * max_tiles + 1
-    is_mixed = gl.load(schedule_ptr + 4 * max_tiles + 2)
+    STEP: gl.constexpr = x_smem.shape[2]
+    num_tiles = _number_of_tiles(schedule, n_tiles)
     stage = 0
     phase = 0
     place = 0
     place_phase = 0
     tile = gl.program_id(0)
     while tile < num_tiles:
-        claimed = gl.atomic_add(claims_ptr, 1, sem="relaxed")
-        # Every tile done is a claim made, so this is the last one: leave the counter as it was.
-        if claimed == num_tiles - 1:
-            gl.store(claims_ptr, 0)
-        turn = gl.where(is_mixed != 0, tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2), tile)
-        expert, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
-        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, gl.cdiv(K, BLOCK_K))
-        for k in range(0, K, BLOCK_K):
+        next_tile = _claim_tile(schedule, num_tiles)
+        expert, row, row_end, tile_n = _locate_turn(schedule, tile, num_tiles, n_tiles, GROUP_M)
+        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, gl.cdiv(K, STEP), expert)
+        for k in range(0, K, STEP):
             mbarrier.wait(free.index(stage), phase ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
             # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights
             # past the expert's last.
             _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
-            if TRANSPOSED_W:
-                _tma_load(w_desc, [expert * K + k, tile_n * BLOCK_N], bar, w_smem.index(stage))
-            else:
-                w_row = expert * N + tile_n * BLOCK_N
-                _tma_load(w_desc, [w_row, k], bar, w_smem.index(stage).slice(0, HALF))
-                _tma_load(w_desc, [w_row + HALF, k], bar, w_smem.index(stage).slice(HALF, HALF))
+            _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
             stage, phase = _next(stage, phase, STAGES)
-        tile = gl.num_programs(0) + claimed
-    _put_tile(queue, place, place_phase, -1, -1, 0, 0)
+        tile = next_tile
+    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
 
 
 @gluon.jit
@@ -163,7 +191,7 @@ def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
         end = gl.load(expert_offsets_ptr + expert + 1)
         row = expert * M + m
         k_tiles = (end - begin) // BLOCK_K
-        place, place_phase = _put_tile(queue, place, place_phase, row, expert * M + M, tile_n, k_tiles)
+        place, place_phase = _put_tile(queue, place, place_phase, row, expert * M + M, tile_n, k_tiles, expert)
         for k in range(begin, end, BLOCK_K):
             mbarrier.wait(free.index(stage), phase ^ 1)
             bar = full.index(stage)
@@ -172,7 +200,7 @@ def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
                 _tma_load(p_desc, [k, m + i * ROWS], bar, p_smem.index(stage * CONSUMERS + i))
             _tma_load(q_desc, [k, tile_n * BLOCK_N], bar, q_smem.index(stage))
             stage, phase = _next(stage, phase, STAGES)
-    _put_tile(queue, place, place_phase, -1, -1, 0, 0)
+    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
 
 
 @gluon.jit
@@ -204,7 +232,8 @@ def _multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
-    row, row_end, tile_n, k_tiles, place, place_phase = _take_tile(queue, 0, 0)
+    tile, place, place_phase = _take_tile(queue, 0, 0)
+    row, row_end, tile_n, k_tiles, _ = tile
     while row >= 0:
         row += CONSUMER * ROWS
         if row < row_end:
@@ -237,7 +266,8 @@ def _multiply(
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(free.index(stage), count=1)
                 stage, phase = _next(stage, phase, STAGES)
-        row, row_end, tile_n, k_tiles, place, place_phase = _take_tile(queue, place, place_phase)
+        tile, place, place_phase = _take_tile(queue, place, place_phase)
+        row, row_end, tile_n, k_tiles, _ = tile
 
 
 @gluon.jit
@@ -249,9 +279,9 @@ def _barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _queue():
-    tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, CONSUMERS))
+def _queue(READERS: gl.constexpr):
+    tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, READERS))
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
@@ -273,12 +303,14 @@ def _grouped_gemm_hopper_kernel(
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED_W else [STAGES, BLOCK_N, BLOCK_K]
     w_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
-    queue = _queue()
+    queue = _queue(CONSUMERS)
+    schedule = (schedule_ptr, max_tiles)
+    sizes = (gl.cdiv(N, BLOCK_N), BLOCK_N // 2, N, K)
     gl.warp_specialize(
         [
             (_multiply, (0, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W)),
             (_multiply, (1, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W)),
-            (_load, (x_desc, w_desc, schedule_ptr, max_tiles, N, K, stages, queue, GROUP_M, TRANSPOSED_W)),
+            (_load, (x_desc, w_desc, schedule, sizes, stages, queue, BLOCK_N, GROUP_M)),
         ],
         [4, 1],
         [216, 72],  # registers of the second consumer and the loader; the first consumer has what is left
@@ -299,7 +331,7 @@ def _wgrad_hopper_kernel(
     p_smem = gl.allocate_shared_memory(p_desc.dtype, [STAGES * CONSUMERS, BLOCK_K, ROWS], p_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_K, BLOCK_N], q_desc.layout)
     stages = (p_smem, q_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
-    queue = _queue()
+    queue = _queue(CONSUMERS)
     gl.warp_specialize(
         [
             (_multiply, (0, dw_ptr, None, None, N, stages, queue, True, True)),
@@ -313,7 +345,8 @@ def _wgrad_hopper_kernel(
 
 def _rows_descriptor(x, box):
     """The rows of x, (..., K), which follow each other at one stride."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    swizzle = min(128, box[1] * x.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=2)
     K = x.shape[-1]
     return TensorDescriptor(x, [x.numel() // K, K], [x.stride(-2), 1], box, layout)
 

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from triton.runtime import driver
 
 _compiled = {}
 
@@ -11,6 +12,12 @@ _compiled = {}
 def multiprocessors(device: torch.device) -> int:
     """1 for a device that is no GPU: kernels are only compiled with tensors from there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp of this device, which is the current one."""
+    return driver.active.get_current_target().warp_size
 
 
 # Triton's own functions of these names are wrapped for use inside kernels too, at 2 us a call.

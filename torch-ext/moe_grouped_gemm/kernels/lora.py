@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .backward import _load_gate_and_up
 from .grouped_gemm import _glu
-from .launch import launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -29,17 +29,19 @@ def _glu_kernel(
     GATE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
-    if row >= tl.load(expert_offsets_ptr + E):
+    end = tl.load(expert_offsets_ptr + E)
+    if row >= end:
         return
     rows = row + tl.arange(0, ROWS)
-    is_owned = (tl.load(slots_ptr + rows) >= 0)[:, None]
+    mask_r = (rows < end)[:, None]
+    is_owned = (tl.load(slots_ptr + rows, mask=rows < end, other=-1) >= 0)[:, None]
     rows = rows.to(tl.int64)[:, None]
     for start in range(0, I, BLOCK_I):
         gate, up = _load_gate_and_up(z_ptr + rows * 2 * I, start, is_owned, I, BLOCK_I, GATE)
         # "swigluoai" of zeros is zero too.
         a = _glu(gate, up, GATE).to(a_ptr.dtype.element_ty)
         offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
-        tl.store(a_ptr + rows * I + offs_i, a, mask=offs_i < I)
+        tl.store(a_ptr + rows * I + offs_i, a, mask=mask_r & (offs_i < I))
 
 
 @triton.jit
@@ -68,13 +70,13 @@ def _scale_rows_kernel(
 
 
 def glu(z, slots, expert_offsets, gate):
-    """z (P, 2I) -> a (P, I). Rows of nobody are zero; those from expert_offsets[E] on stay unwritten."""
+    """z (P, 2I), padded or not -> a (P, I). Rows of nobody are zero; those from expert_offsets[E] on stay unwritten."""
     rows, inter, experts = z.shape[0], z.shape[1] // 2, expert_offsets.numel() - 1
     a = z.new_empty(rows, inter)
     block_m, block_i = 4, min(256, next_power_of_2(inter))
     launch(
         _glu_kernel,
-        (rows // block_m, 1, 1),
+        (cdiv(rows, block_m), 1, 1),
         (z, slots, expert_offsets, a, experts, inter, block_m, block_i, tuple(gate)),
         (z.device, z.dtype, experts, inter, tuple(gate)),
         num_warps=4,

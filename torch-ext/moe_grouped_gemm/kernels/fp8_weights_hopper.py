@@ -1,0 +1,198 @@
+"""Grouped GEMM for Hopper and many rows of 16 bits over weights in float8_e4m3fn with a scale for each 128 x 128:
+
+    y[r] = w[e] @ x[r], w (E, N, K)      or, for gradients, y[r] = w[e]^T @ x[r], w (E, K, N)
+
+The kernel of grouped_gemm_hopper.py, but its loader has four warps and loads codes. Those it turns into weights in the
+dtype of x, rounded once, from shared memory to shared memory: some steps ahead of the tensor cores, which see nothing
+but 16-bit operands.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .fp8 import BLOCK, _load_scale
+from .grouped_gemm_hopper import (
+    BLOCK_K,
+    BLOCK_M,
+    BLOCK_N,
+    CONSUMERS,
+    _barrier,
+    _barriers,
+    _claim_tile,
+    _load_weight,
+    _locate_turn,
+    _multiply,
+    _next,
+    _number_of_tiles,
+    _put_tile,
+    _queue,
+    _rows_descriptor,
+    _tma_load,
+)
+from .launch import launch, multiprocessors
+
+_BLOCK = gl.constexpr(BLOCK)
+
+
+@gluon.jit
+def _load_half_scales(w_scale_ptr, tile_n, k, scale_rows, scale_columns, TRANSPOSED: gl.constexpr):
+    """Those of the two 128 columns of y in this tile, for step k."""
+    first = tile_n * (BLOCK_N // _BLOCK)
+    block = k // (_BLOCK // BLOCK_K)
+    if TRANSPOSED:
+        first_ptr = w_scale_ptr + block * scale_columns + first
+        second_ptr = w_scale_ptr + block * scale_columns + gl.minimum(first + 1, scale_columns - 1)
+    else:
+        first_ptr = w_scale_ptr + first * scale_columns + block
+        second_ptr = w_scale_ptr + gl.minimum(first + 1, scale_rows - 1) * scale_columns + block
+    return _load_scale(first_ptr), _load_scale(second_ptr)
+
+
+@gluon.jit
+def _dequantize_half(codes_smem, w_smem, scale, START: gl.constexpr, TRANSPOSED: gl.constexpr):
+    LANES: gl.constexpr = 8 if TRANSPOSED else 4  # of a row, 16 codes each
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    DIM: gl.constexpr = 1 if TRANSPOSED else 0
+    codes = codes_smem.slice(START, _BLOCK, DIM).load(layout)
+    w_smem.slice(START, _BLOCK, DIM).store((codes.to(gl.float32) * scale).to(w_smem.dtype))
+
+
+@gluon.jit
+def _load_and_dequantize(
+    x_desc,
+    w_desc,
+    w_scale_ptr,
+    schedule,
+    sizes,
+    stages,
+    codes,
+    queue,
+    GROUP_M: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    N, K, scale_rows, scale_columns = sizes
+    x_smem, w_smem, full, free = stages
+    codes_smem, codes_full = codes
+    STAGES: gl.constexpr = w_smem.shape[0]
+    CODES_STAGES: gl.constexpr = codes_smem.shape[0]
+    AHEAD: gl.constexpr = CODES_STAGES - 1
+    n_tiles = gl.cdiv(N, BLOCK_N)
+    k_tiles = gl.cdiv(K, BLOCK_K)
+    num_tiles = _number_of_tiles(schedule, n_tiles)
+    codes_stage = 0
+    codes_phase = 0
+    stage = 0
+    phase = 0
+    place = 0
+    place_phase = 0
+    tile = gl.program_id(0)
+    last = gl.maximum(num_tiles - 1, 0)
+    expert, row, row_end, tile_n = _locate_turn(schedule, gl.minimum(tile, last), num_tiles, n_tiles, GROUP_M)
+    if tile < num_tiles:
+        for k in gl.static_range(AHEAD):
+            bar = codes_full.index(k)
+            mbarrier.expect(bar, BLOCK_N * BLOCK_K)
+            _load_weight(w_desc, codes_smem.index(k), bar, expert, tile_n, k * BLOCK_K, _BLOCK, N, K, BLOCK_N)
+    while tile < num_tiles:
+        next_tile = _claim_tile(schedule, num_tiles)
+        next_expert, next_row, next_row_end, next_tile_n = _locate_turn(
+            schedule, gl.minimum(next_tile, last), num_tiles, n_tiles, GROUP_M
+        )
+        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
+        scale_ptr = w_scale_ptr + expert.to(gl.int64) * scale_rows * scale_columns
+        first, second = _load_half_scales(scale_ptr, tile_n, 0, scale_rows, scale_columns, TRANSPOSED)
+        for k in range(k_tiles):
+            next_k = gl.minimum(k + 1, k_tiles - 1)
+            scales = _load_half_scales(scale_ptr, tile_n, next_k, scale_rows, scale_columns, TRANSPOSED)
+            # Codes of the step AHEAD, which may be the next tile's, come where those of the step before were.
+            is_here = k + AHEAD < k_tiles
+            if is_here | (next_tile < num_tiles):
+                ahead = gl.where(is_here, k + AHEAD, k + AHEAD - k_tiles) * BLOCK_K
+                ahead_expert = gl.where(is_here, expert, next_expert)
+                ahead_n = gl.where(is_here, tile_n, next_tile_n)
+                place_ahead = gl.where(codes_stage == 0, AHEAD, codes_stage - 1)
+                bar = codes_full.index(place_ahead)
+                mbarrier.expect(bar, BLOCK_N * BLOCK_K)
+                w_ahead = codes_smem.index(place_ahead)
+                _load_weight(w_desc, w_ahead, bar, ahead_expert, ahead_n, ahead, _BLOCK, N, K, BLOCK_N)
+            mbarrier.wait(free.index(stage), phase ^ 1)
+            mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
+            # Rows past row_end, and weights past the expert's last, reach only sums that are never stored.
+            _tma_load(x_desc, [row, k * BLOCK_K], full.index(stage), x_smem.index(stage))
+            mbarrier.wait(codes_full.index(codes_stage), codes_phase)
+            _dequantize_half(codes_smem.index(codes_stage), w_smem.index(stage), first, 0, TRANSPOSED)
+            _dequantize_half(codes_smem.index(codes_stage), w_smem.index(stage), second, _BLOCK, TRANSPOSED)
+            fence_async_shared()
+            _barrier()
+            mbarrier.arrive(full.index(stage), count=1)
+            codes_stage, codes_phase = _next(codes_stage, codes_phase, CODES_STAGES)
+            stage, phase = _next(stage, phase, STAGES)
+            first, second = scales
+        tile = next_tile
+        expert = next_expert
+        row = next_row
+        row_end = next_row_end
+        tile_n = next_tile_n
+    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def _fp8_weights_hopper_kernel(
+    x_desc,  # (S, K)
+    w_desc,  # (E * N, K), or with TRANSPOSED (E * K, N), fp8
+    w_scale_ptr,  # (E, scale_rows, scale_columns) fp32 | e8m0 as uint8
+    y_ptr,  # (S, N)
+    schedule_ptr,  # (5, max_tiles) int32
+    max_tiles,
+    N,
+    K,
+    scale_rows,
+    scale_columns,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    W_LAYOUT: gl.constexpr,
+):
+    W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED else [STAGES, BLOCK_N, BLOCK_K]
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(x_desc.dtype, W_SHAPE, W_LAYOUT)
+    codes_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
+    stages = (x_smem, w_smem, _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS))
+    codes = (codes_smem, _barriers(STAGES, 1))
+    queue = _queue(CONSUMERS)
+    schedule = (schedule_ptr, max_tiles)
+    sizes = (N, K, scale_rows, scale_columns)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, y_ptr, None, None, N, stages, queue, False, TRANSPOSED)),
+            (_multiply, (1, y_ptr, None, None, N, stages, queue, False, TRANSPOSED)),
+            (
+                _load_and_dequantize,
+                (x_desc, w_desc, w_scale_ptr, schedule, sizes, stages, codes, queue, GROUP_M, TRANSPOSED),
+            ),
+        ],
+        [4, 4],
+        [192, 120],  # registers of all but the first consumer, which has what is left
+    )
+
+
+def fp8_weights_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False):
+    """x (S, K) of 16 bits, w (E, N, K) fp8, or (E, K, N) -> y (S, N); rows of nobody keep what y held.
+
+    Blocks of scales are counted through all rows of w.
+    """
+    N, K = y.shape[1], x.shape[1]
+    box = [BLOCK_K.value, BLOCK_N.value] if transposed else [BLOCK, BLOCK_K.value]
+    w_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    constants = (config.GROUP_M, 3, transposed, w_layout)
+    sizes = (N, K, *w_scale.shape[1:])
+    launch(
+        _fp8_weights_hopper_kernel,
+        (multiprocessors(x.device), 1, 1),
+        (_rows_descriptor(x, [BLOCK_M.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y)
+        + (schedule, schedule.shape[1], *sizes, *constants),
+        (x.device, x.dtype, w_scale.dtype, w_scale.data_ptr() % 16, sizes, constants[:3]),
+        num_warps=4,
+    )
+    return y
