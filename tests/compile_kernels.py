@@ -153,8 +153,9 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
                 rows, row_scales = empty(96, HIDDEN, dtype=FP8), [empty(n, 96) for n in blocks]
                 args = (rows, row_scales[0], w1, s1, schedule, Gate(), config.gate_up)
                 yield dtype, config.down, partial(kernels.gate_up_fp8_hopper, *args)
-                args = (a, row_scales[1], w2, s2, schedule, config.down, y)
-                yield dtype, config.down, partial(kernels.grouped_gemm_fp8_hopper, *args)
+                for out in (y, y.float()):
+                    args = (a, row_scales[1], w2, s2, schedule, config.down, out)
+                    yield dtype, config.down, partial(kernels.grouped_gemm_fp8_hopper, *args)
             elif config.down.WARP_SPECIALIZED:
                 args = (empty(96, HIDDEN, dtype=dtype), w1, s1, schedule, config.down, z)
                 yield dtype, config.down, partial(kernels.fp8_weights_gemm_hopper, *args)

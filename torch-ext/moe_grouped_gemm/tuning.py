@@ -99,6 +99,7 @@ DECODE_FP8 = ExpertsConfig(DecodeConfig(4, 512, 2), DecodeConfig(4, 512, 2))
 FP8_HOPPER = [
     (10, _pair(16, 128, 128, 4, 4, 64, 128, 4, 3)),
     (24, _pair(32, 128, 128, 4, 3, 64, 128, 4, 3)),
+    (50, _pair(64, 128, 128, 8, 4, 64, 128, 4, 3)),
     (float("inf"), _pair(128, 128, 128, 8, 4, 128, 128, 8, 4, min_m=64, ws=True)),
 ]
 FP8_PORTABLE = [
@@ -108,7 +109,6 @@ FP8_PORTABLE = [
 # The same weights, dequantised for activations in another dtype.
 FP8_WEIGHTS_HOPPER = [
     (10, _pair(16, 64, 128, 4, 3, 64, 128, 4, 3)),
-    (50, _pair(64, 128, 64, 8, 4, 128, 64, 8, 4)),
     (float("inf"), _pair(128, 64, 64, 8, 4, 64, 64, 8, 4, min_m=64, ws=True)),
 ]
 FP8_WEIGHTS_PORTABLE = [
