@@ -1,10 +1,12 @@
 """What a process may do around the layer: run out of memory, call it from threads, fork, load a second version."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -170,8 +172,12 @@ def test_out_of_memory_in_the_middle_of_a_forward(kernel, training):
                 call()
             except torch.OutOfMemoryError:
                 failures += 1
-            # Autograd's thread may hold the last gradient that it was given, however often it failed.
-            assert torch.cuda.memory_allocated() - before <= (args[0].nbytes if training else 0)
+            # After a failed backward autograd goes on holding one gradient, however often that happens.
+            held = args[0].nbytes if training else 0
+            deadline = time.monotonic() + 5
+            while torch.cuda.memory_allocated() > before + held and time.monotonic() < deadline:
+                gc.collect()
+            assert torch.cuda.memory_allocated() <= before + held
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert failures > 2, "memory was hardly ever short"

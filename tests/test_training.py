@@ -60,7 +60,7 @@ def test_one_weight_used_twice(experts, device):
 
 def test_retain_graph(experts, device, monkeypatch):
     # A compiled function may give its buffers away, and then refuses retain_graph itself.
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
     args = leaves(33, 4, 2, 64, 32, device=device)
     loss = experts(*args).square().sum()
     first = torch.autograd.grad(loss, floats(args), retain_graph=True)
