@@ -4,6 +4,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch._functorch import config as functorch_config
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -58,11 +59,11 @@ def test_one_weight_used_twice(experts, device):
     torch.testing.assert_close(got, (first[0] + second_gate_up, first[1] + second_down))
 
 
-def test_retain_graph(experts, device, monkeypatch):
-    # A compiled function may give its buffers away, and then refuses retain_graph itself.
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+def test_retain_graph(experts, device):
     args = leaves(33, 4, 2, 64, 32, device=device)
-    loss = experts(*args).square().sum()
+    # A compiled function may give its buffers away, and then refuses retain_graph itself.
+    with functorch_config.patch(donated_buffer=False):
+        loss = experts(*args).square().sum()
     first = torch.autograd.grad(loss, floats(args), retain_graph=True)
     second = torch.autograd.grad(loss, floats(args))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
