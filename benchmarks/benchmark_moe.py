@@ -175,11 +175,11 @@ def stock_module(hidden_dim, inter, experts, top_k, weights):
 @contextmanager
 def portable(kernel):
     """As on a GPU that the kernel has no table for."""
-    functional = import_module(f"{kernel.__name__}.functional")
+    gpu = import_module(f"{kernel.__name__}.gpu")
 
     def forget():
-        functional._capability.cache_clear()
-        functional._device_name.cache_clear()
+        gpu.capability.cache_clear()
+        gpu.device_name.cache_clear()
 
     os.environ["MOE_GROUPED_GEMM_PORTABLE"] = "1"
     forget()

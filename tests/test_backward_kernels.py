@@ -34,14 +34,14 @@ NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up
 
 @pytest.fixture(params=[False, True], ids=["loads", "tma"])
 def path(kernel, monkeypatch, request):
-    """functional.py, with small tiles, run on what is there."""
-    functional, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "tuning"))
+    """training.py, with small tiles, run on what is there."""
+    training, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("training", "gpu", "tuning"))
     config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, USE_TMA=request.param)
-    monkeypatch.setattr(functional, "_config", lambda *args: tuning.ExpertsConfig(config, config))
-    monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    return functional
+    return training
 
 
 def gradients(training, backward, dout, args, kwargs, gate, needed=range(6)):

@@ -344,11 +344,11 @@ WHOLE = [  # T, E, top_k, H, I, ids, form of the scales
 
 @pytest.fixture
 def whole(kernel, monkeypatch):
-    """functional.py and fp8.py, with the configurations of Hopper, run on what is there."""
-    functional, fp8 = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "fp8"))
+    """fp8.py, with the configurations of Hopper, run on what is there."""
+    gpu, fp8 = (import_module(f"{kernel.__name__}.{name}") for name in ("gpu", "fp8"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     if INTERPRETED:  # Gluon has no interpreter
         monkeypatch.setattr(fp8, "_can_specialize", lambda *_: False)
         monkeypatch.setattr(fp8.tuning, "is_decode", lambda *_: False)
@@ -372,7 +372,7 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[:4])
 def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, capability):
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.functional"), "_capability", lambda device: capability)
+    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: capability)
     args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
     top_k_weights[(index < 0) | (index >= experts)] = float("nan")

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
@@ -198,10 +199,10 @@ def test_under_the_interpreter():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the test below does more")
-def test_interpreted(path, monkeypatch):  # noqa: F811
+def test_interpreted(kernel, path, monkeypatch):  # noqa: F811
     """Tokens that fill few tiles of 16, and tails everywhere."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(path, "_device_name", lambda device: "")
+    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "device_name", lambda device: "")
 
     @runs(INTERPRETED_CASES // 2)
     @given(
@@ -224,7 +225,7 @@ def test_interpreted(path, monkeypatch):  # noqa: F811
         args, dout = draw_layer(case, "cpu")
         expected, plain = expect(case, args, dout), [t.detach() for t in args]
         no_biases, gate = (None, None), (case.activation, None, 1.0, False)
-        check(case, args, [path._experts_gpu(*plain, *no_biases, *gate)], expected)
+        check(case, args, [kernel.functional._experts_gpu(*plain, *no_biases, *gate)], expected)
         out, *saved = path._training_gpu(*plain, *no_biases, *gate)
         x, _, *rest = plain
         grads = path._backward_gpu(dout, x, *rest, *no_biases, *saved, [True] * 4 + [False] * 2, *gate)

@@ -240,12 +240,12 @@ WHOLE = pytest.mark.parametrize(
 @pytest.mark.parametrize("variant", [None, "gpt-oss", "openai-privacy-filter"])
 @WHOLE
 def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, variant):
-    functional = import_module(f"{kernel.__name__}.functional")
+    functional, gpu = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "gpu"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
-    readable = functional._as_readable  # Gluon has no interpreter
-    monkeypatch.setattr(functional, "_as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
-    monkeypatch.setattr(functional, "_device_name", lambda device: "")
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    readable = gpu.as_readable  # Gluon has no interpreter
+    monkeypatch.setattr(gpu, "as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
+    monkeypatch.setattr(gpu, "device_name", lambda device: "")
     args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
     args, kwargs = variant_of(variant, args) if variant else (args, {})
     biases = kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias")

@@ -20,8 +20,8 @@ FILES = [
 LEVELS = [
     ["__init__"],
     ["layers", "integration", "integration_fp8", "variants"],
-    ["functional", "fp8", "router", "lora", "lora_ops"],
-    ["checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
+    ["functional", "training", "fp8", "router", "lora", "lora_ops"],
+    ["gpu", "checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
     ["kernels", "tuning"],
     ["_ops"],
 ]

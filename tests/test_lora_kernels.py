@@ -46,11 +46,11 @@ def ops(kernel, monkeypatch):
     """(use_tma=False) -> lora_ops.py, with small tiles, run on what is there."""
 
     def ops(use_tma=False):
-        names = ("functional", "tuning", "lora_ops")
-        functional, tuning, ops = (import_module(f"{kernel.__name__}.{name}") for name in names)
+        names = ("gpu", "tuning", "lora_ops")
+        gpu, tuning, ops = (import_module(f"{kernel.__name__}.{name}") for name in names)
         config = tuning.GemmConfig(64, 16, 64, 64, 2, 4, 2, use_tma)
-        monkeypatch.setattr(functional, "_config", lambda *args: tuning.ExpertsConfig(config, config))
-        monkeypatch.setattr(functional, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
+        monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
         monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
         return ops

@@ -368,9 +368,9 @@ def test_bad_input_is_named(kernel, argument, spoil, error, message):
 
 @pytest.mark.parametrize("version, message", [(None, "none is installed"), ("3.5.1", "found 3.5.1")])
 def test_triton_missing_or_too_old_is_said(kernel, monkeypatch, version, message):
-    functional = import_module(f"{kernel.__name__}.functional")
+    gpu = import_module(f"{kernel.__name__}.gpu")
     fake = None if version is None else SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "triton", fake)  # None: any import of it fails
-    functional._kernels.cache_clear()
+    gpu.launchers.cache_clear()
     with pytest.raises(ImportError, match=f"needs Triton 3.6 or newer.*{message}.*pip install"):
-        functional._kernels()
+        gpu.launchers()

@@ -144,18 +144,18 @@ def test_a_missing_field_is_named(tuning):
 
 
 def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
-    functional = import_module(f"{kernel.__name__}.functional")
+    gpu = import_module(f"{kernel.__name__}.gpu")
     put(tuning, content(entry(64, GROUP_M=1)))
-    monkeypatch.setattr(functional, "_capability", lambda device: SM90)
+    monkeypatch.setattr(gpu, "capability", lambda device: SM90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    functional._device_name.cache_clear()
+    gpu.device_name.cache_clear()
     down_proj = torch.empty(SHAPE, dtype=BF16, device="meta")
-    assert functional._config(64, down_proj).gate_up.GROUP_M == 1
+    assert gpu.config(64, down_proj).gate_up.GROUP_M == 1
     # A GPU that is run as an unknown one has no tuned files.
-    functional._device_name.cache_clear()
-    monkeypatch.setattr(functional, "_capability", lambda device: (0, 0))
-    assert functional._config(64, down_proj) in tuning.all_configs(BF16, (0, 0))
-    functional._device_name.cache_clear()
+    gpu.device_name.cache_clear()
+    monkeypatch.setattr(gpu, "capability", lambda device: (0, 0))
+    assert gpu.config(64, down_proj) in tuning.all_configs(BF16, (0, 0))
+    gpu.device_name.cache_clear()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

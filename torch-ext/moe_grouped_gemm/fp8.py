@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from . import functional, reference_fp8, tuning
+from . import gpu, reference_fp8, tuning
 from .checks import check_fp8_experts
 from .reference import Gate
-from .routing import route_torch
-from .torch_ops import register_op
+from .routing import route_fake, route_torch
+from .torch_ops import autocast, register_op
 
 
 def moe_experts(
@@ -28,7 +28,7 @@ def moe_experts(
     quantize_activations,
 ):
     """See `functional.moe_experts`."""
-    (hidden_states,) = functional._autocast(hidden_states)
+    (hidden_states,) = autocast(hidden_states)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_scale, down_proj_scale)
     check_fp8_experts(*inputs, activation, block_size)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
@@ -64,7 +64,7 @@ def _experts_gpu(
         weights = (gate_up_proj, down_proj, gate_up_proj_scale, down_proj_scale)
         with torch.cuda.device(device):
             return _experts_gpu(hidden_states, top_k_index, top_k_weights, *weights, activation, quantize_activations)
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
@@ -88,7 +88,7 @@ def _experts_gpu(
 
 def _both_gemms(x, gate_up, gate_up_scale, down, down_scale, routing, schedule, gate, configs, quantized, y, z=None):
     """Fills y (S, H), and z (S, 2I) if it is given; rows of skipped slots stay unwritten."""
-    kernels, precision = functional._kernels(), functional._input_precision()
+    kernels, precision = gpu.launchers(), gpu.input_precision()
     up_config, down_config = configs
     offsets, slots, positions = routing
     top_k = slots.numel() // x.shape[0]
@@ -117,13 +117,13 @@ def _both_gemms(x, gate_up, gate_up_scale, down, down_scale, routing, schedule, 
 
 def _dgrad(x, weight, scale, schedule, config, shift=0):
     """x (S, K) contiguous, weight (E, K, N) -> (S, N); rows of nobody stay unwritten."""
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     config = _as_readable(config, x, weight)
     # A box past the K rows of an expert would hold rows of the next one.
     if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and x.shape[1] % 64 == 0:
         y = x.new_empty(x.shape[0], weight.shape[2])
         return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
-    return kernels.dgrad_fp8(x, weight, scale, schedule, functional._input_precision(), config, shift)
+    return kernels.dgrad_fp8(x, weight, scale, schedule, gpu.input_precision(), config, shift)
 
 
 _SCHEMA = (
@@ -157,7 +157,7 @@ def _training_gpu(
     z = hidden_states.new_empty(top_k_index.numel(), rows)
     if z.numel() == 0 or hidden_states.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape), z, *route_torch(top_k_index, experts)
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     with torch.cuda.device_of(hidden_states):
         if hidden_states.stride(1) != 1:
             hidden_states = hidden_states.contiguous()
@@ -177,7 +177,7 @@ def _training_forward(hidden_states, *args):
 def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
-    return out, z, *functional._route_fake(top_k_index, gate_up_proj.shape[0])
+    return out, z, *route_fake(top_k_index, gate_up_proj.shape[0])
 
 
 _training_op = register_op(
@@ -191,10 +191,10 @@ _training_op = register_op(
 def _backward_gpu(
     dout, top_k_weights, gate_up_proj, down_proj, gate_up_scale, down_scale, z, offsets, slots, positions, activation
 ):
-    """As functional._backward_gpu, without gradients of weights."""
+    """As `_backward_gpu` of training.py, without gradients of weights."""
     if z.numel() == 0 or dout.numel() == 0:
         return torch.zeros_like(dout), torch.zeros_like(top_k_weights)
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     with torch.cuda.device_of(dout):
         dout, gate_up_proj, down_proj = (
             t if t.stride(-1) == 1 else t.contiguous() for t in (dout, gate_up_proj, down_proj)
@@ -202,7 +202,7 @@ def _backward_gpu(
         gate_up_proj, gate_up_scale = _as_bits(gate_up_proj, gate_up_scale)
         down_proj, down_scale = _as_bits(down_proj, down_scale)
         top_k_weights = top_k_weights.contiguous()
-        config = tuning.fp8_dgrad_config(z.dtype, functional._capability(dout.device.index))
+        config = tuning.fp8_dgrad_config(z.dtype, gpu.capability(dout.device.index))
         padded_offsets, padded_slots, padded_positions = kernels.pad(offsets, slots)
         schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), config.BLOCK_M)
         rows = kernels.gather(dout, padded_slots, padded_offsets, top_k_weights.shape[1])
@@ -262,7 +262,7 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
     y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
     if y.numel() == 0 or x.shape[1] == 0:
         return y
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     x = x if x.stride(1) == 1 else x.contiguous()
     weight, scale = _as_bits(weight, scale)
     # Of a weight that is [gate; up]; others have one way to count blocks.
@@ -270,7 +270,7 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
     with torch.cuda.device_of(x):
         if transposed:
             weight = weight if weight.stride(2) == 1 else weight.contiguous()
-            config = tuning.fp8_dgrad_config(x.dtype, functional._capability(x.device.index))
+            config = tuning.fp8_dgrad_config(x.dtype, gpu.capability(x.device.index))
             schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
             rows = _dgrad(x.contiguous(), weight, scale, schedule, config, shift)
             routed = torch.arange(x.shape[0], device=x.device)[:, None] < expert_offsets[-1]
@@ -280,7 +280,7 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
         config = _as_readable(config, x, weight)
         if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0:
             return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y)
-        precision = functional._input_precision()
+        precision = gpu.input_precision()
         return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift)
 
 
@@ -311,7 +311,7 @@ _grouped_gemm_op.register_autograd(_grouped_gemm_backward, setup_context=_groupe
 
 def _multiplies_fp8(device: int) -> bool:
     """Whether the GPU knows float8_e4m3fn, and its tensor cores multiply it: NVIDIA's from Ada and Hopper on."""
-    return torch.version.hip is None and functional._capability(device) >= (8, 9)
+    return torch.version.hip is None and gpu.capability(device) >= (8, 9)
 
 
 def _as_bits(weight, scale):
@@ -324,16 +324,16 @@ def _as_bits(weight, scale):
 
 
 def _config(rows, num_experts, dtype, device) -> tuning.ExpertsConfig:
-    return tuning.fp8_config(rows, num_experts, dtype, functional._capability(device))
+    return tuning.fp8_config(rows, num_experts, dtype, gpu.capability(device))
 
 
 def _can_specialize(weight) -> bool:
     """Whether the warp-specialized kernels can read this: by TMA, and more than one step of its columns and rows."""
-    return weight.is_contiguous() and functional._tma_can_read(weight) and min(weight.shape[1:]) > 64
+    return weight.is_contiguous() and gpu.tma_can_read(weight) and min(weight.shape[1:]) > 64
 
 
 def _as_readable(config, *tensors):
-    """As functional's; these kernels read weights, which come last, by rows alone."""
+    """As gpu.py's; these kernels read weights, which come last, by rows alone."""
     if tensors[-1].stride(-1) != 1:
         return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
-    return functional._as_readable(config, *tensors)
+    return gpu.as_readable(config, *tensors)

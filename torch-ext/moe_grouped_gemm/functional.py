@@ -1,35 +1,14 @@
-"""The public functions: checks, the choice of path, and gradients."""
+"""The public functions: checks and the choice of path; what the layer is made of, with its gradients."""
 
 from __future__ import annotations
 
-import functools
-import os
-
 import torch
 
-from . import fp8, reference, tuning
-from .checks import check_experts, check_floats, check_index, device_type, shape
+from . import fp8, gpu, reference, training, tuning
+from .checks import check_experts, check_floats, check_index, shape
 from .reference import Gate, is_transposed
-from .routing import Routing, route_torch
-from .torch_ops import register_op, rejects_transforms
-
-MIN_TRITON = (3, 6)
-
-
-@functools.cache
-def _kernels():
-    """The Triton launchers. Imported at the first call on a GPU: the package must load without Triton."""
-    wanted = "moe_grouped_gemm needs Triton {}.{} or newer to run on a GPU".format(*MIN_TRITON)
-    try:
-        import triton
-    except ImportError as error:
-        raise ImportError(f"{wanted}; none is installed: pip install triton") from error
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
-        raise ImportError(f"{wanted}, found {triton.__version__}: pip install -U triton (torch 2.11 brings 3.6)")
-    from . import kernels
-
-    return kernels
-
+from .routing import Routing, route_fake, route_torch
+from .torch_ops import autocast, register_op, rejects_transforms
 
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
@@ -93,33 +72,23 @@ def moe_experts(
         given = dict(gate_up_proj_bias=gate_up_proj_bias, down_proj_bias=down_proj_bias, limit=limit)
         for name, value in {**given, "interleaved": interleaved or None}.items():
             if value is not None:
-                raise ValueError(
-                    f"{name}: expected {None if name in given else False} with weights in fp8, got {value}"
-                )
+                got = shape(value) if isinstance(value, torch.Tensor) else value
+                raise ValueError(f"{name}: expected {None if name in given else False} with weights in fp8, got {got}")
         inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
         scales = (gate_up_proj_scale, down_proj_scale)
         return fp8.moe_experts(*inputs, *scales, activation, block_size, quantize_activations)
     biases = gate_up_proj_bias, down_proj_bias
-    hidden_states, gate_up_proj, down_proj, *biases = _autocast(hidden_states, gate_up_proj, down_proj, *biases)
+    hidden_states, gate_up_proj, down_proj, *biases = autocast(hidden_states, gate_up_proj, down_proj, *biases)
     check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, *biases, limit)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases)
     gate = Gate(activation, limit, alpha, interleaved)
     # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if torch.compiler.is_compiling():
-        return _training_op(*inputs, *gate)[0] if needs_grad else _moe_experts_op(*inputs, *gate)
+        return training.training_op(*inputs, *gate)[0] if needs_grad else _moe_experts_op(*inputs, *gate)
     if hidden_states.device.type == "cpu":
         return reference.moe_experts(*inputs[:5], activation, *biases, *gate[1:])
-    return _training_op(*inputs, *gate)[0] if needs_grad else _experts_gpu(*inputs, *gate)
-
-
-def _autocast(hidden_states, *weights):
-    """The operands of the GEMMs in the dtype that `torch.autocast` asks for, if it is on."""
-    device = device_type("hidden_states", hidden_states)
-    if not torch.is_autocast_enabled(device):
-        return hidden_states, *weights
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x is None else x.to(dtype) for x in (hidden_states, *weights))
+    return training.training_op(*inputs, *gate)[0] if needs_grad else _experts_gpu(*inputs, *gate)
 
 
 def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate):
@@ -133,8 +102,8 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
             return _experts_gpu(
                 hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate
             )
-    kernels = _kernels()
-    gate, up_bias, down_bias = Gate(*gate), _contiguous(up_bias), _contiguous(down_bias)
+    kernels = gpu.launchers()
+    gate, up_bias, down_bias = Gate(*gate), gpu.contiguous(up_bias), gpu.contiguous(down_bias)
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
@@ -145,30 +114,16 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
         up_config, down_config = tuning.decode_config(hidden_states.dtype, transposed)
         a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, gate, up_config, up_bias)
         return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config, down_bias)
-    precision = _input_precision()
-    up_config, down_config = _config(rows, down_proj)
+    precision = gpu.input_precision()
+    up_config, down_config = gpu.config(rows, down_proj)
     _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
-    up_config = _as_readable_gate(up_config, gate_up_proj, gate)
+    up_config = gpu.as_readable_gate(up_config, gate_up_proj, gate)
     top_k = top_k_index.shape[1]
     inputs = (hidden_states, gate_up_proj, sorted_slots, schedule, top_k)
     a = kernels.gate_up(*inputs, gate, precision, up_config, bias=up_bias)
-    return _down(a, down_proj, down_bias, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config)
-
-
-def _down(a, down_proj, bias, sorted_slots, slot_positions, schedule, top_k_weights, precision, config):
-    """The down GEMM and each token's weighted sum. A sum of one is no sum: the GEMM stores it, and y is never made."""
-    kernels = _kernels()
-    if top_k_weights.shape[1] > 1:
-        y = _launch_grouped_gemm(a, down_proj, schedule, precision, config, bias=bias)
-        return kernels.combine(y, slot_positions, top_k_weights)
-    out = a.new_empty(a.shape[0], down_proj.shape[1])
-    kernels.zero_skipped(out, slot_positions)
-    destination = (out, sorted_slots, top_k_weights)
-    return _launch_grouped_gemm(a, down_proj, schedule, precision, config, *destination, bias=bias)
-
-
-def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None else x.contiguous()
+    return gpu.down_and_combine(
+        a, down_proj, down_bias, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config
+    )
 
 
 def _experts_forward(x, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, activation, *gate):
@@ -178,182 +133,12 @@ def _experts_forward(x, top_k_index, top_k_weights, gate_up_proj, down_proj, up_
     return _experts_gpu(*inputs, up_bias, down_bias, activation, *gate)
 
 
-_INPUTS = (
-    "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
-    " Tensor? gate_up_proj_bias, Tensor? down_proj_bias"
-)
-_GATE = "str activation, float? limit, float alpha, bool interleaved"
-
 _moe_experts_op = register_op(
     "moe_experts",
-    f"({_INPUTS}, {_GATE}) -> Tensor",
+    f"({training.INPUTS}, {training.GATE}) -> Tensor",
     _experts_forward,
     fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
 )
-
-
-# --- moe_experts with gradients ---------------------------------------------------------------------------------------
-
-
-def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate):
-    """As `_experts_gpu` for many slots; also z (S, 2I) before the gate, and the routing."""
-    experts, rows, _ = gate_up_proj.shape
-    z = hidden_states.new_empty(top_k_index.numel(), rows)
-    if z.numel() == 0 or hidden_states.numel() == 0:
-        return hidden_states.new_zeros(hidden_states.shape), z, *route_torch(top_k_index, experts)
-    kernels = _kernels()
-    gate, up_bias, down_bias = Gate(*gate), _contiguous(up_bias), _contiguous(down_bias)
-    with torch.cuda.device_of(hidden_states):
-        if hidden_states.stride(1) != 1:
-            hidden_states = hidden_states.contiguous()
-        precision = _input_precision()
-        up_config, down_config = _config(z.shape[0], down_proj)
-        *routing, schedule = kernels.route(top_k_index.contiguous(), experts, up_config.BLOCK_M)
-        _, sorted_slots, slot_positions = routing
-        up_config = _as_readable_gate(up_config, gate_up_proj, gate)
-        inputs = (hidden_states, gate_up_proj, sorted_slots, schedule, top_k_index.shape[1])
-        a = kernels.gate_up(*inputs, gate, precision, up_config, z, up_bias)
-        order = (sorted_slots, slot_positions, schedule)
-        out = _down(a, down_proj, down_bias, *order, top_k_weights.contiguous(), precision, down_config)
-        return out, z, *routing
-
-
-def _training_forward(hidden_states, *args):
-    forward = reference.moe_experts_training if hidden_states.device.type == "cpu" else _training_gpu
-    return forward(hidden_states, *args)
-
-
-def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
-    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
-    return out, z, *_route_fake(top_k_index, gate_up_proj.shape[0])
-
-
-_training_op = register_op(
-    "moe_experts_training",
-    f"({_INPUTS}, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _training_forward,
-    fake=_training_fake,
-)
-
-
-def _backward_gpu(
-    dout,
-    hidden_states,
-    top_k_weights,
-    gate_up_proj,
-    down_proj,
-    up_bias,
-    down_bias,
-    z,
-    offsets,
-    slots,
-    positions,
-    needs_grad,
-    *gate,
-):
-    """Gradients by kernels, as in kernels/backward.py; of what is (rows, H) there is one at a time."""
-    inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias)
-    if z.numel() == 0 or hidden_states.numel() == 0:
-        return tuple(t.zero_() for t in _empty_gradients(dout, inputs, needs_grad))
-    needs_x, needs_weights, needs_gate_up, needs_down, needs_up_bias, needs_down_bias = needs_grad
-    dx, dweights, dgate_up, ddown, dup_bias, ddown_bias = (dout.new_empty(0) for _ in inputs)
-    kernels = _kernels()
-    with torch.cuda.device_of(dout):
-        # What the kernels read row by row.
-        dout, hidden_states = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states))
-        top_k_weights = top_k_weights.contiguous()
-        precision = _input_precision()
-        experts, top_k = gate_up_proj.shape[0], top_k_weights.shape[1]
-        gemm_config = _config(z.shape[0], down_proj).down
-        wgrad_config = tuning.wgrad_config(z.shape[0], experts, z.dtype, _capability(dout.device.index))
-        padded_offsets, padded_slots, padded_positions = kernels.pad(offsets, slots)
-        schedule = kernels.tile_schedule(padded_offsets, padded_slots.numel(), gemm_config.BLOCK_M)
-
-        rows = kernels.gather(dout, padded_slots, padded_offsets, top_k)
-        b = _launch_grouped_gemm(rows, down_proj.mT, schedule, precision, gemm_config)
-        dz, weighted_a, dweights_of_slots = kernels.glu_backward(
-            b, z, top_k_weights, padded_slots, positions, padded_offsets, Gate(*gate), needs_down
-        )
-        del b
-        if needs_weights:
-            if down_bias is not None:
-                of_bias = _dout_times_bias(dout, down_bias, offsets, positions)
-                dweights_of_slots += torch.where(positions >= 0, of_bias, 0.0)
-            dweights = dweights_of_slots.view(top_k_weights.shape).to(top_k_weights.dtype)
-        if needs_down:
-            ddown = _launch_wgrad(rows, weighted_a, padded_offsets, precision, wgrad_config, is_transposed(down_proj))
-        del rows, weighted_a
-        if needs_down_bias:
-            ddown_bias = kernels.row_sums(dout, slots, offsets, top_k_weights)
-        if needs_up_bias:
-            dup_bias = kernels.row_sums(dz, padded_slots, padded_offsets)
-        if needs_gate_up:
-            rows = kernels.gather(hidden_states, padded_slots, padded_offsets, top_k)
-            transposed = is_transposed(gate_up_proj)
-            dgate_up = _launch_wgrad(dz, rows, padded_offsets, precision, wgrad_config, transposed)
-            del rows
-        if needs_x:
-            rows = _launch_grouped_gemm(dz, gate_up_proj.mT, schedule, precision, gemm_config)
-            dx = kernels.combine(rows, padded_positions, torch.ones_like(top_k_weights, dtype=torch.float32))
-    return dx, dweights, dgate_up, ddown, dup_bias, ddown_bias
-
-
-def _dout_times_bias(dout, down_bias, offsets, positions):
-    """<dout[t], down_bias[e]> of each slot, in fp32: what the bias adds to the gradient of its weight."""
-    products = dout.float() @ down_bias.float().T
-    slots = torch.arange(positions.shape[0], device=dout.device)
-    experts = torch.searchsorted(offsets[1:], positions, right=True, out_int32=True)
-    return products[slots // (positions.shape[0] // dout.shape[0]), experts]
-
-
-def _backward_impl(dout, *args):
-    backward = reference.moe_experts_backward if dout.device.type == "cpu" else _backward_gpu
-    return backward(dout, *args)
-
-
-def _empty_gradients(dout, inputs, needs_grad):
-    """Uninitialised, of (hidden_states, top_k_weights, gate_up_proj, down_proj, others or None); size 0 if unneeded."""
-    x, top_k_weights, gate_up_proj, down_proj, *others = inputs
-    empty = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, top_k_weights)]
-    empty += [reference.empty_gradient(weight) for weight in (gate_up_proj, down_proj)]
-    empty += [None if t is None else t.new_empty(t.shape) for t in others]
-    return tuple(t if needed else dout.new_empty(0) for t, needed in zip(empty, needs_grad))
-
-
-_backward_op = register_op(
-    "moe_experts_backward",
-    "(Tensor dout, Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
-    " Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor z, Tensor expert_offsets, Tensor sorted_slots,"
-    f" Tensor slot_positions, bool[] needs_grad, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl,
-    fake=lambda dout, *args: _empty_gradients(dout, args[:6], args[10]),
-)
-
-
-def register_backward(forward_op, backward_op, tensors: int) -> None:
-    """The gradients of `forward_op` are what `backward_op` returns.
-
-    Of the forward's first `tensors` inputs the second, the ids, has none and is not saved; those after them describe
-    the gate. The backward takes dout, the saved inputs, the forward's outputs but the first, needs_grad, and the gate.
-    """
-
-    def setup_context(ctx, inputs, output):
-        hidden_states, _, *others = inputs[:tensors]
-        ctx.gate = inputs[tensors:]
-        ctx.save_for_backward(hidden_states, *others, *output[1:])
-
-    def backward(ctx, dout, *_):
-        needs_x, _, *needs_others = ctx.needs_input_grad[:tensors]
-        needs_grad = [needs_x, *needs_others]
-        grads = backward_op(dout, *ctx.saved_tensors, needs_grad, *ctx.gate)
-        dx, *others = (grad if needed else None for grad, needed in zip(grads, needs_grad))
-        return dx, None, *others, *(None for _ in ctx.gate)
-
-    forward_op.register_autograd(backward, setup_context=setup_context)
-
-
-register_backward(_training_op, _backward_op, tensors=7)
 
 
 # --- building blocks --------------------------------------------------------------------------------------------------
@@ -378,16 +163,11 @@ def _route_forward(top_k_index, num_experts):
     if top_k_index.device.type == "cpu" or top_k_index.numel() == 0:
         return route_torch(top_k_index, num_experts)
     with torch.cuda.device_of(top_k_index):
-        return _kernels().route(top_k_index.contiguous(), num_experts, block_m=128)[:3]
-
-
-def _route_fake(top_k_index, num_experts):
-    slots = top_k_index.numel()
-    return tuple(top_k_index.new_empty(n, dtype=torch.int32) for n in (num_experts + 1, slots, slots))
+        return gpu.launchers().route(top_k_index.contiguous(), num_experts, block_m=128)[:3]
 
 
 _route_op = register_op(
-    "route", "(Tensor top_k_index, int num_experts) -> (Tensor, Tensor, Tensor)", _route_forward, fake=_route_fake
+    "route", "(Tensor top_k_index, int num_experts) -> (Tensor, Tensor, Tensor)", _route_forward, fake=route_fake
 )
 
 
@@ -437,13 +217,13 @@ def _grouped_gemm_forward(x, weight, expert_offsets, bias):
     y = x.new_zeros(x.shape[0], weight.shape[1])
     if y.numel() == 0 or (x.shape[1] == 0 and bias is None):
         return y
-    kernels = _kernels()
+    kernels = gpu.launchers()
     if x.stride(1) != 1:
         x = x.contiguous()
     with torch.cuda.device_of(x):
-        config = _config(x.shape[0], weight).down
+        config = gpu.config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        return _launch_grouped_gemm(x, weight, schedule, _input_precision(), config, y, bias=_contiguous(bias))
+        return gpu.launch_grouped_gemm(x, weight, schedule, gpu.input_precision(), config, y, bias=gpu.contiguous(bias))
 
 
 _grouped_gemm_op = register_op(
@@ -462,9 +242,9 @@ def _grouped_gemm_dw(dy, x, expert_offsets):
         return x.new_zeros(experts, dy.shape[1], x.shape[1])
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
     with torch.cuda.device_of(x):
-        config = tuning.wgrad_config(x.shape[0], experts, x.dtype, _capability(x.device.index))
+        config = tuning.wgrad_config(x.shape[0], experts, x.dtype, gpu.capability(x.device.index))
         config = config._replace(WARP_SPECIALIZED=False)  # these rows are not padded
-        return _kernels().wgrad(dy, x, expert_offsets, _input_precision(), config)
+        return gpu.launchers().wgrad(dy, x, expert_offsets, gpu.input_precision(), config)
 
 
 _grouped_gemm_dw_op = register_op(
@@ -479,7 +259,7 @@ def _row_sums(y, expert_offsets):
     if y.device.type == "cpu" or y.numel() == 0:
         return reference.row_sums(y, expert_offsets)
     with torch.cuda.device_of(y):
-        return _kernels().row_sums(y if y.stride(1) == 1 else y.contiguous(), expert_offsets, expert_offsets)
+        return gpu.launchers().row_sums(y if y.stride(1) == 1 else y.contiguous(), expert_offsets, expert_offsets)
 
 
 _row_sums_op = register_op(
@@ -513,7 +293,7 @@ def _combine(y, slot_positions, top_k_weights):
     if y.device.type == "cpu" or y.numel() == 0:
         return reference.combine(y, slot_positions, top_k_weights)
     with torch.cuda.device_of(y):
-        return _kernels().combine(y.contiguous(), slot_positions, top_k_weights.contiguous())
+        return gpu.launchers().combine(y.contiguous(), slot_positions, top_k_weights.contiguous())
 
 
 combine = register_op(
@@ -522,67 +302,3 @@ combine = register_op(
     _combine,
     fake=lambda y, slot_positions, top_k_weights: y.new_empty(top_k_weights.shape[0], y.shape[1]),
 )
-
-
-# --- choices ----------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _capability(device: int) -> tuple[int, int]:
-    """What tuning.py chooses by. MOE_GROUPED_GEMM_PORTABLE=1, for debugging: as on a GPU that it has no table for."""
-    if os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _device_name(device: int) -> str:
-    """Empty for a GPU that is run as an unknown one: tuned files are for the GPU that it is."""
-    return torch.cuda.get_device_name(device) if _capability(device) != (0, 0) else ""
-
-
-def _config(rows: int, down_proj: torch.Tensor) -> tuning.ExpertsConfig:
-    device = down_proj.device.index
-    return tuning.experts_config(rows, down_proj.shape, down_proj.dtype, _capability(device), _device_name(device))
-
-
-def _input_precision() -> str:
-    """fp32 GEMMs follow the switch that torch's own follow; 16-bit ones ignore it. CDNA4 has no tf32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
-
-
-def _launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None, accumulate=False):
-    kernels = _kernels()
-    config = _as_readable(config, x, weight)
-    if config.WARP_SPECIALIZED and (bias is not None or accumulate or not kernels.can_specialize(weight)):
-        config = config._replace(WARP_SPECIALIZED=False)
-    options = {"bias": bias, "accumulate": accumulate}
-    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, **options)
-
-
-def _launch_wgrad(p, q, padded_offsets, precision, config, transposed):
-    """In the order of the weight's memory: a gradient in another order would be copied as it is accumulated."""
-    config = _as_readable(config, p, q)
-    p, q = (q, p) if transposed else (p, q)
-    dw = _kernels().wgrad(p, q, padded_offsets, precision, config)
-    return dw.mT if transposed else dw
-
-
-def _as_readable(config: tuning.GemmConfig, *tensors: torch.Tensor) -> tuning.GemmConfig:
-    """Without what the tensors rule out; plain loads take anything."""
-    if config.USE_TMA and not all(_tma_can_read(x) for x in tensors):
-        return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
-    return config
-
-
-def _as_readable_gate(config: tuning.GemmConfig, gate_up_proj: torch.Tensor, gate: Gate) -> tuning.GemmConfig:
-    """As `_as_readable` for the first GEMM, one of whose tiles takes rows of gate and of up."""
-    if is_transposed(gate_up_proj) and not gate.interleaved:
-        return config._replace(USE_TMA=False)
-    return _as_readable(config, gate_up_proj)
-
-
-def _tma_can_read(x: torch.Tensor) -> bool:
-    """TMA wants 16-byte aligned bases and strides and, in one order of the last two dimensions, a last stride of 1."""
-    *strides, last = x.mT.stride() if x.ndim == 3 and is_transposed(x) else x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)

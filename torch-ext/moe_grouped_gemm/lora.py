@@ -10,7 +10,7 @@ import torch
 from . import fp8, functional, lora_ops, reference
 from .checks import check_experts, check_fp8_experts, shape
 from .reference import Gate
-from .torch_ops import rejects_transforms
+from .torch_ops import autocast, rejects_transforms
 
 _SILU = Gate("silu")
 
@@ -64,11 +64,9 @@ def moe_experts_lora(
     scales = (gate_up_proj_scale, down_proj_scale)
     is_fp8 = any(scale is not None for scale in scales)
     if is_fp8:
-        (hidden_states,) = functional._autocast(hidden_states)
+        (hidden_states,) = autocast(hidden_states)
     else:
-        hidden_states, gate_up_proj, down_proj, *biases = functional._autocast(
-            hidden_states, gate_up_proj, down_proj, *biases
-        )
+        hidden_states, gate_up_proj, down_proj, *biases = autocast(hidden_states, gate_up_proj, down_proj, *biases)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     if is_fp8:
         check_fp8_experts(*inputs, *scales, name, (128, 128))

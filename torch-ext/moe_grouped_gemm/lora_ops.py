@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import functional, tuning
+from . import gpu, training, tuning
 from .reference import Gate, is_transposed
 from .torch_ops import register_op
 
@@ -38,7 +38,7 @@ class _Pass(NamedTuple):
     def product(self, x, weight, bias, first, second):
         """y (P, N) = x weight^T + bias + u second^T, and u (P, R) = x first^T; without factors u is None."""
         u = None if first is None else self.thin(x, first)
-        y = functional._launch_grouped_gemm(x, weight, self.schedule, self.precision, self.config, bias=bias)
+        y = gpu.launch_grouped_gemm(x, weight, self.schedule, self.precision, self.config, bias=bias)
         if first is not None:
             self.thin(u, second, y)
         return y, u
@@ -47,19 +47,19 @@ class _Pass(NamedTuple):
         """x factor^T; or added to y."""
         config = tuning.thin_config(self.config, *factor.shape[1:], x.dtype, self.capability)
         args = (x, factor, self.schedule, self.precision, config)
-        return functional._launch_grouped_gemm(*args, y, accumulate=y is not None)
+        return gpu.launch_grouped_gemm(*args, y, accumulate=y is not None)
 
     def thin_wgrad(self, p, q, padded_offsets):
         config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], p.dtype, self.capability)
-        return functional._kernels().wgrad(p, q, padded_offsets, self.precision, config)
+        return gpu.launchers().wgrad(p, q, padded_offsets, self.precision, config)
 
 
 def _pass(rows, padded_offsets, down_proj):
     """rows: P. Every expert with rows has PAD at least, so tiles are chosen by P, not by S."""
-    config = functional._config(rows, down_proj).down
-    schedule = functional._kernels().tile_schedule(padded_offsets, rows, config.BLOCK_M)
-    capability = functional._capability(down_proj.device.index)
-    return _Pass(schedule, functional._input_precision(), config, capability)
+    config = gpu.config(rows, down_proj).down
+    schedule = gpu.launchers().tile_schedule(padded_offsets, rows, config.BLOCK_M)
+    capability = gpu.capability(down_proj.device.index)
+    return _Pass(schedule, gpu.input_precision(), config, capability)
 
 
 def _padded_rows(slots: int, num_experts: int) -> int:
@@ -86,11 +86,11 @@ def _forward_gpu(
     if _is_empty(hidden_states, top_k_weights, down_proj):
         outputs = _empty_outputs(hidden_states, top_k_index, gate_up_proj, A1, A2)
         return tuple(t.zero_() for t in outputs)
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     with torch.cuda.device_of(hidden_states):
         if hidden_states.stride(1) != 1:
             hidden_states = hidden_states.contiguous()
-        up_bias, down_bias = functional._contiguous(up_bias), functional._contiguous(down_bias)
+        up_bias, down_bias = gpu.contiguous(up_bias), gpu.contiguous(down_bias)
         routing = kernels.route(top_k_index.contiguous(), gate_up_proj.shape[0], PAD)
         padded_offsets, padded_slots, padded_positions = kernels.pad(*routing[:2])
         gemms = _pass(padded_slots.numel(), padded_offsets, down_proj)
@@ -129,10 +129,10 @@ def _backward_gpu(
     """Gradients of the ten inputs, empty where not needed; of what is (P, H) there is one at a time."""
     inputs = (hidden_states, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, A1, B1, A2, B2)
     if _is_empty(hidden_states, top_k_weights, down_proj):
-        return tuple(t.zero_() for t in functional._empty_gradients(dout, inputs, needs_grad))
+        return tuple(t.zero_() for t in training.empty_gradients(dout, inputs, needs_grad))
     grads = _Gradients(*(dout.new_empty(0) for _ in inputs))
     needs = _Gradients(*needs_grad)
-    kernels = functional._kernels()
+    kernels = gpu.launchers()
     with torch.cuda.device_of(dout):
         # What the kernels read row by row.
         dout, hidden_states = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states))
@@ -149,12 +149,12 @@ def _backward_gpu(
         del b
         if needs.weights:
             if down_bias is not None:
-                of_bias = functional._dout_times_bias(dout, down_bias, padded_offsets, padded_positions)
+                of_bias = training.dout_times_bias(dout, down_bias, padded_offsets, padded_positions)
                 dweights += torch.where(padded_positions >= 0, of_bias, 0.0)
             grads = grads._replace(weights=dweights.view(top_k_weights.shape).to(top_k_weights.dtype))
         if needs.down:
             args = (d, weighted_a, padded_offsets, gemms.precision, full, is_transposed(down_proj))
-            grads = grads._replace(down=functional._launch_wgrad(*args))
+            grads = grads._replace(down=gpu.launch_wgrad(*args))
         if needs.A2:
             grads = grads._replace(A2=gemms.thin_wgrad(v2, weighted_a, padded_offsets))
         del weighted_a, v2
@@ -180,7 +180,7 @@ def _backward_gpu(
             x = kernels.gather(hidden_states, padded_slots, padded_offsets, top_k)
         if needs.gate_up:
             args = (dz, x, padded_offsets, gemms.precision, full, is_transposed(gate_up_proj))
-            grads = grads._replace(gate_up=functional._launch_wgrad(*args))
+            grads = grads._replace(gate_up=gpu.launch_wgrad(*args))
         if needs.A1:
             grads = grads._replace(A1=gemms.thin_wgrad(v1, x, padded_offsets))
     return tuple(grads)
@@ -210,15 +210,14 @@ def _forward_fake(hidden_states, top_k_index, _, gate_up_proj, down_proj, up_bia
 
 
 def _backward_fake(dout, *args):
-    return functional._empty_gradients(dout, args[:10], args[16])
+    return training.empty_gradients(dout, args[:10], args[16])
 
 
 _FACTORS = "Tensor? A1, Tensor? B1, Tensor? A2, Tensor? B2"
 
 _forward_op = register_op(
     "moe_experts_lora",
-    f"({functional._INPUTS}, {_FACTORS}, {functional._GATE})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({training.INPUTS}, {_FACTORS}, {training.GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_gpu,
     fake=_forward_fake,
 )
@@ -227,13 +226,13 @@ _backward_op = register_op(
     "moe_experts_lora_backward",
     "(Tensor dout, Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
     f" Tensor? gate_up_proj_bias, Tensor? down_proj_bias, {_FACTORS}, Tensor z, Tensor u1, Tensor u2,"
-    f" Tensor padded_offsets, Tensor padded_slots, Tensor padded_positions, bool[] needs_grad, {functional._GATE})"
+    f" Tensor padded_offsets, Tensor padded_slots, Tensor padded_positions, bool[] needs_grad, {training.GATE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_gpu,
     fake=_backward_fake,
 )
 
-functional.register_backward(_forward_op, _backward_op, tensors=11)
+training.register_backward(_forward_op, _backward_op, tensors=11)
 
 
 def moe_experts_lora(*args):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import reference, tuning
+from . import gpu, reference, tuning
 from .checks import FLOATS, device_type, shape
-from .functional import _capability, _kernels
 from .torch_ops import register_op, rejects_transforms
 
 
@@ -50,7 +49,7 @@ def topk_router(
     _check(hidden_states, weight, e_score_correction_bias, top_k, num_group, topk_group)
     inputs = (hidden_states, weight, e_score_correction_bias, top_k, num_group, topk_group)
     inputs += (norm_topk_prob, routed_scaling_factor)
-    # As in `functional`: only those who need a custom op pay for one.
+    # As in functional.py: only those who need a custom op pay for one.
     if torch.compiler.is_compiling():
         return _topk_router_op(*inputs)
     if hidden_states.device.type == "cpu":
@@ -70,13 +69,13 @@ def _router_gpu(hidden_states, weight, bias, top_k, num_group, topk_group, norm_
             return _router_gpu(
                 hidden_states, weight, bias, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor
             )
-    kernels = _kernels()
+    kernels = gpu.launchers()
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     dtype = hidden_states.dtype if weight.dtype == hidden_states.dtype else torch.float32
-    partials = kernels.router_logits(hidden_states, weight, tuning.router_config(tokens, dtype, _capability(device)))
+    partials = kernels.router_logits(hidden_states, weight, tuning.router_config(tokens, dtype, gpu.capability(device)))
     return kernels.router_topk(
         partials, bias.contiguous(), top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor
     )

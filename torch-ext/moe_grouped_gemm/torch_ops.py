@@ -1,4 +1,4 @@
-"""Registration of custom ops, so that `torch.compile` sees one opaque, differentiable node per layer call."""
+"""How the layer meets torch: `torch.compile`, for which a call is one opaque node, torch.func, and autocast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import library
 from torch.autograd import forward_ad
 
 from ._ops import add_op_namespace_prefix
+from .checks import device_type
 
 
 def register_op(name: str, schema: str, impl: Callable, fake: Callable):
@@ -55,3 +56,12 @@ def rejects_transforms(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return checked
+
+
+def autocast(hidden_states, *weights):
+    """The operands of the GEMMs in the dtype that `torch.autocast` asks for, if it is on."""
+    device = device_type("hidden_states", hidden_states)
+    if not torch.is_autocast_enabled(device):
+        return hidden_states, *weights
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None else x.to(dtype) for x in (hidden_states, *weights))

@@ -177,7 +177,7 @@ def _heuristics(dtype: torch.dtype, capability: tuple[int, int]):
 
 
 def ways(config: GemmConfig) -> set[GemmConfig]:
-    """This configuration, and what functional.py makes of it for tensors that its kernel cannot read."""
+    """This configuration, and what gpu.py makes of it for tensors that its kernel cannot read."""
     without = config._replace(WARP_SPECIALIZED=False)
     return {config, without, without._replace(USE_TMA=False)}
 
