@@ -192,3 +192,22 @@ def test_padded_order(launch):  # noqa: F811
     rows = torch.full_like(padded_slots[:192], -1)
     rows[[0, 64, 65, 66, 67, 128, 129]] = torch.tensor([1, 0, 2, 5, 6, 4, 7], dtype=torch.int32, device=DEVICE)
     assert torch.equal(padded_slots[:192], rows) and (padded_slots[192:] == -1).all()
+
+
+@on_triton
+@pytest.mark.parametrize("tokens, experts, top_k, ids", [(7, 3, 3, "sentinels"), (5, 2, 1, "any"), (4, 4, 2, "one")])
+def test_rows_that_are_not_padded(kernel, launch, tokens, experts, top_k, ids):  # noqa: F811
+    """`gather` and `glu` in the order of `route`: a number of rows without divisors, those of nobody left alone."""
+    x, index, *_ = layer(tokens, experts, top_k, 72, 40, DTYPES[0], DEVICE, ids)
+    offsets, slots, _, _ = launch.route(index, experts, 16)
+    rows = int(offsets[-1])
+    gathered = launch.gather(x, slots, offsets, top_k)
+    assert torch.equal(gathered[:rows], x[slots[:rows].long() // top_k]) and gathered[rows:].isnan().all()
+    out = torch.full_like(gathered, float("nan"))
+    assert launch.gather(x, slots, offsets, top_k, out=out) is out
+    assert torch.equal(out[:rows], gathered[:rows]) and out[rows:].isnan().all()
+    gate = kernel.reference.Gate("silu")
+    a = launch.glu(gathered, slots, offsets, gate)
+    expected = kernel.reference.apply_gate(gathered[:rows].double(), gate)
+    torch.testing.assert_close(a[:rows].double(), expected, rtol=1e-3, atol=1e-3)
+    assert a[rows:].isnan().all()

@@ -396,7 +396,7 @@ def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group,
 def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dtype):
     module = import_module(f"{kernel.__name__}.router")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(module, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: (9, 0))
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
     args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)
     assert_routes(module._router_gpu(*args), route_by_hand(*args))
