@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from . import gpu, reference_fp8, tuning
+from . import gpu, reference_fp8, training, tuning
 from .checks import check_fp8_experts
 from .reference import Gate
-from .routing import route_fake, route_torch
+from .routing import route_torch
 from .torch_ops import autocast, register_op
 
 
@@ -174,17 +174,11 @@ def _training_forward(hidden_states, *args):
     return forward(hidden_states, *args)
 
 
-def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
-    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
-    return out, z, *route_fake(top_k_index, gate_up_proj.shape[0])
-
-
 _training_op = register_op(
     "moe_experts_fp8_training",
     f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _training_forward,
-    fake=_training_fake,
+    fake=training.training_fake,
 )
 
 

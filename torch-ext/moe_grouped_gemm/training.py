@@ -44,7 +44,7 @@ def _training_forward(hidden_states, *args):
     return forward(hidden_states, *args)
 
 
-def _training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
+def training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     z = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
     return out, z, *route_fake(top_k_index, gate_up_proj.shape[0])
@@ -54,7 +54,7 @@ training_op = register_op(
     "moe_experts_training",
     f"({INPUTS}, {GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _training_forward,
-    fake=_training_fake,
+    fake=training_fake,
 )
 
 
