@@ -10,8 +10,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fp8 import _BLOCK, _from_codes, _load_scale, _scale_row
-from .grouped_gemm import _locate_tile, _store_rows
+from .grouped_gemm import _store_rows
 from .launch import cdiv, launch
+from .tiles import locate_tile
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -35,7 +36,7 @@ def _dgrad_fp8_kernel(
     USE_TMA: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
     offs_m = row + tl.arange(0, BLOCK_M)

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_gemm import _glu, _is_height, _locate_tile, _store_glu, _store_rows
+from .grouped_gemm import _glu, _is_height, _store_glu, _store_rows
 from .launch import cdiv, launch
+from .tiles import locate_tile
 
 BLOCK = 128  # rows and columns of weights, and columns of activations, that share a scale
 _BLOCK = tl.constexpr(BLOCK)
@@ -277,7 +278,7 @@ def _gate_up_fp8_kernel(
     GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
@@ -350,7 +351,7 @@ def _grouped_gemm_fp8_kernel(
     ONE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, 2 * BLOCK_N), BLOCK_M, GROUP_M)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, 2 * BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()

@@ -21,7 +21,6 @@ from .grouped_gemm_hopper import (
     _barriers,
     _claim_tile,
     _load_weight,
-    _locate_turn,
     _multiply,
     _next,
     _number_of_tiles,
@@ -31,6 +30,7 @@ from .grouped_gemm_hopper import (
     _tma_load,
 )
 from .launch import launch, multiprocessors
+from .tiles import locate_tile
 
 _BLOCK = gl.constexpr(BLOCK)
 
@@ -87,8 +87,7 @@ def _load_and_dequantize(
     place = 0
     place_phase = 0
     tile = gl.program_id(0)
-    last = gl.maximum(num_tiles - 1, 0)
-    expert, row, row_end, tile_n = _locate_turn(schedule, gl.minimum(tile, last), num_tiles, n_tiles, GROUP_M)
+    expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
     if tile < num_tiles:
         for k in gl.static_range(AHEAD):
             bar = codes_full.index(k)
@@ -96,8 +95,8 @@ def _load_and_dequantize(
             _load_weight(w_desc, codes_smem.index(k), bar, expert, tile_n, k * BLOCK_K, _BLOCK, N, K, BLOCK_N)
     while tile < num_tiles:
         next_tile = _claim_tile(schedule, num_tiles)
-        next_expert, next_row, next_row_end, next_tile_n = _locate_turn(
-            schedule, gl.minimum(next_tile, last), num_tiles, n_tiles, GROUP_M
+        next_expert, _, next_row, next_row_end, next_tile_n = locate_tile(
+            *schedule, n_tiles, BLOCK_M, GROUP_M, next_tile
         )
         place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
         scale_ptr = w_scale_ptr + expert.to(gl.int64) * scale_rows * scale_columns

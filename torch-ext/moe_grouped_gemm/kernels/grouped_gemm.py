@@ -22,32 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch
-
-
-@triton.jit
-def _locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """Expert, its first row, this program's first row, the row after the expert's last, and the column tile.
-
-    Expert -1: nothing to do. If some experts have many rows and others few, programs take turns between the two halves
-    of the tiles: those that wait for the matrix units then run beside those that wait for memory.
-    """
-    num_tiles = tl.load(schedule_ptr + 4 * max_tiles) * n_tiles
-    is_mixed = tl.load(schedule_ptr + 4 * max_tiles + 2)
-    turn = tl.program_id(0)
-    pid = tl.where(is_mixed != 0, turn // 2 + turn % 2 * tl.cdiv(num_tiles, 2), turn)
-    tile = tl.minimum(pid // n_tiles, max_tiles - 1)
-    expert = tl.where(turn < num_tiles, tl.load(schedule_ptr + tile), -1)
-    first_tile = tl.load(schedule_ptr + max_tiles + tile)
-    first_row = tl.load(schedule_ptr + 2 * max_tiles + tile)
-    row_end = tl.load(schedule_ptr + 3 * max_tiles + tile)
-    # Inside an expert, GROUP_M row tiles share each weight tile before the next one is read.
-    pid -= first_tile * n_tiles
-    m_tiles = tl.cdiv(row_end - first_row, BLOCK_M)
-    group = pid // (GROUP_M * n_tiles)
-    pid -= group * GROUP_M * n_tiles
-    group_size = tl.maximum(tl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
-    tile_m = group * GROUP_M + pid % group_size
-    return expert, first_row, first_row + tile_m * BLOCK_M, row_end, pid // group_size
+from .tiles import locate_tile
 
 
 @triton.jit
@@ -302,7 +277,7 @@ def _gate_up_kernel(
     GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, first_row, row, row_end, tile_n = _locate_tile(
+    expert, first_row, row, row_end, tile_n = locate_tile(
         schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M
     )
     if expert < 0:
@@ -454,7 +429,7 @@ def _grouped_gemm_kernel(
     ACCUMULATE: tl.constexpr,  # not with sorted_slots
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = _locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()

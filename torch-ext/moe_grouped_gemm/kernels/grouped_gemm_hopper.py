@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import launch, multiprocessors
+from .tiles import locate_tile
 
 # Renamed in Triton 3.9 and 3.7.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -79,23 +80,6 @@ def _take_tile(queue, i, phase):
 
 
 @gluon.jit
-def _locate_tile(schedule_ptr, max_tiles, tile, n_tiles, GROUP_M: gl.constexpr):
-    """Expert, first row, row after the expert's last, and column tile; as in grouped_gemm.py."""
-    row_tile = tile // n_tiles
-    expert = gl.load(schedule_ptr + row_tile)
-    first_tile = gl.load(schedule_ptr + max_tiles + row_tile)
-    first_row = gl.load(schedule_ptr + 2 * max_tiles + row_tile)
-    row_end = gl.load(schedule_ptr + 3 * max_tiles + row_tile)
-    tile -= first_tile * n_tiles
-    group = tile // (GROUP_M * n_tiles)
-    tile -= group * GROUP_M * n_tiles
-    m_tiles = gl.cdiv(row_end - first_row, BLOCK_M)
-    group_size = gl.maximum(gl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
-    tile_m = group * GROUP_M + tile % group_size
-    return expert, first_row + tile_m * BLOCK_M, row_end, tile // group_size
-
-
-@gluon.jit
 def _load_weight(w_desc, w_smem, bar, expert, tile_n, k, second, N, K, TILE_N: gl.constexpr):
     """BLOCK_N rows of w (E, N, K), in two boxes; or with boxes that are BLOCK_N wide, columns of w (E, K, N)."""
     HALF: gl.constexpr = BLOCK_N // 2
@@ -126,15 +110,6 @@ def _claim_tile(schedule, num_tiles):
 
 
 @gluon.jit
-def _locate_turn(schedule, tile, num_tiles, n_tiles, GROUP_M: gl.constexpr):
-    """`_locate_tile`, for experts of many rows and of few in turns where there are both."""
-    schedule_ptr, max_tiles = schedule
-    is_mixed = gl.load(schedule_ptr + 4 * max_tiles + 2)
-    turn = gl.where(is_mixed != 0, tile // 2 + tile % 2 * gl.cdiv(num_tiles, 2), tile)
-    return _locate_tile(schedule_ptr, max_tiles, turn, n_tiles, GROUP_M)
-
-
-@gluon.jit
 def _load(
     x_desc,
     w_desc,
@@ -157,7 +132,7 @@ def _load(
     tile = gl.program_id(0)
     while tile < num_tiles:
         next_tile = _claim_tile(schedule, num_tiles)
-        expert, row, row_end, tile_n = _locate_turn(schedule, tile, num_tiles, n_tiles, GROUP_M)
+        expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
         place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, gl.cdiv(K, STEP), expert)
         for k in range(0, K, STEP):
             mbarrier.wait(free.index(stage), phase ^ 1)
