@@ -47,6 +47,14 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def two_devices(device):
+    """For run_two_processes: each process needs a GPU of its own."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return device
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Two threads on such small matrices wait for each other."""

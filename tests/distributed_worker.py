@@ -19,6 +19,7 @@ from transformers.monkey_patching import clear_patch_mapping, register_patch_map
 from transformers.utils import kernel_config
 
 from tiny_models import NUM_MOE_LAYERS, experts_of, prompt
+from two_processes import join_group
 
 PLANS = {
     # Tokens travel to the experts: the experts see top_k = 1 and unit weights. DeepSeek-V3's own plan.
@@ -63,7 +64,7 @@ def results(model):
         biased_to_one_rank(model, 100 * (name == "one rank's experts only"))
         model.zero_grad()
         calls.clear()
-        logits = model(tokens, use_cache=False).logits
+        logits = model(tokens.to(device), use_cache=False).logits
         logits.square().mean().backward()
         grads = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
         found[name] = logits.detach(), grads, list(calls)
@@ -115,7 +116,7 @@ def load_by_kernel_config(plan):
 
 
 def distribute_after_kernelize(plan):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, use_kernels=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=device, use_kernels=True)
     assert all(experts.forward.__func__ is kernel.layers.MoEExperts.forward for experts in experts_of(model))
     config, _, mesh_manager = type(model).prepare_distribute_model(PLANS[plan])
     return type(model).maybe_distribute_model(model, config, mesh_manager)
@@ -162,7 +163,7 @@ def check_layout():
 
 checkpoint, plan, rendezvous, rank = sys.argv[1:]
 rank = int(rank)
-dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+device = join_group(rendezvous, rank)
 kernel = kernels.get_kernel("org/moe-grouped-gemm", version=1)
 
 calls = []
@@ -176,7 +177,7 @@ def recording_moe_experts(hidden_states, top_k_index, *args, **kwargs):
 
 kernel.functional.moe_experts = recording_moe_experts
 
-expected = results(AutoModelForCausalLM.from_pretrained(checkpoint))
+expected = results(AutoModelForCausalLM.from_pretrained(checkpoint, device_map=device))
 if plan == "fully-sharded-and-dispatch":
     # Transformers 5.22 gives half of these where an expert has one owner, with its own experts as with ours.
     for _, grads, _ in expected.values():

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 on two gloo processes, every parallelism of Transformers and every way in: equal to one process."""
+"""DeepSeek-V3 on two processes (gloo, or NCCL and two GPUs), every parallelism of Transformers and every way in."""
 
 import pytest
 
@@ -8,6 +8,6 @@ PLANS = ["dispatch", "sentinels", "tensor-parallel", "fully-sharded", "fully-sha
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_equals_one_process(checkpoint, tmp_path, plan):
+def test_equals_one_process(two_devices, checkpoint, tmp_path, plan):
     """Logits and all gradients: see distributed_worker.py."""
-    run_two_processes("distributed_worker.py", checkpoint, plan, tmp_path / "rendezvous")
+    run_two_processes("distributed_worker.py", two_devices, checkpoint, plan, tmp_path / "rendezvous")

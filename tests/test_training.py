@@ -268,6 +268,6 @@ def test_accelerate(model, stock, accelerator):
     torch.testing.assert_close(state, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_fully_sharded(tmp_path):
-    """A step of two gloo processes equals that of one: see fsdp_worker.py."""
-    run_two_processes("fsdp_worker.py", tmp_path / "rendezvous")
+def test_fully_sharded(two_devices, tmp_path):
+    """A step of two processes equals that of one: see fsdp_worker.py."""
+    run_two_processes("fsdp_worker.py", two_devices, tmp_path / "rendezvous")
