@@ -12,6 +12,8 @@ from unittest import mock
 import kernels
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
@@ -54,7 +56,16 @@ def biased_to_one_rank(model, bias):
 
 
 def whole(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+    if isinstance(tensor, DTensor):
+        mesh, (placement, *others) = tensor.device_mesh, tensor.placements
+        if isinstance(placement, _StridedShard) and not others:
+            # Packed: each rank has a slice of gate and one of up, which torch 2.11 cannot put in order.
+            dim, parts = placement.dim, (mesh.size(), placement.split_factor, -1)
+            slices = DTensor.from_local(tensor.to_local(), mesh, [Shard(dim)]).full_tensor()
+            tensor = slices.unflatten(dim, parts).transpose(dim, dim + 1).flatten(dim, dim + 2)
+        else:
+            tensor = tensor.full_tensor()
+    return tensor.detach().clone()
 
 
 def results(model):

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from xml.etree import ElementTree
 
@@ -69,6 +71,18 @@ def test_generate_times_nothing_that_is_wrong(kernel, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="logits differ by .*: nothing is timed"):
         run("generate.py", "--batches", 1, "--out", out, monkeypatch=monkeypatch)
     assert not out.exists()
+
+
+def test_parallel(tmp_path):
+    """On two CPU processes: every way that Transformers shares a model."""
+    out = tmp_path / "parallel.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(BENCHMARKS / "parallel.py"), "--out", str(out)]
+    result = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert len({case["way"] for case in cases}) == 4
+    assert all(case["ours_ms"] > 0 and case["stock_ms"] > 0 for case in cases)
 
 
 # Figures

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Times prefill of a model that GPUs share, in each way that Transformers has: its own experts against this kernel's.
+
+    torchrun --nproc-per-node 2 benchmarks/parallel.py     # and docs/measurements/<GPUs>x-<gpu>-parallel.json
+
+A DeepSeek-V3 of the 16B "moonlight" dimensions with LAYERS layers and random weights (on CPUs a small one, to see that
+the script runs). Logits are compared for each way and length before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+import triton
+from demo import DEVICE, REPO_ID, ROOT, moonlight_config, small_config
+from kernels import get_kernel
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import generate  # before Transformers, whose own Hub kernels it turns off
+from benchmark_moe import commit
+
+LAYERS = 9
+TOKENS = (1024, 4096, 16384) if DEVICE == "cuda" else (64,)
+REPEATS = 9
+IMPLEMENTATIONS = {"stock": "grouped_mm", "ours": "moe_grouped_gemm"}
+
+
+def plans(ranks: int) -> dict[str, DistributedConfig]:
+    sentinels = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
+    return {
+        "experts, tokens sent": DistributedConfig(tp_size=ranks, ep_size=ranks),
+        "experts, tokens everywhere": DistributedConfig(tp_size=ranks, ep_size=ranks, ep_plan=sentinels),
+        "tensors": DistributedConfig(tp_size=ranks),
+        "FSDP2 + experts, tokens sent": DistributedConfig(fsdp_size=ranks, ep_size=ranks),
+    }
+
+
+def build_model(plan: DistributedConfig):
+    """The same weights on every rank, then this rank's share of them."""
+    config = moonlight_config(torch.cuda.mem_get_info()[0]) if DEVICE == "cuda" else small_config()
+    config.num_hidden_layers = min(config.num_hidden_layers, LAYERS)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    plan, _, mesh = type(model).prepare_distribute_model(plan)
+    return type(model).maybe_distribute_model(model, plan, mesh)
+
+
+@torch.no_grad()
+def milliseconds(model, tokens) -> float:
+    """From a common start until this rank has its logits: the median, after two calls that do not count."""
+
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+
+    def run():
+        dist.barrier()
+        synchronize()
+        start = time.perf_counter()
+        model(tokens, use_cache=False, logits_to_keep=1)
+        synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    return statistics.median([run() for _ in range(2 + REPEATS)][2:])
+
+
+def run_case(model, way: str, length: int) -> dict:
+    tokens = generate.random_tokens(1, length, model.config.vocab_size)
+    model.set_experts_implementation(IMPLEMENTATIONS["stock"])
+    expected = generate.prefill_logits(model, tokens)
+    noise = generate.bf16_noise(model, tokens, expected)
+    model.set_experts_implementation(IMPLEMENTATIONS["ours"])
+    found = generate.compare(generate.prefill_logits(model, tokens), expected)
+    generate.check_logits(f"{way}, {length} tokens", found, noise)
+    case = {"way": way, "tokens": length, "relative_error": found[0], "stock_relative_error": noise[0]}
+    for name, implementation in IMPLEMENTATIONS.items():
+        model.set_experts_implementation(implementation)
+        case[f"{name}_ms"] = milliseconds(model, tokens)
+    return case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: docs/measurements/<GPUs>x-<gpu>-parallel.json")
+    args = parser.parse_args()
+
+    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
+    get_kernel(REPO_ID, version=1).register()
+    ranks = int(os.environ["WORLD_SIZE"])
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    out = args.out or ROOT / "docs/measurements" / f"{ranks}x-{gpu.replace(' ', '-')}-parallel.json"
+    cases = []
+    for way, plan in plans(ranks).items():
+        model = build_model(plan)
+        for length in TOKENS:
+            case = run_case(model, way, length)
+            cases.append(case)
+            if dist.get_rank() == 0:
+                speed_up = case["stock_ms"] / case["ours_ms"]
+                print(f"{way:30} {length:6} {case['stock_ms']:8.1f} {case['ours_ms']:8.1f} ms {speed_up:6.2f}x")
+        layers = model.config.num_hidden_layers
+        del model
+    if dist.get_rank() == 0:
+        versions = {m.__name__: m.__version__ for m in (torch, triton, transformers)}
+        result = {"gpu": gpu, "gpus": ranks, "commit": commit(), "versions": versions, "layers": layers, "cases": cases}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
