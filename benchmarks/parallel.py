@@ -13,8 +13,13 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
+
+# Read when Transformers is imported: its own Hub kernels (RMSNorm, ...) stay off, so that only ours make a difference.
+os.environ["USE_HUB_KERNELS"] = "NO"
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))  # which has a generate.py, too
 
 import torch
 import torch.distributed as dist
@@ -25,8 +30,8 @@ from kernels import get_kernel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import generate  # before Transformers, whose own Hub kernels it turns off
 from benchmark_moe import commit
+from generate import bf16_noise, check_logits, compare, prefill_logits, random_tokens
 
 LAYERS = 9
 TOKENS = (1024, 4096, 16384) if DEVICE == "cuda" else (64,)
@@ -73,13 +78,13 @@ def milliseconds(model, tokens) -> float:
 
 
 def run_case(model, way: str, length: int) -> dict:
-    tokens = generate.random_tokens(1, length, model.config.vocab_size)
+    tokens = random_tokens(1, length, model.config.vocab_size)
     model.set_experts_implementation(IMPLEMENTATIONS["stock"])
-    expected = generate.prefill_logits(model, tokens)
-    noise = generate.bf16_noise(model, tokens, expected)
+    expected = prefill_logits(model, tokens)
+    noise = bf16_noise(model, tokens, expected)
     model.set_experts_implementation(IMPLEMENTATIONS["ours"])
-    found = generate.compare(generate.prefill_logits(model, tokens), expected)
-    generate.check_logits(f"{way}, {length} tokens", found, noise)
+    found = compare(prefill_logits(model, tokens), expected)
+    check_logits(f"{way}, {length} tokens", found, noise)
     case = {"way": way, "tokens": length, "relative_error": found[0], "stock_relative_error": noise[0]}
     for name, implementation in IMPLEMENTATIONS.items():
         model.set_experts_implementation(implementation)
