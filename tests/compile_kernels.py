@@ -193,16 +193,15 @@ def lora_launches(package, dtype, capability, precisions):
     for rank in (16, 128):
         u = empty(128, rank)
         yield dtype, None, partial(kernels.scale_rows, u, weights, slots, offsets)
-        A, B = empty(EXPERTS, rank, HIDDEN), empty(EXPERTS, HIDDEN, rank)
+        A, B, weight = (empty(EXPERTS, *shape) for shape in ((rank, HIDDEN), (HIDDEN, rank), (HIDDEN, HIDDEN)))
         first, *_, last = (config.down for config in tuning.all_configs(dtype, capability))
         for config, precision in product((first, last), precisions):
-            thin = tuning.thin_config(config, rank, HIDDEN, dtype, capability)
+            thin = tuning.thin_config(config, rank, dtype, capability)
             for factor in (A, B.mT):
                 yield dtype, thin, partial(kernels.grouped_gemm, x, factor, schedule, precision, thin)
-            thin = tuning.thin_config(config, HIDDEN, rank, dtype, capability)
-            for factor in (B, A.mT):
-                args = (u, factor, schedule, precision, thin, x)
-                yield dtype, thin, partial(kernels.grouped_gemm, *args, accumulate=True)
+            for way, w in product(tuning.ways(config), (weight, weight.mT)):
+                args = (x, w, schedule, precision, way)
+                yield dtype, way, partial(kernels.grouped_gemm, *args, low_rank=(u, B))
         for (p, q), precision in product(((x, u), (u, x)), precisions):
             config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], dtype, capability)
             yield dtype, config, partial(kernels.wgrad, p, q, offsets, precision, config)

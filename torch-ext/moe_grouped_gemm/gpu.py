@@ -52,13 +52,12 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
 
 
-def launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None, accumulate=False):
+def launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None, low_rank=None):
     kernels = launchers()
     config = as_readable(config, x, weight)
-    if config.WARP_SPECIALIZED and (bias is not None or accumulate or not kernels.can_specialize(weight)):
+    if config.WARP_SPECIALIZED and (bias is not None or not kernels.can_specialize(weight)):
         config = config._replace(WARP_SPECIALIZED=False)
-    options = {"bias": bias, "accumulate": accumulate}
-    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, **options)
+    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, bias=bias, low_rank=low_rank)
 
 
 def launch_wgrad(p, q, padded_offsets, precision, config, transposed):

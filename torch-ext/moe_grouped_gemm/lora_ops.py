@@ -38,16 +38,14 @@ class _Pass(NamedTuple):
     def product(self, x, weight, bias, first, second):
         """y (P, N) = x weight^T + bias + u second^T, and u (P, R) = x first^T; without factors u is None."""
         u = None if first is None else self.thin(x, first)
-        y = gpu.launch_grouped_gemm(x, weight, self.schedule, self.precision, self.config, bias=bias)
-        if first is not None:
-            self.thin(u, second, y)
-        return y, u
+        low_rank = None if first is None else (u, second.contiguous())
+        args = (x, weight, self.schedule, self.precision, self.config)
+        return gpu.launch_grouped_gemm(*args, bias=bias, low_rank=low_rank), u
 
-    def thin(self, x, factor, y=None):
-        """x factor^T; or added to y."""
-        config = tuning.thin_config(self.config, *factor.shape[1:], x.dtype, self.capability)
-        args = (x, factor, self.schedule, self.precision, config)
-        return gpu.launch_grouped_gemm(*args, y, accumulate=y is not None)
+    def thin(self, x, factor):
+        """x factor^T."""
+        config = tuning.thin_config(self.config, factor.shape[1], x.dtype, self.capability)
+        return gpu.launch_grouped_gemm(x, factor, self.schedule, self.precision, config)
 
     def thin_wgrad(self, p, q, padded_offsets):
         config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], p.dtype, self.capability)

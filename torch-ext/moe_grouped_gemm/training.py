@@ -165,6 +165,7 @@ def register_backward(forward_op, backward_op, tensors: int) -> None:
         hidden_states, _, *others = inputs[:tensors]
         ctx.gate = inputs[tensors:]
         ctx.save_for_backward(hidden_states, *others, *output[1:])
+        ctx.set_materialize_grads(False)  # of the outputs that only the backward reads: zeros of their size
 
     def backward(ctx, dout, *_):
         needs_x, _, *needs_others = ctx.needs_input_grad[:tensors]

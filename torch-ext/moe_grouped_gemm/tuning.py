@@ -132,10 +132,10 @@ WGRAD_HOPPER = [
 WGRAD_PORTABLE = [(float("inf"), GemmConfig(64, 64, 64, 32, 1, 4, 3, False))]
 WGRAD_FP32 = [(float("inf"), GemmConfig(64, 64, 64, 16, 1, 8, 2, False))]
 
-# An adapter's products, one side of which is its rank: at most these tiles, narrower where a side is. They are bound by
-# memory, which small tiles keep busy from several programs a multiprocessor. Not measured yet.
+# An adapter's products, one side of which is its rank: at most these tiles, narrower where the rank is. Memory-bound,
+# for which plain loads are faster than TMA. Measured on an H200 (docs/measurements/NVIDIA-H200-lora-tiles.json).
 # (BLOCK_N, BLOCK_K, stages of a GEMM; its other sizes are those of the GEMM beside it), (wgrad).
-THIN_HOPPER = (128, 64, 3), GemmConfig(128, 128, 128, 64, 1, 4, 3, False)
+THIN_HOPPER = (128, 128, 3), GemmConfig(128, 128, 128, 64, 1, 4, 3, False)
 THIN_PORTABLE = (64, 64, 3), GemmConfig(64, 64, 64, 32, 1, 4, 3, False)
 THIN_FP32 = (64, 16, 2), GemmConfig(64, 64, 64, 16, 1, 8, 2, False)
 
@@ -253,14 +253,15 @@ def _block(most: int, size: int) -> int:
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-def thin_config(config: GemmConfig, N: int, K: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
-    """Configuration of a GEMM whose N or K is an adapter's rank; rows are cut as by `config`, as in its schedule."""
-    (most_n, most_k, num_stages), _ = _thin(dtype, capability)
+def thin_config(config: GemmConfig, N: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
+    """Configuration of a GEMM whose N is an adapter's rank; rows are cut as by `config`, as in its schedule."""
+    (most_n, block_k, num_stages), _ = _thin(dtype, capability)
     return config._replace(
         BLOCK_N=_block(most_n, N),
-        BLOCK_K=_block(most_k, K),
+        BLOCK_K=block_k,
         num_warps=4 if config.BLOCK_M < 128 and dtype != torch.float32 else 8,
         num_stages=num_stages,
+        USE_TMA=False,
         WARP_SPECIALIZED=False,
     )
 

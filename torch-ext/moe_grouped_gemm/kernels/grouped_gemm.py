@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm_hopper import grouped_gemm_hopper
-from .launch import cdiv, launch
+from .launch import cdiv, launch, next_power_of_2
 from .tiles import locate_tile
 
 
@@ -329,6 +329,8 @@ def _grouped_gemm_tile(
     x_desc,
     w_ptr,
     bias_ptr,
+    u_ptr,
+    factor_ptr,
     y_ptr,
     sorted_slots_ptr,
     row_weights_ptr,
@@ -338,6 +340,7 @@ def _grouped_gemm_tile(
     tile_n,
     N,
     K,
+    R,
     stride_xm,
     stride_we,
     stride_wn,
@@ -349,7 +352,7 @@ def _grouped_gemm_tile(
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -386,13 +389,22 @@ def _grouped_gemm_tile(
             acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, BN]
         else:
             acc = tl.dot(w, x.T, acc, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
+    if u_ptr is not None:
+        offs_r = tl.arange(0, BLOCK_R)
+        u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
+        factor_ptrs = factor_ptr + (expert.to(tl.int64) * N + offs_n[:, None]) * R + offs_r[None, :]
+        for r in range(0, R, BLOCK_R):
+            mask_r = (offs_r < R - r)[None, :]
+            u = tl.load(u_ptrs + r, mask=mask_m[:, None] & mask_r, other=0.0)
+            factor = tl.load(factor_ptrs + r, mask=(offs_n < N)[:, None] & mask_r, other=0.0)
+            if ROWS_FIRST:
+                acc = tl.dot(u, factor.T, acc, input_precision=INPUT_PRECISION)
+            else:
+                acc = tl.dot(factor, u.T, acc, input_precision=INPUT_PRECISION)
 
     y = acc if ROWS_FIRST else acc.T
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if ACCUMULATE:
-        y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-        y += tl.load(y_ptrs, mask=mask_m[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
     if sorted_slots_ptr is None:
         _store_rows(y_ptr, y, row, row_end, offs_n, N)
     else:
@@ -408,6 +420,8 @@ def _grouped_gemm_kernel(
     x_desc,  # with USE_TMA a descriptor of x, else x
     w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
     bias_ptr,  # (E, N), or None
+    u_ptr,  # (S, R), or None
+    factor_ptr,  # (E, N, R), of u
     y_ptr,  # (S, N), in expert order, or in that of slots if the next two are given
     sorted_slots_ptr,  # (S,) int32, or None
     row_weights_ptr,  # (S,), of slots: factors of the rows of y; or None
@@ -415,6 +429,7 @@ def _grouped_gemm_kernel(
     max_tiles,
     N,
     K,
+    R,
     stride_xm,
     stride_we,
     stride_wn,
@@ -426,7 +441,7 @@ def _grouped_gemm_kernel(
     GROUP_M: tl.constexpr,
     USE_TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,  # not with sorted_slots
+    BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
@@ -440,6 +455,8 @@ def _grouped_gemm_kernel(
                 x_desc,
                 w_ptr,
                 bias_ptr,
+                u_ptr,
+                factor_ptr,
                 y_ptr,
                 sorted_slots_ptr,
                 row_weights_ptr,
@@ -449,6 +466,7 @@ def _grouped_gemm_kernel(
                 tile_n,
                 N,
                 K,
+                R,
                 stride_xm,
                 stride_we,
                 stride_wn,
@@ -460,7 +478,7 @@ def _grouped_gemm_kernel(
                 USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
                 USE_TMA,
                 TRANSPOSED,
-                ACCUMULATE,
+                BLOCK_R,
                 INPUT_PRECISION,
             )
 
@@ -505,33 +523,35 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
 
 
 def grouped_gemm(
-    x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None, bias=None, accumulate=False
+    x, w, schedule, input_precision, config, y=None, sorted_slots=None, row_weights=None, bias=None, low_rank=None
 ):
     """x (S, K), w (E, N, K), contiguous bias (E, N) -> y (S, N); rows that belong to no expert keep what y held.
 
-    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s]. With
-    accumulate, but without these two, rows are added to what y holds. The warp-specialized kernel has neither bias nor
-    accumulate.
+    low_rank: contiguous u (S, R) and factor (E, N, R), R a multiple of 16; y[r] is then w[e] @ x[r] + factor[e] @ u[r].
+    With sorted_slots (S,) and row_weights (S,), row r becomes row s = sorted_slots[r] of y, times row_weights[s]. The
+    warp-specialized kernel has no bias.
     """
     _, N, K = w.shape
     if y is None:
         y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
     if config.WARP_SPECIALIZED:
-        return grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots, row_weights)
+        return grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots, row_weights, low_rank)
     tiles = schedule.shape[1]
     block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
-    sizes = (N, K, x.stride(0), *w.stride())
+    u, factor = low_rank or (None, None)
+    rank = 0 if low_rank is None else u.shape[1]
+    sizes = (N, K, rank, x.stride(0), *w.stride())
     constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1)
-    constants += (accumulate, input_precision)
+    constants += (min(block_k, next_power_of_2(max(rank, 1))), input_precision)
     x_arg, w_arg = x, w
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
         w_arg = _descriptor(w, block_n, block_k)
-    vectors = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in (row_weights, bias)]
+    vectors = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in (row_weights, bias, u, factor)]
     launch(
         _grouped_gemm_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, x_arg, w_arg, bias, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
+        (x, x_arg, w_arg, bias, u, factor, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
         (x.device, x.dtype, *vectors, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
         num_warps=num_warps,
         num_stages=num_stages,

@@ -1,6 +1,7 @@
 """Grouped GEMMs for Hopper and many rows: persistent, and each warp has a role of its own.
 
-    grouped_gemm:  y[r] = w[e] @ x[r]                                        x (S, K) -> y (S, N)
+    grouped_gemm:  y[r] = w[e] @ x[r], or with factors of rank R             x (S, K) -> y (S, N)
+                   y[r] = w[e] @ x[r] + factor[e] @ u[r]                     u (S, R), factor (E, N, R)
     wgrad:         dw[e] = sum over the rows r of e of p[r] q[r]^T           p (P, M), q (P, N) -> dw (E, M, N)
 
 Grid: as many programs as the GPU has multiprocessors; each takes one tile of 128 rows by 256 columns after another, of
@@ -92,6 +93,15 @@ def _load_weight(w_desc, w_smem, bar, expert, tile_n, k, second, N, K, TILE_N: g
 
 
 @gluon.jit
+def _as_rows(w_smem):
+    """The stages for rows of w (E, N, K), where they are for its transpose."""
+    if w_smem.shape[2] == BLOCK_N:
+        return w_smem._reinterpret(w_smem.dtype, [w_smem.shape[0], BLOCK_N, w_smem.shape[1]], w_smem.layout)
+    else:
+        return w_smem
+
+
+@gluon.jit
 def _number_of_tiles(schedule, n_tiles):
     schedule_ptr, max_tiles = schedule
     return gl.load(schedule_ptr + 4 * max_tiles) * n_tiles
@@ -119,6 +129,9 @@ def _load(
     queue,
     TILE_N: gl.constexpr,  # rows of a weight between two tiles
     GROUP_M: gl.constexpr,
+    u_desc=None,
+    factor_desc=None,
+    RANK_STEPS: gl.constexpr = 0,  # through these two, after those through x and w
 ):
     n_tiles, second, N, K = sizes
     x_smem, w_smem, full, free = stages
@@ -133,7 +146,8 @@ def _load(
     while tile < num_tiles:
         next_tile = _claim_tile(schedule, num_tiles)
         expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
-        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, gl.cdiv(K, STEP), expert)
+        k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
+        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
         for k in range(0, K, STEP):
             mbarrier.wait(free.index(stage), phase ^ 1)
             bar = full.index(stage)
@@ -142,6 +156,15 @@ def _load(
             # past the expert's last.
             _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
             _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
+            stage, phase = _next(stage, phase, STAGES)
+        for step in gl.static_range(RANK_STEPS):
+            mbarrier.wait(free.index(stage), phase ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
+            factor_smem = _as_rows(w_smem).index(stage)
+            # Past R there are zeros in both.
+            _tma_load(u_desc, [row, step * STEP], bar, x_smem.index(stage))
+            _load_weight(factor_desc, factor_smem, bar, expert, tile_n, step * STEP, second, N, K, TILE_N)
             stage, phase = _next(stage, phase, STAGES)
         tile = next_tile
     _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
@@ -201,6 +224,7 @@ def _multiply(
     queue,
     TRANSPOSED_X: gl.constexpr,
     TRANSPOSED_W: gl.constexpr,
+    RANK_STEPS: gl.constexpr = 0,
 ):
     x_smem, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
@@ -213,7 +237,7 @@ def _multiply(
         row += CONSUMER * ROWS
         if row < row_end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-            for k in range(k_tiles):
+            for k in range(k_tiles - RANK_STEPS):
                 mbarrier.wait(full.index(stage), phase)
                 if TRANSPOSED_X:
                     x = x_smem.index(stage * CONSUMERS + CONSUMER).permute((1, 0))
@@ -224,6 +248,14 @@ def _multiply(
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 _barrier()
                 mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k > 0)
+                stage, phase = _next(stage, phase, STAGES)
+            for _step in gl.static_range(RANK_STEPS):
+                mbarrier.wait(full.index(stage), phase)
+                u = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
+                acc = warpgroup_mma(u, _as_rows(w_smem).index(stage).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                _barrier()
+                mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1)
                 stage, phase = _next(stage, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
             _barrier()
@@ -263,6 +295,8 @@ def _queue(READERS: gl.constexpr):
 def _grouped_gemm_hopper_kernel(
     x_desc,  # (S, K)
     w_desc,  # (E * N, K), or with TRANSPOSED_W (E * K, N)
+    u_desc,  # (S, R), or None
+    factor_desc,  # (E * N, R), of u
     y_ptr,  # (S, N), in expert order, or in that of slots if the next two are given
     sorted_slots_ptr,  # (S,) int32, or None
     row_weights_ptr,  # (S,), of slots: factors of the rows of y; or None
@@ -273,6 +307,7 @@ def _grouped_gemm_hopper_kernel(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     TRANSPOSED_W: gl.constexpr,
+    RANK_STEPS: gl.constexpr,
 ):
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED_W else [STAGES, BLOCK_N, BLOCK_K]
@@ -283,9 +318,18 @@ def _grouped_gemm_hopper_kernel(
     sizes = (gl.cdiv(N, BLOCK_N), BLOCK_N // 2, N, K)
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W)),
-            (_multiply, (1, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W)),
-            (_load, (x_desc, w_desc, schedule, sizes, stages, queue, BLOCK_N, GROUP_M)),
+            (
+                _multiply,
+                (0, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W, RANK_STEPS),
+            ),
+            (
+                _multiply,
+                (1, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W, RANK_STEPS),
+            ),
+            (
+                _load,
+                (x_desc, w_desc, schedule, sizes, stages, queue, BLOCK_N, GROUP_M, u_desc, factor_desc, RANK_STEPS),
+            ),
         ],
         [4, 1],
         [216, 72],  # registers of the second consumer and the loader; the first consumer has what is left
@@ -334,21 +378,27 @@ def can_specialize(w) -> bool:
     return w.is_contiguous() or (w.transpose(1, 2).is_contiguous() and w.shape[2] % BLOCK_K.value == 0)
 
 
-def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weights=None):
+def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weights=None, low_rank=None):
     """x (S, K), w (E, N, K), both 16-bit -> y (S, N); rows that belong to no expert keep what y held.
 
-    With sorted_slots and row_weights as `grouped_gemm` has them.
+    With sorted_slots and row_weights, and with low_rank, as `grouped_gemm` has them.
     """
     _, N, K = w.shape
     transposed = not w.is_contiguous()
     w_desc = _rows_descriptor(w.transpose(1, 2), [64, 256]) if transposed else _rows_descriptor(w, [128, 64])
-    constants = (config.GROUP_M, config.num_stages, transposed)
+    u_desc = factor_desc = None
+    rank_steps = 0
+    if low_rank is not None:
+        u, factor = low_rank
+        u_desc, factor_desc = _rows_descriptor(u, [128, 64]), _rows_descriptor(factor, [128, 64])
+        rank_steps = -(-u.shape[1] // BLOCK_K.value)
+    constants = (config.GROUP_M, config.num_stages, transposed, rank_steps)
     weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
     launch(
         _grouped_gemm_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [128, 64]), w_desc, y, sorted_slots, row_weights, schedule, schedule.shape[1])
-        + (N, K, *constants),
+        (_rows_descriptor(x, [128, 64]), w_desc, u_desc, factor_desc, y, sorted_slots, row_weights, schedule)
+        + (schedule.shape[1], N, K, *constants),
         (x.device, x.dtype, weights_key, N, K, constants),
         num_warps=4,
     )
