@@ -100,6 +100,8 @@ def main() -> None:
     os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
     get_kernel(REPO_ID, version=1).register()
     ranks = int(os.environ["WORLD_SIZE"])
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     out = args.out or ROOT / "docs/measurements" / f"{ranks}x-{gpu.replace(' ', '-')}-parallel.json"
     cases = []
