@@ -82,7 +82,7 @@ def milliseconds(model, tokens) -> float:
 
 
 def measure_noise(model) -> dict[int, tuple[float, float]]:
-    """By length, of the whole model: where tokens are sent (top_k 1) Transformers' own agree with each other exactly."""
+    """By length, of the whole model: where tokens are sent (top_k 1) Transformers' own experts agree exactly."""
     noise = {}
     for length in TOKENS:
         tokens = random_tokens(1, length, model.config.vocab_size)
