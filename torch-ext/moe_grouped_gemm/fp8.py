@@ -231,6 +231,7 @@ _backward_op = register_op(
 def _training_setup_context(ctx, inputs, output):
     _, _, *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # as in training.py
 
 
 def _training_backward(ctx, dout, *_):
