@@ -1,16 +1,17 @@
 """Triton device code and launchers, one file per stage."""
 
-from .backward import gather, glu_backward, row_sums, wgrad
+from .backward import gather, row_sums, scale_rows, wgrad
 from .combine import combine, zero_skipped
 from .decode import down_decode, gate_up_decode
 from .decode_fp8 import down_decode_fp8, gate_up_decode_fp8
 from .dgrad_fp8 import dgrad_fp8
-from .fp8 import gate_up_fp8, grouped_gemm_fp8, quantize_rows, quantize_slots, scale_shift
+from .fp8 import gate_up_fp8, grouped_gemm_fp8
 from .fp8_hopper import gate_up_fp8_hopper, grouped_gemm_fp8_hopper
 from .fp8_weights_hopper import fp8_weights_gemm_hopper
+from .gate import glu, glu_backward
 from .grouped_gemm import gate_up, grouped_gemm
 from .grouped_gemm_hopper import can_specialize
-from .lora import glu, scale_rows
+from .quantize import quantize_rows, quantize_slots, scale_shift
 from .router import router_logits, router_topk
 from .routing import pad, route, tile_schedule
 

@@ -1,15 +1,15 @@
-"""Gradients of the layer around its GEMMs. Slot s = slots[r], token t = s // top_k, [gate; up] = z of the slot.
+"""Gradients of the layer around its GEMMs. Slot s = slots[r], token t = s // top_k.
 
-    gather:        out[r] = x[t]
-    glu_backward:  a = act(gate) * up,  dweight[s] = <b[r], a>,  da = weight[s] * b[r]
-                   dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
-    wgrad:         dw[e] = sum over the rows r of e of p[r] q[r]^T
-    row_sums:      db[e] = sum over the rows r of e of p[r], or of weight[s] * p[t]
+    gather:      out[r] = x[t]
+    scale_rows:  out[r] = weight[s] * x[r]
+    wgrad:       dw[e] = sum over the rows r of e of p[r] q[r]^T
+    row_sums:    db[e] = sum over the rows r of e of p[r], or of weight[s] * p[t]
 
-with b = dout gathered @ down[e], a grouped GEMM on the transposed weight. Then ddown = wgrad(dout gathered,
+The gate's own are `glu_backward` of gate.py, with b = dout gathered @ down[e], a grouped GEMM on the transposed weight,
+to dz and weighted_a. Then ddown = wgrad(dout gathered,
 weighted_a), dgate_up = wgrad(dz, x gathered), and dhidden_states[t] is the sum of dz @ gate_up[e] over the slots of t.
 That <dout, down @ a> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed. Biases have
-the row_sums of dz and of weighted dout; that of down adds <dout, bias> to dweight, outside. GATE as in grouped_gemm.py.
+the row_sums of dz and of weighted dout; that of down adds <dout, bias> to dweight, outside.
 
 Rows are padded (`pad` of routing.py): experts begin at multiples of 64, and what is gathered into rows of nobody is
 zero, so that sums over the rows of an expert have no tail. No atomics: sums have one order.
@@ -19,43 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_gemm import _activate, _clamp, _gate_and_up
 from .grouped_gemm_hopper import wgrad_hopper
 from .launch import cdiv, launch, next_power_of_2
-
-
-@triton.jit
-def _activation_slope(x, GATE: tl.constexpr):
-    ACTIVATION: tl.constexpr = GATE[0]
-    if ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
-    elif ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    elif ACTIVATION == "gelu_pytorch_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    elif ACTIVATION == "swigluoai":
-        s = tl.sigmoid(GATE[2] * x)
-        return s * (1.0 + GATE[2] * x * (1.0 - s))
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        return tl.where(x <= 0.0, 0.0, 1.0)
-
-
-@triton.jit
-def _glu_gradients(da, gate, up, GATE: tl.constexpr):
-    """a = act(gate) * up, and the gradients of gate and up."""
-    LIMIT: tl.constexpr = GATE[1]
-    g, u = _clamp(gate, up, GATE)
-    act = _activate(g, GATE)
-    dgate = da * u * _activation_slope(g, GATE)
-    dup = da * act
-    if LIMIT is not None:
-        dgate = tl.where(gate > LIMIT, 0.0, dgate)
-        dup = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, dup)
-    return act * u, dgate, dup
 
 
 @triton.jit
@@ -86,34 +51,16 @@ def _gather_kernel(
 
 
 @triton.jit
-def _load_gate_and_up(z_ptrs, start, mask_r, I, BLOCK_I: tl.constexpr, GATE: tl.constexpr):
-    """BLOCK_I columns of each, in fp32."""
-    if GATE[3]:
-        offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
-        return _gate_and_up(tl.load(z_ptrs + offs_z, mask=mask_r & (offs_z < 2 * I), other=0.0).to(tl.float32), GATE)
-    else:
-        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
-        mask = mask_r & (offs_i < I)
-        gate = tl.load(z_ptrs + offs_i, mask=mask, other=0.0).to(tl.float32)
-        return gate, tl.load(z_ptrs + I + offs_i, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _glu_backward_kernel(
-    b_ptr,  # (P, I)
-    z_ptr,  # (S, 2I), gate and up in the order of the weight's rows
+def _scale_rows_kernel(
+    x_ptr,  # (P, N)
     top_k_weights_ptr,  # (S,)
     slots_ptr,  # (P,) int32, -1 for a row of nobody
-    z_positions_ptr,  # (S,) int32: the row of z of each slot
     expert_offsets_ptr,  # (E + 1,) int32
-    dz_ptr,  # (P, 2I), as z
-    weighted_a_ptr,  # (P, I), or None
-    dweights_ptr,  # (S,) fp32
+    out_ptr,  # (P, N)
     E,
-    I,
+    N,
     ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    GATE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
     if row >= tl.load(expert_offsets_ptr + E):
@@ -121,29 +68,11 @@ def _glu_backward_kernel(
     rows = row + tl.arange(0, ROWS)
     slots = tl.load(slots_ptr + rows)
     is_owned = slots >= 0
-    z_rows = tl.load(z_positions_ptr + slots, mask=is_owned, other=0).to(tl.int64)[:, None]
     weight = tl.load(top_k_weights_ptr + slots, mask=is_owned, other=0.0).to(tl.float32)[:, None]
-    rows = rows.to(tl.int64)[:, None]
-    mask_r = is_owned[:, None]
-    dtype = dz_ptr.dtype.element_ty
-    products = tl.zeros((ROWS, BLOCK_I), tl.float32)
-    for start in range(0, I, BLOCK_I):
-        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
-        mask_i = offs_i < I
-        b = tl.load(b_ptr + rows * I + offs_i, mask=mask_r & mask_i, other=0.0).to(tl.float32)
-        gate, up = _load_gate_and_up(z_ptr + z_rows * 2 * I, start, mask_r, I, BLOCK_I, GATE)
-        a, dgate, dup = _glu_gradients(weight * b, gate, up, GATE)
-        products += b * a
-        dz_ptrs = dz_ptr + rows * 2 * I
-        if GATE[3]:
-            offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
-            tl.store(dz_ptrs + offs_z, tl.interleave(dgate, dup).to(dtype), mask=offs_z < 2 * I)
-        else:
-            tl.store(dz_ptrs + offs_i, dgate.to(dtype), mask=mask_i)
-            tl.store(dz_ptrs + I + offs_i, dup.to(dtype), mask=mask_i)
-        if weighted_a_ptr is not None:
-            tl.store(weighted_a_ptr + rows * I + offs_i, (weight * a).to(dtype), mask=mask_i)
-    tl.store(dweights_ptr + slots, tl.sum(products, axis=1), mask=is_owned)
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + offs_n
+    x = tl.load(x_ptr + offsets, mask=is_owned[:, None] & (offs_n < N), other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, (weight * x).to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 @triton.jit
@@ -236,27 +165,19 @@ def gather(x, slots, expert_offsets, top_k, out=None):
     return out
 
 
-def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, gate, needs_a):
-    """b (P, I), z (S, 2I) -> dz (P, 2I), weighted_a (P, I) or None, dweights (S,) fp32, 0 for a skipped slot.
-
-    Rows of nobody are zero; those from expert_offsets[E] on stay unwritten. top_k_weights are contiguous.
-    """
-    rows, inter = b.shape
+def scale_rows(x, top_k_weights, slots, expert_offsets):
+    """x (P, N), N small, contiguous top_k_weights (T, top_k) -> (P, N); rows of nobody as in `glu`."""
+    rows, N = x.shape
     experts = expert_offsets.numel() - 1
-    dz = b.new_empty(rows, 2 * inter)
-    weighted_a = torch.empty_like(b) if needs_a else None
-    dweights = torch.zeros(z_positions.numel(), dtype=torch.float32, device=b.device)
-    block_m, block_i = 4, min(256, next_power_of_2(inter))
-    alignment = (z.data_ptr() % 16, top_k_weights.data_ptr() % 16, z_positions.data_ptr() % 16)
+    out = torch.empty_like(x)
     launch(
-        _glu_backward_kernel,
-        (rows // block_m, 1, 1),
-        (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights, experts, inter)
-        + (block_m, block_i, tuple(gate)),
-        (b.device, b.dtype, top_k_weights.dtype, needs_a, alignment, experts, inter, tuple(gate)),
+        _scale_rows_kernel,
+        (rows // 16, 1, 1),
+        (x, top_k_weights, slots, expert_offsets, out, experts, N, 16, next_power_of_2(N)),
+        (x.device, x.dtype, top_k_weights.dtype, top_k_weights.data_ptr() % 16, experts, N),
         num_warps=4,
     )
-    return dz, weighted_a, dweights
+    return out
 
 
 def wgrad(p, q, expert_offsets, input_precision, config):

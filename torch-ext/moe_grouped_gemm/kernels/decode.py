@@ -3,7 +3,7 @@
     gate_up_decode:  a[s] = act(gate[e] @ x[t]) * (up[e] @ x[t])             s = t * top_k + k, e = top_k_index[s]
     down_decode:     out[t] = sum_k weight[s] * (down[e] @ a[s])
 
-with biases added to each product. GATE as in grouped_gemm.py.
+with biases added to each product. GATE as in gate.py.
 
 Every weight element is read once for each slot and used once, so both run at the speed of memory. Grids: (S, tiles of
 I) and (T, tiles of H).
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_gemm import _glu
+from .gate import _glu
 from .launch import cdiv, launch
 
 

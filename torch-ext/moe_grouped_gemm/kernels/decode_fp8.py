@@ -13,9 +13,9 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .fp8 import BLOCK, _from_codes, _load_scale, _scale_row, scale_shift
-from .grouped_gemm import _glu
+from .gate import _glu
 from .launch import cdiv, launch, next_power_of_2, warp_size
+from .quantize import BLOCK, _from_codes, _load_scale, _scale_row, scale_shift
 
 _BLOCK = gl.constexpr(BLOCK)
 _CHUNK = gl.constexpr(16)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fp8 import _BLOCK, _from_codes, _load_scale, _scale_row
 from .grouped_gemm import _store_rows
 from .launch import cdiv, launch
+from .quantize import _BLOCK, _from_codes, _load_scale, _scale_row
 from .tiles import locate_tile
 
 

@@ -12,8 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .fp8 import BLOCK, _load_scale, _now, _quantize, scale_shift
-from .grouped_gemm import _glu
+from .fp8 import _now
+from .gate import _glu
 from .grouped_gemm_hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -29,6 +29,7 @@ from .grouped_gemm_hopper import (
     _take_tile,
 )
 from .launch import cdiv, launch, multiprocessors
+from .quantize import BLOCK, _load_scale, _quantize, scale_shift
 
 _BLOCK = gl.constexpr(BLOCK)
 

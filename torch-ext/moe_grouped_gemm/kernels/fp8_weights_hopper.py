@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .fp8 import BLOCK, _load_scale
 from .grouped_gemm_hopper import (
     BLOCK_K,
     BLOCK_M,
@@ -30,6 +29,7 @@ from .grouped_gemm_hopper import (
     _tma_load,
 )
 from .launch import launch, multiprocessors
+from .quantize import BLOCK, _load_scale
 from .tiles import locate_tile
 
 _BLOCK = gl.constexpr(BLOCK)

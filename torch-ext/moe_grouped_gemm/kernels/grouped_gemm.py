@@ -1,12 +1,12 @@
 """Grouped GEMMs: rows sorted by expert times that expert's weight.
 
     gate_up:       a[r] = act(gate[e] @ x[t]) * (up[e] @ x[t])     x (T, H), t = sorted_slots[r] // top_k -> a (S, I)
-    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N); y[r] += ... if asked for
-                   y[s] = weight[s] * (w[e] @ x[r]) if asked for,  s = sorted_slots[r]
+    grouped_gemm:  y[r] = w[e] @ x[r]                              x (S, K) -> y (S, N); if asked for,
+                   y[r] = w[e] @ x[r] + factor[e] @ u[r]           u (S, R)
+                   y[s] = weight[s] * (w[e] @ x[r])                s = sorted_slots[r]
 
-With biases, gate[e] @ x[t] + gate_bias[e] and so on. GATE is (activation, limit, alpha, interleaved), as Gate in
-reference.py. Weights are (E, N, K) with any strides; TMA reads them with contiguous rows, or as (E, K, N) where that is
-their order in memory (TRANSPOSED).
+With biases, gate[e] @ x[t] + gate_bias[e] and so on. GATE as in gate.py. Weights are (E, N, K) with any strides; TMA
+reads them with contiguous rows, or as (E, K, N) where that is their order in memory (TRANSPOSED).
 
 A tile is BLOCK_M rows of one expert by BLOCK_N columns of the result; an expert's last tile is only as high as its rows
 need, halving BLOCK_M down to MIN_M. Hopper's wgmma wants at least 64 on the first side of a dot and reads least from
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .gate import _gate_and_up, _glu, _halves
 from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch, next_power_of_2
 from .tiles import locate_tile
@@ -36,43 +37,6 @@ def _is_height(rows, i: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHTS: tl.constex
         return rows <= BLOCK_M >> i
     else:
         return (rows <= BLOCK_M >> i) & (rows > BLOCK_M >> (i + 1))
-
-
-@triton.jit
-def _activate(x, GATE: tl.constexpr):
-    ACTIVATION: tl.constexpr = GATE[0]
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_pytorch_tanh":
-        # 0.5 * (1 + tanh(z)) == sigmoid(2 z)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "swigluoai":
-        return x * tl.sigmoid(GATE[2] * x)
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        # Not maximum(x, 0), which drops a NaN.
-        return tl.where(x < 0.0, 0.0, x)
-
-
-@triton.jit
-def _clamp(gate, up, GATE: tl.constexpr):
-    """What the activation and its product see of gate and up."""
-    LIMIT: tl.constexpr = GATE[1]
-    if LIMIT is not None:
-        # Not minimum and maximum, which drop a NaN.
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    if GATE[0] == "swigluoai":
-        up += 1.0
-    return gate, up
-
-
-@triton.jit
-def _glu(gate, up, GATE: tl.constexpr):
-    gate, up = _clamp(gate, up, GATE)
-    return _activate(gate, GATE) * up
 
 
 @triton.jit
@@ -118,21 +82,6 @@ def _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, G
         _store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
     gate, up = _gate_and_up(z, GATE)
     _store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of the columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _gate_and_up(x, GATE: tl.constexpr):
-    """The columns of x that are gate, and those that are up."""
-    if GATE[3]:
-        return x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
-    else:
-        return _halves(x)
 
 
 @triton.jit

@@ -23,9 +23,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .launch import launch, multiprocessors
 from .tiles import locate_tile
 
-# Renamed in Triton 3.9 and 3.7.
+# Renamed in Triton 3.9, 3.7 and 3.9.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 CONSUMERS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)
@@ -96,7 +97,7 @@ def _load_weight(w_desc, w_smem, bar, expert, tile_n, k, second, N, K, TILE_N: g
 def _as_rows(w_smem):
     """The stages for rows of w (E, N, K), where they are for its transpose."""
     if w_smem.shape[2] == BLOCK_N:
-        return w_smem._reinterpret(w_smem.dtype, [w_smem.shape[0], BLOCK_N, w_smem.shape[1]], w_smem.layout)
+        return _reinterpret(w_smem, w_smem.dtype, [w_smem.shape[0], BLOCK_N, w_smem.shape[1]], w_smem.layout)
     else:
         return w_smem
 

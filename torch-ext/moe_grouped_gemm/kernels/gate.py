@@ -1,0 +1,228 @@
+"""The gate between the two GEMMs, as their epilogues have it, and alone. Slot s = slots[r], [gate; up] = z of the slot.
+
+    glu:           a[r] = act(gate) * up
+    glu_backward:  a = act(gate) * up,  dweight[s] = <b[r], a>,  da = weight[s] * b[r]
+                   dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
+
+GATE is (activation, limit, alpha, interleaved), as Gate in reference.py; gate and up are clamped first if it has a
+limit. Rows of nobody become zero, whatever they were: with a bias, z there is not zero. Grid: rows, some at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import cdiv, launch, next_power_of_2
+
+
+@triton.jit
+def _clamp(gate, up, GATE: tl.constexpr):
+    """What the activation and its product see of gate and up."""
+    LIMIT: tl.constexpr = GATE[1]
+    if LIMIT is not None:
+        # Not minimum and maximum, which drop a NaN.
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if GATE[0] == "swigluoai":
+        up += 1.0
+    return gate, up
+
+
+@triton.jit
+def _activate(x, GATE: tl.constexpr):
+    ACTIVATION: tl.constexpr = GATE[0]
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        # 0.5 * (1 + tanh(z)) == sigmoid(2 z)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "swigluoai":
+        return x * tl.sigmoid(GATE[2] * x)
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        # Not maximum(x, 0), which drops a NaN.
+        return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _activation_slope(x, GATE: tl.constexpr):
+    ACTIVATION: tl.constexpr = GATE[0]
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif ACTIVATION == "swigluoai":
+        s = tl.sigmoid(GATE[2] * x)
+        return s * (1.0 + GATE[2] * x * (1.0 - s))
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        return tl.where(x <= 0.0, 0.0, 1.0)
+
+
+@triton.jit
+def _glu(gate, up, GATE: tl.constexpr):
+    gate, up = _clamp(gate, up, GATE)
+    return _activate(gate, GATE) * up
+
+
+@triton.jit
+def _glu_gradients(da, gate, up, GATE: tl.constexpr):
+    """a = act(gate) * up, and the gradients of gate and up."""
+    LIMIT: tl.constexpr = GATE[1]
+    g, u = _clamp(gate, up, GATE)
+    act = _activate(g, GATE)
+    dgate = da * u * _activation_slope(g, GATE)
+    dup = da * act
+    if LIMIT is not None:
+        dgate = tl.where(gate > LIMIT, 0.0, dgate)
+        dup = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, dup)
+    return act * u, dgate, dup
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _gate_and_up(x, GATE: tl.constexpr):
+    """The columns of x that are gate, and those that are up."""
+    if GATE[3]:
+        return x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
+    else:
+        return _halves(x)
+
+
+@triton.jit
+def _load_gate_and_up(z_ptrs, start, mask_r, I, BLOCK_I: tl.constexpr, GATE: tl.constexpr):
+    """BLOCK_I columns of each, in fp32."""
+    if GATE[3]:
+        offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
+        return _gate_and_up(tl.load(z_ptrs + offs_z, mask=mask_r & (offs_z < 2 * I), other=0.0).to(tl.float32), GATE)
+    else:
+        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
+        mask = mask_r & (offs_i < I)
+        gate = tl.load(z_ptrs + offs_i, mask=mask, other=0.0).to(tl.float32)
+        return gate, tl.load(z_ptrs + I + offs_i, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _glu_kernel(
+    z_ptr,  # (P, 2I), gate and up in the order of the weight's rows
+    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    expert_offsets_ptr,  # (E + 1,) int32
+    a_ptr,  # (P, I)
+    E,
+    I,
+    ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS
+    end = tl.load(expert_offsets_ptr + E)
+    if row >= end:
+        return
+    rows = row + tl.arange(0, ROWS)
+    mask_r = (rows < end)[:, None]
+    is_owned = (tl.load(slots_ptr + rows, mask=rows < end, other=-1) >= 0)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    for start in range(0, I, BLOCK_I):
+        gate, up = _load_gate_and_up(z_ptr + rows * 2 * I, start, is_owned, I, BLOCK_I, GATE)
+        # "swigluoai" of zeros is zero too.
+        a = _glu(gate, up, GATE).to(a_ptr.dtype.element_ty)
+        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
+        tl.store(a_ptr + rows * I + offs_i, a, mask=mask_r & (offs_i < I))
+
+
+@triton.jit
+def _glu_backward_kernel(
+    b_ptr,  # (P, I)
+    z_ptr,  # (S, 2I), gate and up in the order of the weight's rows
+    top_k_weights_ptr,  # (S,)
+    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    z_positions_ptr,  # (S,) int32: the row of z of each slot
+    expert_offsets_ptr,  # (E + 1,) int32
+    dz_ptr,  # (P, 2I), as z
+    weighted_a_ptr,  # (P, I), or None
+    dweights_ptr,  # (S,) fp32
+    E,
+    I,
+    ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS
+    if row >= tl.load(expert_offsets_ptr + E):
+        return
+    rows = row + tl.arange(0, ROWS)
+    slots = tl.load(slots_ptr + rows)
+    is_owned = slots >= 0
+    z_rows = tl.load(z_positions_ptr + slots, mask=is_owned, other=0).to(tl.int64)[:, None]
+    weight = tl.load(top_k_weights_ptr + slots, mask=is_owned, other=0.0).to(tl.float32)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    mask_r = is_owned[:, None]
+    dtype = dz_ptr.dtype.element_ty
+    products = tl.zeros((ROWS, BLOCK_I), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
+        mask_i = offs_i < I
+        b = tl.load(b_ptr + rows * I + offs_i, mask=mask_r & mask_i, other=0.0).to(tl.float32)
+        gate, up = _load_gate_and_up(z_ptr + z_rows * 2 * I, start, mask_r, I, BLOCK_I, GATE)
+        a, dgate, dup = _glu_gradients(weight * b, gate, up, GATE)
+        products += b * a
+        dz_ptrs = dz_ptr + rows * 2 * I
+        if GATE[3]:
+            offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
+            tl.store(dz_ptrs + offs_z, tl.interleave(dgate, dup).to(dtype), mask=offs_z < 2 * I)
+        else:
+            tl.store(dz_ptrs + offs_i, dgate.to(dtype), mask=mask_i)
+            tl.store(dz_ptrs + I + offs_i, dup.to(dtype), mask=mask_i)
+        if weighted_a_ptr is not None:
+            tl.store(weighted_a_ptr + rows * I + offs_i, (weight * a).to(dtype), mask=mask_i)
+    tl.store(dweights_ptr + slots, tl.sum(products, axis=1), mask=is_owned)
+
+
+def glu(z, slots, expert_offsets, gate):
+    """z (P, 2I), padded or not -> a (P, I). Rows of nobody are zero; those from expert_offsets[E] on stay unwritten."""
+    rows, inter, experts = z.shape[0], z.shape[1] // 2, expert_offsets.numel() - 1
+    a = z.new_empty(rows, inter)
+    block_m, block_i = 4, min(256, next_power_of_2(inter))
+    launch(
+        _glu_kernel,
+        (cdiv(rows, block_m), 1, 1),
+        (z, slots, expert_offsets, a, experts, inter, block_m, block_i, tuple(gate)),
+        (z.device, z.dtype, experts, inter, tuple(gate)),
+        num_warps=4,
+    )
+    return a
+
+
+def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, gate, needs_a):
+    """b (P, I), z (S, 2I) -> dz (P, 2I), weighted_a (P, I) or None, dweights (S,) fp32, 0 for a skipped slot.
+
+    Rows of nobody are zero; those from expert_offsets[E] on stay unwritten. top_k_weights are contiguous.
+    """
+    rows, inter = b.shape
+    experts = expert_offsets.numel() - 1
+    dz = b.new_empty(rows, 2 * inter)
+    weighted_a = torch.empty_like(b) if needs_a else None
+    dweights = torch.zeros(z_positions.numel(), dtype=torch.float32, device=b.device)
+    block_m, block_i = 4, min(256, next_power_of_2(inter))
+    alignment = (z.data_ptr() % 16, top_k_weights.data_ptr() % 16, z_positions.data_ptr() % 16)
+    launch(
+        _glu_backward_kernel,
+        (rows // block_m, 1, 1),
+        (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights, experts, inter)
+        + (block_m, block_i, tuple(gate)),
+        (b.device, b.dtype, top_k_weights.dtype, needs_a, alignment, experts, inter, tuple(gate)),
+        num_warps=4,
+    )
+    return dz, weighted_a, dweights
