@@ -296,17 +296,21 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, 
 @on_triton
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rank", [16, 48, 80])
-@pytest.mark.parametrize("way", ["weights-first", "rows-first", "tma", "warp-specialized"])
-def test_low_rank(kernel, launch, config, way, rank, transposed):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(p for p in CONFIGS if p.id in ("loads", "loads-rows-first", "tma-rows-first")),
+        pytest.param(
+            {"BLOCK_M": 128, "MIN_M": 64, "num_stages": 4, "USE_TMA": True, "WARP_SPECIALIZED": True},
+            id="warp-specialized",
+        ),
+    ],
+)
+def test_low_rank(kernel, launch, config, changes, rank, transposed):
     """A second product in the same tiles; what an expert without rows holds, before and after others, is not read."""
-    if way == "warp-specialized" and (INTERPRETED or torch.cuda.get_device_capability()[0] != 9):
+    config = config(**changes)
+    if config.WARP_SPECIALIZED and (INTERPRETED or torch.cuda.get_device_capability()[0] != 9):
         pytest.skip("for Hopper")
-    changes = {
-        "weights-first": {},
-        "rows-first": {"BLOCK_M": 128, "MIN_M": 64},
-        "tma": {"BLOCK_M": 128, "MIN_M": 64, "USE_TMA": True},
-        "warp-specialized": {"BLOCK_M": 128, "MIN_M": 64, "num_stages": 4, "USE_TMA": True, "WARP_SPECIALIZED": True},
-    }[way]
     experts, K, N = 5, 128, 264
     _, index, _, _, weight = layer(150, experts, 2, N, K, DTYPES[0], DEVICE, "any")
     index[index == 2] = 3
@@ -319,8 +323,8 @@ def test_low_rank(kernel, launch, config, way, rank, transposed):
     weight[2], factor[2], bias[2] = (float("nan"),) * 3
     if transposed:
         weight = weight.mT.contiguous().mT
-    bias = None if way == "warp-specialized" else bias
-    offsets, _, _, schedule = launch.route(index, experts, changes.get("BLOCK_M", 16))
+    bias = None if config.WARP_SPECIALIZED else bias
+    offsets, _, _, schedule = launch.route(index, experts, config.BLOCK_M)
     rows = int(offsets[-1])
     x[rows:], u[rows:] = float("nan"), float("nan")
 
@@ -329,7 +333,7 @@ def test_low_rank(kernel, launch, config, way, rank, transposed):
         return (y + kernel.reference.grouped_gemm(u, factor, offsets))[:rows]
 
     args = (x, weight, u, factor, bias)
-    y = launch.grouped_gemm(x, weight, schedule, "ieee", config(**changes), bias=bias, low_rank=(u, factor))
+    y = launch.grouped_gemm(x, weight, schedule, "ieee", config, bias=bias, low_rank=(u, factor))
     assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
     assert_as_good_as_torch(y[:rows], expected(*args), expected(*in_fp64(args)))
 

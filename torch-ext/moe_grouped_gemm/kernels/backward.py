@@ -5,11 +5,11 @@
     wgrad:       dw[e] = sum over the rows r of e of p[r] q[r]^T
     row_sums:    db[e] = sum over the rows r of e of p[r], or of weight[s] * p[t]
 
-The gate's own are `glu_backward` of gate.py, with b = dout gathered @ down[e], a grouped GEMM on the transposed weight,
-to dz and weighted_a. Then ddown = wgrad(dout gathered,
-weighted_a), dgate_up = wgrad(dz, x gathered), and dhidden_states[t] is the sum of dz @ gate_up[e] over the slots of t.
-That <dout, down @ a> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why no unweighted output is needed. Biases have
-the row_sums of dz and of weighted dout; that of down adds <dout, bias> to dweight, outside.
+`glu_backward` of gate.py makes dz and weighted_a of b = dout gathered @ down[e], a grouped GEMM on the transposed
+weight. Then ddown = wgrad(dout gathered, weighted_a), dgate_up = wgrad(dz, x gathered), and dhidden_states[t] is the
+sum of dz @ gate_up[e] over the slots of t. That <dout, down @ a> = <dout @ down, a> (SonicMoE, arXiv 2512.14080) is why
+no unweighted output is needed. Biases have the row_sums of dz and of weighted dout; that of down adds <dout, bias> to
+dweight, outside.
 
 Rows are padded (`pad` of routing.py): experts begin at multiples of 64, and what is gathered into rows of nobody is
 zero, so that sums over the rows of an expert have no tail. No atomics: sums have one order.
@@ -166,7 +166,7 @@ def gather(x, slots, expert_offsets, top_k, out=None):
 
 
 def scale_rows(x, top_k_weights, slots, expert_offsets):
-    """x (P, N), N small, contiguous top_k_weights (T, top_k) -> (P, N); rows of nobody as in `glu`."""
+    """x (P, N), N small, contiguous top_k_weights (T, top_k) -> (P, N); rows of nobody as in `glu` of gate.py."""
     rows, N = x.shape
     experts = expert_offsets.numel() - 1
     out = torch.empty_like(x)

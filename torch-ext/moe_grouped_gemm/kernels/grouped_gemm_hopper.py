@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import launch, multiprocessors
+from .launch import cdiv, launch, multiprocessors
 from .tiles import locate_tile
 
 # Renamed in Triton 3.9, 3.7 and 3.9.
@@ -121,6 +121,22 @@ def _claim_tile(schedule, num_tiles):
 
 
 @gluon.jit
+def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, stage, phase, TILE_N: gl.constexpr):
+    """The columns from k on of the tile's rows and weight rows, into the next stage."""
+    row, expert, tile_n = tile
+    _, second, N, K = sizes
+    x_smem, _, full, free = stages
+    mbarrier.wait(free.index(stage), phase ^ 1)
+    bar = full.index(stage)
+    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
+    # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights past the
+    # expert's last.
+    _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
+    _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
+    return _next(stage, phase, w_smem.shape[0])
+
+
+@gluon.jit
 def _load(
     x_desc,
     w_desc,
@@ -134,9 +150,8 @@ def _load(
     factor_desc=None,
     RANK_STEPS: gl.constexpr = 0,  # through these two, after those through x and w
 ):
-    n_tiles, second, N, K = sizes
-    x_smem, w_smem, full, free = stages
-    STAGES: gl.constexpr = w_smem.shape[0]
+    n_tiles, _, _, K = sizes
+    x_smem, w_smem, _, _ = stages
     STEP: gl.constexpr = x_smem.shape[2]
     num_tiles = _number_of_tiles(schedule, n_tiles)
     stage = 0
@@ -149,24 +164,15 @@ def _load(
         expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
         k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
         place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
+        place_of_tile = (row, expert, tile_n)
         for k in range(0, K, STEP):
-            mbarrier.wait(free.index(stage), phase ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
-            # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights
-            # past the expert's last.
-            _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
-            _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _load_step(x_desc, w_desc, w_smem, place_of_tile, k, sizes, stages, stage, phase, TILE_N)
         for step in gl.static_range(RANK_STEPS):
-            mbarrier.wait(free.index(stage), phase ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
-            factor_smem = _as_rows(w_smem).index(stage)
             # Past R there are zeros in both.
-            _tma_load(u_desc, [row, step * STEP], bar, x_smem.index(stage))
-            _load_weight(factor_desc, factor_smem, bar, expert, tile_n, step * STEP, second, N, K, TILE_N)
-            stage, phase = _next(stage, phase, STAGES)
+            k = step * STEP
+            stage, phase = _load_step(
+                u_desc, factor_desc, _as_rows(w_smem), place_of_tile, k, sizes, stages, stage, phase, TILE_N
+            )
         tile = next_tile
     _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
 
@@ -215,6 +221,20 @@ def _store_rows(y_ptr, sorted_slots_ptr, y, row, row_end, column, N):
 
 
 @gluon.jit
+def _add_product(acc, x, w, stages, stage, phase, frees):
+    """acc + x @ w when both have come; the stage before, if it `frees` one, is done with."""
+    _, w_smem, full, free = stages
+    STAGES: gl.constexpr = w_smem.shape[0]
+    mbarrier.wait(full.index(stage), phase)
+    acc = warpgroup_mma(x, w, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    _barrier()
+    mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=frees)
+    stage, phase = _next(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
 def _multiply(
     CONSUMER: gl.constexpr,
     y_ptr,
@@ -239,25 +259,16 @@ def _multiply(
         if row < row_end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
             for k in range(k_tiles - RANK_STEPS):
-                mbarrier.wait(full.index(stage), phase)
                 if TRANSPOSED_X:
                     x = x_smem.index(stage * CONSUMERS + CONSUMER).permute((1, 0))
                 else:
                     x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
                 w = w_smem.index(stage) if TRANSPOSED_W else w_smem.index(stage).permute((1, 0))  # [BLOCK_K, BLOCK_N]
-                acc = warpgroup_mma(x, w, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                _barrier()
-                mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k > 0)
-                stage, phase = _next(stage, phase, STAGES)
+                acc, stage, phase = _add_product(acc, x, w, stages, stage, phase, k > 0)
             for _step in gl.static_range(RANK_STEPS):
-                mbarrier.wait(full.index(stage), phase)
                 u = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
-                acc = warpgroup_mma(u, _as_rows(w_smem).index(stage).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                _barrier()
-                mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1)
-                stage, phase = _next(stage, phase, STAGES)
+                factor = _as_rows(w_smem).index(stage).permute((1, 0))
+                acc, stage, phase = _add_product(acc, u, factor, stages, stage, phase, True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             _barrier()
             mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k_tiles > 0)
@@ -392,7 +403,7 @@ def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weight
     if low_rank is not None:
         u, factor = low_rank
         u_desc, factor_desc = _rows_descriptor(u, [128, 64]), _rows_descriptor(factor, [128, 64])
-        rank_steps = -(-u.shape[1] // BLOCK_K.value)
+        rank_steps = cdiv(u.shape[1], BLOCK_K.value)
     constants = (config.GROUP_M, config.num_stages, transposed, rank_steps)
     weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
     launch(

@@ -3,7 +3,7 @@
     quantize_rows:   x (T, K) -> codes (T, K) and scales (T, ceil(K / 128)), x = codes * scale
     quantize_slots:  the same, and each row copied to where its slots are in expert order
 
-Grid: (T, eighths of the blocks of K).
+Grid: (T, groups of eight blocks of K).
 """
 
 import torch
