@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +45,6 @@ def gate_name(module, gate) -> str:
 def table() -> str:
     kernel = get_kernel("org/moe-grouped-gemm", version=1)
     kernel.register()
-    variants = import_module(f"{kernel.__name__}.variants")
     lines = [
         f"The {len(experts_classes())} classes of transformers {transformers.__version__}:",
         "",
@@ -55,8 +53,9 @@ def table() -> str:
     ]
     for entry in experts_classes():
         module = tiny_module(entry)
-        assert variants.can_serve(module), entry.name
-        gate = variants.fused_gate(module)
+        modules = kernel.integration.modules
+        assert modules.peek(module) is None, entry.name
+        gate = None if modules.runs_composed(module) else modules.gate_of(module)
         tested = f"alone: {ALONE[entry.name]}" if entry.name in ALONE else "alone, in a model"
         path = "composed" if gate is None else "fused"
         cells = (entry.model, f"`{entry.name}`", layout(module), gate_name(module, gate), path, tested)

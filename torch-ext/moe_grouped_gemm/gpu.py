@@ -14,15 +14,23 @@ MIN_TRITON = (3, 6)
 
 
 @functools.cache
-def launchers():
-    """The Triton launchers. Imported at the first call on a GPU: the package must load without Triton."""
+def missing_triton() -> str | None:
+    """Why no kernel can be launched; None if Triton is there."""
     wanted = "moe_grouped_gemm needs Triton {}.{} or newer to run on a GPU".format(*MIN_TRITON)
     try:
         import triton
-    except ImportError as error:
-        raise ImportError(f"{wanted}; none is installed: pip install triton") from error
+    except ImportError:
+        return f"{wanted}; none is installed: pip install triton"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
-        raise ImportError(f"{wanted}, found {triton.__version__}: pip install -U triton (torch 2.11 brings 3.6)")
+        return f"{wanted}, found {triton.__version__}: pip install -U triton (torch 2.11 brings 3.6)"
+    return None
+
+
+@functools.cache
+def launchers():
+    """The Triton launchers. Imported at the first call on a GPU: the package must load without Triton."""
+    if missing_triton() is not None:
+        raise ImportError(missing_triton())
     from . import kernels
 
     return kernels
