@@ -68,7 +68,7 @@ def dispatch_code():
 
 def is_fp8_experts(module: nn.Module) -> bool:
     """Also one that has been given dense weights in place of quantised ones."""
-    return hasattr(module, "down_proj_scale_inv") and hasattr(module, "activation_scheme")
+    return "activation_scheme" in module.__dict__
 
 
 def read(module: nn.Module, get: Callable = getattr) -> Weights:
