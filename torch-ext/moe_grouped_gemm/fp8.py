@@ -88,7 +88,7 @@ def _experts_gpu(
 
 def _both_gemms(x, gate_up, gate_up_scale, down, down_scale, routing, schedule, gate, configs, quantized, y, z=None):
     """Fills y (S, H), and z (S, 2I) if it is given; rows of skipped slots stay unwritten."""
-    kernels, precision = gpu.launchers(), gpu.input_precision()
+    kernels, precision = gpu.launchers(), gpu.input_precision(x.dtype)
     up_config, down_config = configs
     offsets, slots, positions = routing
     top_k = slots.numel() // x.shape[0]
@@ -123,7 +123,7 @@ def _dgrad(x, weight, scale, schedule, config, shift=0):
     if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and x.shape[1] % 64 == 0:
         y = x.new_empty(x.shape[0], weight.shape[2])
         return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
-    return kernels.dgrad_fp8(x, weight, scale, schedule, gpu.input_precision(), config, shift)
+    return kernels.dgrad_fp8(x, weight, scale, schedule, gpu.input_precision(x.dtype), config, shift)
 
 
 _SCHEMA = (
@@ -275,7 +275,7 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
         config = _as_readable(config, x, weight)
         if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0:
             return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y)
-        precision = gpu.input_precision()
+        precision = gpu.input_precision(x.dtype)
         return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift)
 
 

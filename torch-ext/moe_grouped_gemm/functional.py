@@ -114,7 +114,7 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
         up_config, down_config = tuning.decode_config(hidden_states.dtype, transposed)
         a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, gate, up_config, up_bias)
         return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config, down_bias)
-    precision = gpu.input_precision()
+    precision = gpu.input_precision(hidden_states.dtype)
     up_config, down_config = gpu.config(rows, down_proj)
     _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
     up_config = gpu.as_readable_gate(up_config, gate_up_proj, gate)
@@ -223,7 +223,8 @@ def _grouped_gemm_forward(x, weight, expert_offsets, bias):
     with torch.cuda.device_of(x):
         config = gpu.config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        return gpu.launch_grouped_gemm(x, weight, schedule, gpu.input_precision(), config, y, bias=gpu.contiguous(bias))
+        precision = gpu.input_precision(x.dtype)
+        return gpu.launch_grouped_gemm(x, weight, schedule, precision, config, y, bias=gpu.contiguous(bias))
 
 
 _grouped_gemm_op = register_op(
@@ -244,7 +245,7 @@ def _grouped_gemm_dw(dy, x, expert_offsets):
     with torch.cuda.device_of(x):
         config = tuning.wgrad_config(x.shape[0], experts, x.dtype, gpu.capability(x.device.index))
         config = config._replace(WARP_SPECIALIZED=False)  # these rows are not padded
-        return gpu.launchers().wgrad(dy, x, expert_offsets, gpu.input_precision(), config)
+        return gpu.launchers().wgrad(dy, x, expert_offsets, gpu.input_precision(x.dtype), config)
 
 
 _grouped_gemm_dw_op = register_op(

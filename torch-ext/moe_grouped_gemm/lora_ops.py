@@ -57,7 +57,7 @@ def _pass(rows, padded_offsets, down_proj):
     config = gpu.config(rows, down_proj).down
     schedule = gpu.launchers().tile_schedule(padded_offsets, rows, config.BLOCK_M)
     capability = gpu.capability(down_proj.device.index)
-    return _Pass(schedule, gpu.input_precision(), config, capability)
+    return _Pass(schedule, gpu.input_precision(down_proj.dtype), config, capability)
 
 
 def _padded_rows(slots: int, num_experts: int) -> int:

@@ -27,7 +27,7 @@ def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
     with torch.cuda.device_of(hidden_states):
         if hidden_states.stride(1) != 1:
             hidden_states = hidden_states.contiguous()
-        precision = gpu.input_precision()
+        precision = gpu.input_precision(z.dtype)
         up_config, down_config = gpu.config(z.shape[0], down_proj)
         *routing, schedule = kernels.route(top_k_index.contiguous(), experts, up_config.BLOCK_M)
         _, sorted_slots, slot_positions = routing
@@ -84,7 +84,7 @@ def _backward_gpu(
         # What the kernels read row by row.
         dout, hidden_states = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states))
         top_k_weights = top_k_weights.contiguous()
-        precision = gpu.input_precision()
+        precision = gpu.input_precision(z.dtype)
         experts, top_k = gate_up_proj.shape[0], top_k_weights.shape[1]
         gemm_config = gpu.config(z.shape[0], down_proj).down
         wgrad_config = tuning.wgrad_config(z.shape[0], experts, z.dtype, gpu.capability(dout.device.index))
