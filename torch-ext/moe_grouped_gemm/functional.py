@@ -69,7 +69,8 @@ def moe_experts(
             top_k_weights requires a gradient, whether it is asked for or, as under no_grad, not.
     Returns:
         (T, H) in hidden_states.dtype. Products with the weights and the sum over k are accumulated in fp32, in a fixed
-        order: two calls give bitwise equal results. No host sync on a GPU.
+        order: two calls give bitwise equal results, but for rounding if only one is to have gradients. No host sync on
+        a GPU.
     Raises:
         ValueError: shapes, devices or ids do not fit together, or the activation is unknown.
         TypeError: a dtype is not supported or differs from hidden_states.
