@@ -72,6 +72,9 @@ def moe_experts_lora(
         check_fp8_experts(*inputs, *scales, name, (128, 128))
     else:
         check_experts(*inputs, name, *biases, limit, gated)
+    names = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")
+    names += ("gate_up_proj_bias", "down_proj_bias", "gate_up_proj_scale", "down_proj_scale")
+    refuse_dtensors(zip(names, (*inputs, *biases, *scales)))
     on_gpu = hidden_states.device.type == "cuda"
     multiple = lora_ops.RANK_MULTIPLE if on_gpu else 1
     up_factors = _join("gate_up_lora", gate_up_lora, gate_up_proj, hidden_states.dtype, multiple)
