@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM
 
 from conftest import REPO_ID, ROOT
 from oracle import fp8_layer, layer, router
+from tiny_models import WAYS, deepseek_v3_config, experts_of, prompt, tiny_model
 
 SHAPE = TOKENS, EXPERTS, TOP_K, HIDDEN, INTER = 40, 4, 2, 64, 32
 SLOTS = TOKENS * TOP_K
@@ -329,6 +331,43 @@ def test_dtensors_are_named(kernel, device, mesh, training, make):
         args[position] = DTensor.from_local(args[position], mesh, [Replicate()], run_check=False)
         with pytest.raises(TypeError, match=rf"{name}: expected a plain tensor, got a DTensor; .* x\.to_local\(\)"):
             function(*leaves(args, training))
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_a_model_without_memory(kernel, no_other_kernels, kind, way):
+    """As memory estimators and sharding planners run it, in training as well."""
+    with FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(deepseek_v3_config())
+        kernel.register()
+        if way == "use_kernels":
+            model.set_use_kernels(True)
+        else:
+            model.set_experts_implementation(way)
+        tokens = torch.zeros(2, 11, dtype=torch.long)
+        with torch.no_grad():
+            assert model(tokens).logits.shape == (2, 11, model.config.vocab_size)
+        model(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.shape == p.shape for e in experts_of(model) for p in e.parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_flops_of_a_model(kernel, device, no_other_kernels, way):
+    """Those of Transformers' loop over experts, whose products torch counts one by one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for model in (tiny_model(device), tiny_model(device, kernel, way)):
+        if not counts:
+            model.set_experts_implementation("eager")
+        tokens = prompt().to(device)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, labels=tokens).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 # --- FLOP counters ----------------------------------------------------------------------------------------------------
