@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO_ID, ROOT
@@ -255,6 +256,25 @@ def test_a_mode_sees_forward_and_backward(kernel, device):
         kernel.moe_experts(*args).backward(args[0].detach())
     ours = [seen.split("::")[1] for seen in recorder.names if "moe_grouped_gemm" in seen]
     assert ours == ["moe_experts_training", "moe_experts_backward"]
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], ids=str)
+def test_selective_checkpoint(kernel, device, record, policy):
+    """Its policy is asked about the layer as one op, and obeyed."""
+    training = import_module(f"{kernel.__name__}.training")
+    forward = (kernel.reference, "moe_experts_training") if device == "cpu" else (training, "_training_gpu")
+    expected = leaves(layer(*SHAPE, device=device), True)
+    kernel.moe_experts(*expected).sum().backward()
+    args, runs = leaves(layer(*SHAPE, device=device), True), record(*forward)
+
+    def of_op(context, op, *args, **kwargs):
+        return policy if "moe_experts_training" in op.name() else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, of_op)
+    checkpoint(kernel.moe_experts, *args, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert len(runs) == (1 if policy == CheckpointPolicy.MUST_SAVE else 2)
+    for a, b in zip(args, expected):
+        assert a.grad is b.grad is None or (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm()
 
 
 class Plain(torch.Tensor):
