@@ -117,13 +117,15 @@ def _tell_flop_counters() -> None:
     flop_counter = sys.modules.get("torch.utils.flop_counter")
     if flop_counter is None:
         return
-    for op, formula in _FLOPS.items():
-        if op not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(op)(formula)
+    registries = [flop_counter.flop_registry]
     for mode in _python_dispatch._get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
-            counter.flop_registry.update((op, flop_counter.flop_registry[op]) for op in _FLOPS)
+            registries.append(counter.flop_registry)
+    for op, formula in _FLOPS.items():
+        formula = flop_counter.shape_wrapper(formula)
+        for registry in registries:
+            registry.setdefault(op, formula)
 
 
 def rejects_transforms(function: Callable) -> Callable:
