@@ -55,9 +55,14 @@ def config(rows: int, down_proj: torch.Tensor) -> tuning.ExpertsConfig:
     return tuning.experts_config(rows, down_proj.shape, down_proj.dtype, capability(device), device_name(device))
 
 
-def input_precision() -> str:
-    """fp32 GEMMs follow the switch that torch's own follow; 16-bit ones ignore it. CDNA4 has no tf32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
+def input_precision(dtype: torch.dtype = torch.float32) -> str:
+    """Of GEMMs over this dtype: fp32 ones follow the switch that torch.matmul follows. CDNA4 has no tf32.
+
+    Both of torch's APIs end in `fp32_precision`; the older one, `allow_tf32`, raises once the newer has been used.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None, low_rank=None):
