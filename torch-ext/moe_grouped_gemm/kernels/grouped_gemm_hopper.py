@@ -150,8 +150,8 @@ def _load(
     factor_desc=None,
     RANK_STEPS: gl.constexpr = 0,  # through these two, after those through x and w
 ):
-    n_tiles, _, _, K = sizes
-    x_smem, w_smem, _, _ = stages
+    n_tiles, second, N, K = sizes
+    x_smem, w_smem, full, free = stages
     STEP: gl.constexpr = x_smem.shape[2]
     num_tiles = _number_of_tiles(schedule, n_tiles)
     stage = 0
