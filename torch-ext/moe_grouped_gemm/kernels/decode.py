@@ -125,14 +125,12 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
     slots, top_k = top_k_index.numel(), top_k_index.shape[1]
     a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
     sizes = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride())
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, top_k_index.data_ptr() % 16)
-    alignment += (None if bias is None else bias.data_ptr() % 16,)
-    gate = tuple(gate)
     launch(
         _gate_up_decode_kernel,
         (slots, cdiv(inter, config.BLOCK_N), 1),
-        (x, w, bias, a, top_k_index, *sizes, config.BLOCK_N, config.BLOCK_K, gate),
-        (x.device, x.dtype, top_k_index.dtype, alignment, sizes, config, gate),
+        (x, w, bias, a, top_k_index),
+        (),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, tuple(gate)),
         num_warps=config.num_warps,
     )
     return a
@@ -143,14 +141,12 @@ def down_decode(a, w, top_k_index, top_k_weights, config, bias=None):
     experts, hidden_dim, inter = w.shape
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
-    sizes = (top_k, experts, inter, hidden_dim, *w.stride())
-    alignment = (w.data_ptr() % 16, top_k_index.data_ptr() % 16, top_k_weights.data_ptr() % 16)
-    alignment += (None if bias is None else bias.data_ptr() % 16,)
     launch(
         _down_decode_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, w, bias, top_k_index, top_k_weights, out, *sizes, config.BLOCK_N, config.BLOCK_K),
-        (a.device, a.dtype, top_k_index.dtype, top_k_weights.dtype, alignment, sizes, config),
+        (a, w, bias, top_k_index, top_k_weights, out),
+        (),
+        (top_k, experts, inter, hidden_dim, *w.stride(), config.BLOCK_N, config.BLOCK_K),
         num_warps=config.num_warps,
     )
     return out

@@ -75,13 +75,13 @@ def dgrad_fp8(x, w, w_scale, schedule, input_precision, config, shift=0):
     block_m, _, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (K, N, shift, w_scale.shape[1], w.stride(0), w.stride(1))
     constants = (block_m, block_n, block_k, group_m, use_tma, input_precision)
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16)
+    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w
     launch(
         _dgrad_fp8_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w, w_scale, y)
-        + (schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, w.dtype, w_scale.dtype, alignment, sizes, constants, num_warps, num_stages),
+        (x, w_arg, w_scale, y, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -459,12 +459,12 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
     elif use_tma:
         shape, strides = [w.shape[0], 2, inter, hidden_dim], [w.stride(0), inter * w.stride(1), w.stride(1), 1]
         w_arg = TensorDescriptor(w, shape, strides, [1, 2 if min_m >= 64 else 1, block_n, block_k])
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, None if bias is None else bias.data_ptr() % 16)
     launch(
         _gate_up_kernel,
         (tiles * cdiv(inter, block_n), 1, 1),
-        (x, w_arg, bias, a, z, sorted_slots, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, z is None, alignment, sizes, constants, num_warps, num_stages),
+        (x, w_arg, bias, a, z, sorted_slots, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -496,12 +496,12 @@ def grouped_gemm(
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
         w_arg = _descriptor(w, block_n, block_k)
-    vectors = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in (row_weights, bias, u, factor)]
     launch(
         _grouped_gemm_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, x_arg, w_arg, bias, u, factor, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, *vectors, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        (x, x_arg, w_arg, bias, u, factor, y, sorted_slots, row_weights, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -404,14 +404,12 @@ def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weight
         u, factor = low_rank
         u_desc, factor_desc = _rows_descriptor(u, [128, 64]), _rows_descriptor(factor, [128, 64])
         rank_steps = cdiv(u.shape[1], BLOCK_K.value)
-    constants = (config.GROUP_M, config.num_stages, transposed, rank_steps)
-    weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
     launch(
         _grouped_gemm_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [128, 64]), w_desc, u_desc, factor_desc, y, sorted_slots, row_weights, schedule)
-        + (schedule.shape[1], N, K, *constants),
-        (x.device, x.dtype, weights_key, N, K, constants),
+        (_rows_descriptor(x, [128, 64]), w_desc, u_desc, factor_desc, y, sorted_slots, row_weights, schedule),
+        (schedule.shape[1],),
+        (N, K, config.GROUP_M, config.num_stages, transposed, rank_steps),
         num_warps=4,
     )
     return y
@@ -423,9 +421,9 @@ def wgrad_hopper(p, q, expert_offsets, config, dw):
     launch(
         _wgrad_hopper_kernel,
         (multiprocessors(p.device), 1, 1),
-        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets, experts, M, N)
-        + (config.num_stages,),
-        (p.device, p.dtype, experts, M, N, expert_offsets.data_ptr() % 16, config.num_stages),
+        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets),
+        (),
+        (experts, M, N, config.num_stages),
         num_warps=4,
     )
     return dw
