@@ -45,6 +45,8 @@ def _gate_up_decode_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (slot // top_k).to(tl.int64) * stride_xt + offs_k
     gate_rows = 2 * offs_n if INTERLEAVED else offs_n
+    # int64: that of experts stored (H, E, 2I) times k exceeds 2**31.
+    stride_wk = tl.cast(stride_wk, tl.int64)
     up_offset = 1 if INTERLEAVED else I
     gate_ptrs = w_ptr + expert * stride_we + gate_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
@@ -53,7 +55,7 @@ def _gate_up_decode_kernel(
     for k in range(0, H, BLOCK_K):
         mask_k = offs_k < H - k
         mask_w = (offs_n < I)[:, None] & mask_k[None, :]
-        # Not pointers that advance: fewer loads would be on their way. An expert has less than 2 ** 31 elements.
+        # Not pointers that advance: fewer loads would be on their way.
         w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
@@ -90,6 +92,7 @@ def _down_decode_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
+    stride_wk = tl.cast(stride_wk, tl.int64)  # as above
     row_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if bias_ptr is not None:

@@ -45,7 +45,8 @@ def _dgrad_fp8_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
     if not USE_TMA:
-        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
+        stride_wk = tl.cast(stride_wk, tl.int64)
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :]
     n_blocks = tl.cdiv(N, _BLOCK)
     w_scale_ptr += expert.to(tl.int64) * scale_rows * n_blocks + tile_n * BLOCK_N // _BLOCK
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

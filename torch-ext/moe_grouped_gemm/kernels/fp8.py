@@ -49,9 +49,8 @@ def _load_weight(
         offs_n = row + tl.arange(0, BLOCK_N)
         offs_k = k + tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_n[:, None].to(tl.int64) * stride_wn
-        return tl.load(
-            w_ptrs + offs_k[None, :] * stride_wk, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0
-        )
+        w_ptrs += offs_k[None, :] * tl.cast(stride_wk, tl.int64)
+        return tl.load(w_ptrs, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
 
 
 @triton.jit

@@ -130,10 +130,11 @@ def _gate_up_tile(
             w_rows = columns + tl.arange(0, 2 * BLOCK_N) // BLOCK_N * I
         else:
             w_rows = offs_n
+        stride_wk = tl.cast(stride_wk, tl.int64)
         w_ptrs += (
             expert.to(tl.int64) * stride_we + w_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
         )
-        up_offset = I.to(tl.int64) * stride_wn
+        up_offset = tl.cast(I, tl.int64) * stride_wn
 
     if ONE_DOT:
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N) if ROWS_FIRST else (2 * BLOCK_N, BLOCK_M), tl.float32)
@@ -311,6 +312,7 @@ def _grouped_gemm_tile(
     if not TMA_X:
         x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
     if not TMA_W:
+        stride_wk = tl.cast(stride_wk, tl.int64)
         w_ptrs = (
             w_ptr
             + expert.to(tl.int64) * stride_we
