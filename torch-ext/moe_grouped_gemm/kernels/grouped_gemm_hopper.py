@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..tuning import SPECIALIZED_TILE
 from .launch import cdiv, launch, multiprocessors
 from .tiles import locate_tile
 
@@ -29,10 +30,10 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 CONSUMERS = gl.constexpr(2)
-BLOCK_M = gl.constexpr(128)
-ROWS = gl.constexpr(64)  # of a consumer
-BLOCK_N = gl.constexpr(256)
-BLOCK_K = gl.constexpr(64)  # 128 bytes: what TMA swizzles
+BLOCK_M = gl.constexpr(SPECIALIZED_TILE["BLOCK_M"])
+ROWS = gl.constexpr(SPECIALIZED_TILE["MIN_M"])  # of a consumer
+BLOCK_N = gl.constexpr(SPECIALIZED_TILE["BLOCK_N"])
+BLOCK_K = gl.constexpr(SPECIALIZED_TILE["BLOCK_K"])  # 128 bytes: what TMA swizzles
 QUEUE = gl.constexpr(2)  # tiles that the consumers may lag behind the loader
 
 
