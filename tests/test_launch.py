@@ -12,6 +12,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.build import compile_module_from_src
 from triton.runtime.jit import JITFunction
 
 import compile_kernels
@@ -143,6 +144,73 @@ def test_nothing_is_launched_on_tensors_without_memory(kernel, target, wrap):
             kernels.grouped_gemm(torch.ones(4, 64).bfloat16(), wrap(w), schedule, "ieee", some)
     kernels.tile_schedule(torch.zeros(3, dtype=torch.int32), 4, 16)
     kernels.zero_skipped(torch.ones(0, 64), torch.zeros(0, dtype=torch.int32))
+
+
+class Building(NoGPU):
+    """As the drivers of Triton: at first use it builds what it calls the GPU by."""
+
+    def get_current_device(self):
+        compile_module_from_src("", "launcher")
+        return self.device
+
+
+def script(path, code):
+    path.write_text(f"#!/bin/sh\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def file(path):
+    path.write_text("")
+    return str(path)
+
+
+WITHOUT = [  # variables, as functions of a directory; cause and remedy
+    pytest.param({"PATH": str, "CC": None}, "no C compiler. Install .*gcc.* set CC", id="no-compiler"),
+    pytest.param({"CC": lambda path: ""}, "CC='' cannot be run .*Unset CC", id="empty-CC"),
+    pytest.param({"CC": lambda path: str(path / "none")}, "CC='.*none' cannot be run .No such", id="CC-is-not-there"),
+    pytest.param({"CC": lambda path: file(path / "cc")}, "CC='.*cc' cannot be run .Permission", id="CC-is-no-program"),
+    pytest.param({"CC": lambda path: script(path / "cc", "exit 3")}, "cc failed.*python3-dev", id="no-headers"),
+    pytest.param(
+        {"CC": lambda path: script(path / "cc", 'for o; do [ "$last" = -o ] && echo > "$o"; last=$o; done')},
+        "launcher.*It loads what it built from .*TRITON_CACHE_DIR.*noexec",
+        id="not-loadable",
+    ),
+    pytest.param(
+        {"TRITON_CACHE_DIR": lambda path: file(path / "f")},
+        "Not a directory.*writes to .*f and .*TRITON_CACHE_DIR",
+        id="cache-is-a-file",
+    ),
+    pytest.param(
+        {"TRITON_CACHE_DIR": None, "TRITON_HOME": lambda path: file(path / "f")},
+        "Not a directory.*TRITON_CACHE_DIR",
+        id="home-is-a-file",
+    ),
+]
+
+
+@pytest.mark.parametrize("variables, message", WITHOUT)
+def test_what_triton_lacks_is_named(kernel, launch_module, monkeypatch, tmp_path, variables, message):
+    kernels = import_module(f"{kernel.__name__}.kernels")
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    monkeypatch.setattr(driver, "_active", Building(TARGETS["cuda"], 104))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    for name, value in variables.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value(tmp_path))
+    with pytest.raises(RuntimeError, match=f"moe_grouped_gemm: Triton cannot compile: (?s:.*){message}") as caught:
+        kernels.zero_skipped(torch.ones(4, 64), torch.zeros(4, dtype=torch.int32))
+    assert caught.value.__cause__ is not None
+
+
+def test_other_errors_stay_what_they_are(launch_module):
+    for other in (ValueError("x"), RuntimeError("CUDA error: an illegal memory access"), KeyError("x")):
+        with pytest.raises(type(other)) as caught, launch_module.explained():
+            raise other
+        assert caught.value is other
 
 
 def training(kernel, args):

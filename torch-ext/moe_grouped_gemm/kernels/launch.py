@@ -1,9 +1,12 @@
 """Launching without the specialisation of every argument at every call, which takes longer than a small layer runs."""
 
+import contextlib
 import functools
+import os
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 
 _compiled = {}
@@ -24,7 +27,8 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def warp_size(device: torch.device) -> int:
     """Threads of a warp of this device, which is the current one."""
-    return driver.active.get_current_target().warp_size
+    with explained():
+        return driver.active.get_current_target().warp_size
 
 
 # Triton's own functions of these names are wrapped for use inside kernels too, at 2 us a call.
@@ -75,8 +79,11 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages=None
         compiled[grid](*tensors, *numbers, *constants)
         return
     options = {} if num_stages is None else {"num_stages": num_stages}
-    # The interpreter compiles nothing and returns None.
-    _compiled[key] = kernel[grid](*tensors, *numbers, *constants, enable_fp_fusion=True, num_warps=num_warps, **options)
+    with explained():
+        # The interpreter compiles nothing and returns None.
+        _compiled[key] = kernel[grid](
+            *tensors, *numbers, *constants, enable_fp_fusion=True, num_warps=num_warps, **options
+        )
 
 
 def _alignment_and_reach(x):
@@ -90,3 +97,40 @@ def _check_address(x):
             f"a kernel cannot read {type(x).__name__} {tuple(x.shape)} on {x.device}, which has no memory of its own; "
             "expected plain tensors, in place of a wrapper such as DTensor its local one"
         )
+
+
+@contextlib.contextmanager
+def explained():
+    """What keeps Triton from building its launcher or from writing its cache becomes an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        remedy = _remedy(error)
+        if remedy is None:
+            raise
+        raise RuntimeError(f"moe_grouped_gemm: Triton cannot compile: {remedy}") from error
+
+
+def _remedy(error):
+    """What to do about an error, or None: then it is not about what Triton runs and writes."""
+    compiler = os.environ.get("CC")
+    if isinstance(error, OSError) and compiler is not None and error.filename == compiler:
+        return f"CC={compiler!r} cannot be run ({error.strerror}). Unset CC, or have it name a C compiler."
+    if isinstance(error, OSError):
+        return (
+            f"{error}. It writes to {knobs.cache.dir} and to the directory for temporary files: set TRITON_CACHE_DIR, "
+            "or TMPDIR, to one that can be made, can be written and has space left."
+        )
+    if isinstance(error, ImportError):
+        return (
+            f"{error}. It loads what it built from {knobs.cache.dir}: set TRITON_CACHE_DIR to a directory of a file "
+            "system that is not mounted noexec."
+        )
+    if hasattr(error, "cmd"):  # subprocess.CalledProcessError
+        return (
+            f"{error.cmd[0]} failed, for the reason that it printed. If Python.h is missing, install the headers of "
+            "your Python (apt install python3-dev)."
+        )
+    if isinstance(error, RuntimeError) and "C compiler" in str(error):
+        return "there is no C compiler. Install one (apt install gcc), or set CC to the path of one."
+    return None
