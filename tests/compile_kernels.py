@@ -268,7 +268,8 @@ def tuned_launches(package, target):
             continue
         sizes = dict(part.split("=") for part in path.stem.split(","))
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
-        for config in dict.fromkeys(config for _, config in tuning.read_configs(path)):
+        configs = tuning.read_configs(path, dtype, tuple(map(int, capability.split("."))))
+        for config in dict.fromkeys(config for _, config in configs):
             yield from gemm_launches(package, lambda config: {config}, dtype, config, "ieee", *shape, False)
 
 

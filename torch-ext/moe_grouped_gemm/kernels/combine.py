@@ -45,8 +45,9 @@ def combine(y, slot_positions, top_k_weights):
     launch(
         _combine_kernel,
         (tokens, cdiv(hidden_dim, block_h), 1),
-        (y, slot_positions, top_k_weights, out, top_k, hidden_dim, block_h),
-        (y.device, y.dtype, top_k_weights.dtype, top_k_weights.data_ptr() % 16, top_k, hidden_dim),
+        (y, slot_positions, top_k_weights, out),
+        (),
+        (top_k, hidden_dim, block_h),
         num_warps=4,
     )
     return out
@@ -79,7 +80,8 @@ def zero_skipped(out, slot_positions):
     launch(
         _zero_skipped_kernel,
         (cdiv(tokens, 16), cdiv(hidden_dim, block_h), 1),
-        (out, slot_positions, tokens, hidden_dim, 16, block_h),
-        (out.device, out.dtype, hidden_dim),
+        (out, slot_positions),
+        (tokens,),
+        (hidden_dim, 16, block_h),
         num_warps=4,
     )

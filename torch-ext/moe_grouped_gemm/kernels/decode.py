@@ -45,6 +45,8 @@ def _gate_up_decode_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (slot // top_k).to(tl.int64) * stride_xt + offs_k
     gate_rows = 2 * offs_n if INTERLEAVED else offs_n
+    # int64: that of experts stored (H, E, 2I) times k exceeds 2**31.
+    stride_wk = tl.cast(stride_wk, tl.int64)
     up_offset = 1 if INTERLEAVED else I
     gate_ptrs = w_ptr + expert * stride_we + gate_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
@@ -53,7 +55,7 @@ def _gate_up_decode_kernel(
     for k in range(0, H, BLOCK_K):
         mask_k = offs_k < H - k
         mask_w = (offs_n < I)[:, None] & mask_k[None, :]
-        # Not pointers that advance: fewer loads would be on their way. An expert has less than 2 ** 31 elements.
+        # Not pointers that advance: fewer loads would be on their way.
         w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
         x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
@@ -90,6 +92,7 @@ def _down_decode_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
+    stride_wk = tl.cast(stride_wk, tl.int64)  # as above
     row_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if bias_ptr is not None:
@@ -125,14 +128,12 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
     slots, top_k = top_k_index.numel(), top_k_index.shape[1]
     a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
     sizes = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride())
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, top_k_index.data_ptr() % 16)
-    alignment += (None if bias is None else bias.data_ptr() % 16,)
-    gate = tuple(gate)
     launch(
         _gate_up_decode_kernel,
         (slots, cdiv(inter, config.BLOCK_N), 1),
-        (x, w, bias, a, top_k_index, *sizes, config.BLOCK_N, config.BLOCK_K, gate),
-        (x.device, x.dtype, top_k_index.dtype, alignment, sizes, config, gate),
+        (x, w, bias, a, top_k_index),
+        (),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, tuple(gate)),
         num_warps=config.num_warps,
     )
     return a
@@ -143,14 +144,12 @@ def down_decode(a, w, top_k_index, top_k_weights, config, bias=None):
     experts, hidden_dim, inter = w.shape
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
-    sizes = (top_k, experts, inter, hidden_dim, *w.stride())
-    alignment = (w.data_ptr() % 16, top_k_index.data_ptr() % 16, top_k_weights.data_ptr() % 16)
-    alignment += (None if bias is None else bias.data_ptr() % 16,)
     launch(
         _down_decode_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, w, bias, top_k_index, top_k_weights, out, *sizes, config.BLOCK_N, config.BLOCK_K),
-        (a.device, a.dtype, top_k_index.dtype, top_k_weights.dtype, alignment, sizes, config),
+        (a, w, bias, top_k_index, top_k_weights, out),
+        (),
+        (top_k, experts, inter, hidden_dim, *w.stride(), config.BLOCK_N, config.BLOCK_K),
         num_warps=config.num_warps,
     )
     return out
