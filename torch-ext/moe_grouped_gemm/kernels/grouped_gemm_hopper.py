@@ -150,8 +150,9 @@ def _load(
     factor_desc=None,
     RANK_STEPS: gl.constexpr = 0,  # through these two, after those through x and w
 ):
-    n_tiles, _, _, K = sizes
-    x_smem, w_smem, _, _ = stages
+    # Not `_`, which would have one type here and another in the loop: Triton refuses that.
+    n_tiles, K = sizes[0], sizes[3]
+    x_smem, w_smem = stages[0], stages[1]
     STEP: gl.constexpr = x_smem.shape[2]
     num_tiles = _number_of_tiles(schedule, n_tiles)
     stage = 0
