@@ -1,17 +1,14 @@
 """Each launcher by itself against torch, in small tiles and odd sizes: on a GPU, or under TRITON_INTERPRET=1.
 
-Without a GPU `test_under_the_interpreter` runs this file again in a process of its own: Triton's interpreter is chosen
-when it is imported, and torch.compile does not work beside it.
+Without a GPU `test_under_the_interpreter` runs this file again in processes of their own.
 """
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
 import torch
 
+from interpreted import INTERPRETED, under_the_interpreter
 from oracle import (
     ROUTERS,
     VARIANTS,
@@ -25,19 +22,12 @@ from oracle import (
     variant_of,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies the raw bits of bf16. On a GPU either 16-bit type shows what the other would.
 DTYPES = [torch.float16 if INTERPRETED else torch.bfloat16, torch.float32]
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__, parts=4)
 
 
 @pytest.fixture(scope="module")
