@@ -14,6 +14,7 @@ from oracle import (
     VARIANTS,
     assert_as_good_as_torch,
     assert_routes,
+    decided,
     gate_of,
     in_fp64,
     layer,
@@ -395,8 +396,9 @@ def test_router_logits(kernel, launch, config, tokens, experts, hidden_dim, is_s
 @pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
 def test_router_topk(launch, experts, num_group, topk_group, top_k, norm, splits):
     x, weight, bias = router(9, experts, 16 * splits)  # a token is a program: more of them show nothing
-    parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
     args = (top_k, num_group, topk_group, norm, 2.5)
+    x = decided(x, weight, bias, *args)
+    parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
     assert_routes(launch.router_topk(parts.to(DEVICE), bias.to(DEVICE), *args), route_by_hand(x, weight, bias, *args))
 
 
@@ -440,5 +442,6 @@ def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dty
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: (9, 0))
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
+    x = decided(x, weight, bias, 6, 4, 2)
     args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)
     assert_routes(module._router_gpu(*args), route_by_hand(*args))
