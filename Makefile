@@ -1,22 +1,25 @@
 # Everything runs in .venv, which is made on first use from requirements-dev.txt. To use an environment of your own:
 #     make PYTHON=python3 test
 # make demo MODEL=path takes your checkpoint instead of writing a small one.
+# make test FULL=1 compiles for every GPU with every Triton of the table; make test SEED=7 draws other numbers.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
+# For the compile check: the oldest Triton that we support and those of the next versions of PyTorch, besides its own.
+TRITONS := $(addprefix $(VENV)/triton-,3.6.0 3.8.0 3.9.0)
+READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed $(TRITONS))
 
 .PHONY: venv environments versions build style test bench plot tune demo finetune quantize
 
 venv: $(READY)
 
-# The compile check needs the oldest and the newest Triton that we support, besides the one that torch runs with.
 $(VENV)/.installed: requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -r requirements-dev.txt
-	$(PYTHON) -m pip install --no-deps --upgrade --target $(VENV)/triton-3.6.0 triton==3.6.0
-	$(PYTHON) -m pip install --no-deps --upgrade --target $(VENV)/triton-3.9.0 triton==3.9.0
 	touch $@
+
+$(TRITONS): $(VENV)/triton-%: | $(VENV)/.installed
+	$(PYTHON) -m pip install --no-deps --target $@ triton==$*
 
 # One for each supported Transformers; PyTorch and the rest are shared. Without them, tests/test_versions.py is skipped.
 environments: $(READY)
@@ -33,7 +36,7 @@ style: $(READY)
 	$(PYTHON) -m ruff format --check
 
 test: style
-	$(PYTHON) -m pytest -n auto
+	$(PYTHON) -m pytest -n auto --dist worksteal $(if $(FULL),,-m "not matrix") $(if $(SEED),--seed $(SEED))
 
 bench: build
 	$(PYTHON) benchmarks/benchmark_moe.py

@@ -2,11 +2,14 @@
 
 The real launchers run, on CPU tensors, with a driver that only names the target (see scripts/compile_only.py): Triton
 specialises the kernels as it would on that GPU, compiles them, and launches nothing. Prints one line a kernel; exits
-with 1 if any check failed.
+with 1 if any check failed. What has not changed comes from Triton's cache.
+
+    compile_kernels.py 90 gfx942               # for these GPUs, by default for all
+    compile_kernels.py --one-of-each 90        # of each launcher, dtype and way of reading one configuration
 """
 
+import argparse
 import json
-import os
 import re
 import sys
 from functools import partial
@@ -273,20 +276,41 @@ def tuned_launches(package, target):
             yield from gemm_launches(package, lambda config: {config}, dtype, config, "ieee", *shape, False)
 
 
+def one_of_each(launches):
+    """Of these launches the first of each launcher, with the same options, dtype and way of reading."""
+    kinds = set()
+    for dtype, config, launch in launches:
+        reading = getattr(config, "USE_TMA", None), getattr(config, "WARP_SPECIALIZED", None)
+        kind = (launch.func.__name__, *launch.keywords, dtype, reading)
+        if kind not in kinds:
+            kinds.add(kind)
+            yield dtype, config, launch
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archs", nargs="*", metavar="arch", help=", ".join(str(target.arch) for target in TARGETS))
+    parser.add_argument("--one-of-each", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.archs) - {str(target.arch) for target in TARGETS}:
+        parser.error(f"no such target: {', '.join(unknown)}")
+
     package = get_kernel("org/moe-grouped-gemm", version=1).__name__
-    wanted = os.environ.get("TARGETS")
     good = True
     for device, target in enumerate(TARGETS):
-        if wanted and str(target.arch) not in wanted.split(","):
+        if args.archs and str(target.arch) not in args.archs:
             continue
         compiled = compile_only(target, device)
         import_module(f"{package}.kernels.launch").warp_size.cache_clear()  # "meta" stands for every target
-        for dtype, config, launch in chain(launches(package, target), tuned_launches(package, target)):
+        wanted = chain(launches(package, target), tuned_launches(package, target))
+        checked = set()
+        for dtype, config, launch in one_of_each(wanted) if args.one_of_each else wanted:
             compiled.clear()
             launch()
             for name, kernel in compiled:
-                good &= check(target, name, kernel, dtype, config)
+                if (kernel.hash, config) not in checked:
+                    checked.add((kernel.hash, config))
+                    good &= check(target, name, kernel, dtype, config)
     return not good
 
 

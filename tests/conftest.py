@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/moe-grouped-gemm"
 
-# All of this comes before anything imports huggingface_hub, which reads its environment once.
+# All of this comes before anything imports huggingface_hub or torch, which read their environment once.
 BUILD_SCRIPT = ROOT / "scripts/build.py"
 if BUILD_SCRIPT.exists():  # not so in kernel-builder's CI, which brings the tests and a build of its own
     # A pytest that a test starts, and a worker of pytest-xdist, share the build.
@@ -17,6 +18,10 @@ if BUILD_SCRIPT.exists():  # not so in kernel-builder's CI, which brings the tes
     os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={ROOT}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode warns about every cuBLAS call
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they start, share the cores: more threads only wait
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # by default a pool of processes for each worker
 
 import kernels  # noqa: E402
 import pytest  # noqa: E402
@@ -30,11 +35,49 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    # From the environment: a pytest that a test starts draws the same numbers.
+    seed = int(os.environ.get("PYTEST_SEED", "0"))
+    parser.addoption("--seed", type=int, default=seed, help="added to every seed: N other runs of the same tests")
+    parser.addoption("--part", metavar="I/N", help="the I-th of N parts of the tests, about equal, each test in one")
+
+
+def pytest_configure(config):
+    seed = config.getoption("seed")
+    if seed:
+        os.environ["PYTEST_SEED"] = str(seed)
+        shift_seeds(seed)
+
+
+def shift_seeds(by):
+    """A test that names a seed still gets what it asks for again and again, yet other numbers than without this."""
+    manual_seed = torch.manual_seed
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed):
+            return super().manual_seed(seed + by)
+
+    torch.Generator = Generator
+    torch.manual_seed = lambda seed: manual_seed(seed + by)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """What a test draws without naming a seed is the same in every run, whatever ran before it."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):
+            if item.get_closest_marker("gpu") or item.get_closest_marker("memcheck"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("part"):
+        part, parts = map(int, config.getoption("part").split("/"))
+        # By name rather than in turn, which would give all of one dtype to one part.
+        items[:] = [item for item in items if zlib.crc32(item.name.encode()) % parts == part - 1]
+    # First, so that no worker is left alone with one of them at the end.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

@@ -68,14 +68,14 @@ def whole(tensor):
     return tensor.detach().clone()
 
 
-def results(model):
+def results(model, prompts=tuple(PROMPTS)):
     """For each prompt the logits and every gradient, whole; and the ids that each call of our kernel got."""
     found = {}
-    for name, tokens in PROMPTS.items():
+    for name in prompts:
         biased_to_one_rank(model, 100 * (name == "one rank's experts only"))
         model.zero_grad()
         calls.clear()
-        logits = model(tokens.to(device), use_cache=False).logits
+        logits = model(PROMPTS[name].to(device), use_cache=False).logits
         logits.square().mean().backward()
         grads = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
         found[name] = logits.detach(), grads, list(calls)
@@ -84,7 +84,6 @@ def results(model):
 
 
 def compare(got, expected, on_kernel):
-    assert got.keys() == expected.keys()
     for name, (logits, grads, ids) in got.items():
         expected_logits, expected_grads, _ = expected[name]
         torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -153,7 +152,7 @@ def check_way(model):
     check_ids(found)
     for training in (True, False):  # kernelizes again
         model.train(training)
-        compare(results(model), expected, on_kernel=True)
+        compare(results(model, ["uneven slices"]), expected, on_kernel=True)
 
 
 def check_layout():

@@ -114,6 +114,17 @@ def router(tokens, experts, hidden_dim, x_dtype=torch.float32, weight_dtype=None
     return [t.to(device) for t in (x, weight, bias)]
 
 
+def decided(x, weight, bias, top_k, num_group, topk_group, *_):
+    """The hidden states whose experts do not change if scores are off by what fp32 may round, 2e-6."""
+    scores = (x.double().cpu() @ weight.double().cpu().T).sigmoid() + bias.double().cpu()
+    by_group = scores.unflatten(1, (num_group, -1))
+    sums, groups = by_group.topk(min(2, by_group.shape[2]), dim=2)[0].sum(2).sort(dim=1, descending=True)
+    winners = groups[:, :topk_group, None].expand(-1, -1, by_group.shape[2])
+    choice = by_group.gather(1, winners).flatten(1).sort(dim=1, descending=True)[0]
+    gaps = [choice.diff(dim=1)[:, :top_k], sums.diff(dim=1)[:, topk_group - 1 : topk_group]]
+    return x[(torch.cat(gaps, dim=1) < -8e-6).all(dim=1).to(x.device)]
+
+
 def route_by_hand(x, weight, bias, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor):
     """What `topk_router` returns, in fp64 and token by token; among equals the lower index comes first."""
     logits = x.double().cpu() @ weight.double().cpu().T

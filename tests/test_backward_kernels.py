@@ -1,25 +1,16 @@
 """The kernels of the backward against the fp64 gradients, in small tiles and odd sizes; see test_kernels.py."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
 
+from interpreted import under_the_interpreter
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
-from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
+from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
 
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
 
 
 CASES = [  # T, E, top_k, H, I, ids

@@ -152,7 +152,7 @@ def test_skipped_slots_contribute_nothing(kernel, device):
 
 def test_strides(kernel, device):
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
-    expected = run(kernel, (x, index, top_k_weights), weights, scales)
+    exact, allowed = oracle(kernel, (x, index, top_k_weights), weights, scales, True)
 
     def strided(t):
         return t.mT.contiguous().mT
@@ -162,7 +162,8 @@ def test_strides(kernel, device):
         ((x, index, top_k_weights), weights, [strided(s) for s in scales]),
         ((x, index, top_k_weights), [strided(w) for w in weights], scales),
     ):
-        assert torch.equal(run(kernel, *inputs), expected)
+        # Not bit by bit: a CPU's GEMM sums other layouts in another order.
+        assert error(run(kernel, *inputs), exact) <= allowed
 
 
 def test_autocast(kernel, device):

@@ -4,28 +4,20 @@ The interpreter rounds to fp8 wrongly where a mantissa overflows and reads the c
 assembly: `whole_interpreter` mends that with torch's own conversion.
 """
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
 
+from interpreted import INTERPRETED, under_the_interpreter
 from oracle import assert_as_good_as_torch, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
-from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
+from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
 
 # ruff: noqa: F811
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__, parts=3)
 
 
 @pytest.fixture(autouse=True)

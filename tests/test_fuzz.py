@@ -1,4 +1,5 @@
-"""Random layers in random layouts against a dense fp64 oracle, forward and gradients; the same cases on every run.
+"""Random layers in random layouts against a dense fp64 oracle, forward and gradients; the same cases on every run, and
+others with --seed.
 
 500 cases where there is no GPU: most of them on the CPU, some through the kernels in Triton's interpreter, in a process
 of its own. On a GPU 5,000, of few sizes that kernels are specialised on, so that Triton compiles some dozens of them.
@@ -6,26 +7,25 @@ Whatever lies beside the tensors, and in memory that is handed out, is NaN.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from interpreted import INTERPRETED, under_the_interpreter
 from oracle import experts_densely
 from test_backward_kernels import path  # noqa: F401
-from test_kernels import INTERPRETED
 
 CPU_CASES, INTERPRETED_CASES, GPU_CASES = 470, 30, 5000
+GPU_PARTS = 4  # of each dtype, for as many workers
 ACTIVATIONS = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 LAYOUTS = ["contiguous", "transposed", "wide", "unaligned", "every-second"]
 # Of slots: to experts at random; to one; to the first two; with ids of other ranks, most of them or all.
 ROUTES = ["any", "one", "two", "sentinels", "mostly-sentinels", "sentinels-only"]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("one_thread")]
 NAMES = ["out", "hidden_states", "top_k_weights", "gate_up_proj", "down_proj"]
 
 
@@ -52,15 +52,16 @@ def cases(**choices):
     return st.builds(Case, route=st.sampled_from(ROUTES), seed=st.integers(0, 2**31), **choices)
 
 
-def runs(count):
-    return settings(
+def runs(count, part=0):
+    """The decorator of a test that is to run with `count` cases; other parts have others."""
+    options = settings(
         max_examples=count,
-        derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],  # a case that fails is small enough; to shrink it takes minutes
     )
+    return lambda test: seed(1000 * int(os.environ.get("PYTEST_SEED", "0")) + part)(options(test))
 
 
 def lay_out(x, layout, beside):
@@ -189,13 +190,7 @@ def test_cpu(kernel, monkeypatch):
     run()
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the test below does more")
@@ -240,15 +235,15 @@ def poison():
     del blocks
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="for a GPU")
+@pytest.mark.long
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="for a GPU")
+@pytest.mark.parametrize("part", range(GPU_PARTS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gpu(kernel, dtype):
+def test_gpu(kernel, dtype, part):
     """bf16 in sizes that TMA reads, fp32 in sizes without any divisor; eight experts, and rows for each table entry."""
     aligned = dtype == torch.bfloat16
-    count = GPU_CASES // 2
 
-    @runs(count)
+    @runs(GPU_CASES // 2 // GPU_PARTS, part)
     @given(
         cases(
             # Slots: one token and few (decode), up to 80 (10 an expert: low tiles), more than 400 (the tallest).

@@ -1,22 +1,20 @@
 """Each launcher by itself against torch, in small tiles and odd sizes: on a GPU, or under TRITON_INTERPRET=1.
 
-Without a GPU `test_under_the_interpreter` runs this file again in a process of its own: Triton's interpreter is chosen
-when it is imported, and torch.compile does not work beside it.
+Without a GPU `test_under_the_interpreter` runs this file again in processes of their own.
 """
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
 import torch
 
+from interpreted import INTERPRETED, under_the_interpreter
 from oracle import (
     ROUTERS,
     VARIANTS,
     assert_as_good_as_torch,
     assert_routes,
+    decided,
     gate_of,
     in_fp64,
     layer,
@@ -25,19 +23,12 @@ from oracle import (
     variant_of,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies the raw bits of bf16. On a GPU either 16-bit type shows what the other would.
 DTYPES = [torch.float16 if INTERPRETED else torch.bfloat16, torch.float32]
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__, parts=4)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +156,14 @@ def test_one_slot_a_token(kernel, launch, config, tokens, experts, hidden_dim, i
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(CASE, LAYERS)
+@pytest.mark.parametrize(
+    CASE,
+    [  # a program knows one slot: more of them show nothing
+        pytest.param(1, 4, 2, 64, 40, "distinct", id="one-token"),
+        pytest.param(7, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
+        pytest.param(3, 2, 2, 72, 136, "any", id="several-tiles-of-N"),
+    ],
+)
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
     config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 32, 4)
     args = x, index, weights, gate_up_proj, down_proj = layer(
@@ -397,9 +395,10 @@ def test_router_logits(kernel, launch, config, tokens, experts, hidden_dim, is_s
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
 def test_router_topk(launch, experts, num_group, topk_group, top_k, norm, splits):
-    x, weight, bias = router(33, experts, 16 * splits)
-    parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
+    x, weight, bias = router(9, experts, 16 * splits)  # a token is a program: more of them show nothing
     args = (top_k, num_group, topk_group, norm, 2.5)
+    x = decided(x, weight, bias, *args)
+    parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
     assert_routes(launch.router_topk(parts.to(DEVICE), bias.to(DEVICE), *args), route_by_hand(x, weight, bias, *args))
 
 
@@ -410,7 +409,7 @@ def test_router_topk_ties(launch, experts, num_group, topk_group, top_k, norm):
 
     None is negative: sigmoid(-1) + sigmoid(1) is sigmoid(0) + sigmoid(0) up to rounding, which is no tie.
     """
-    x = torch.randint(0, 2, (33, 3), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randint(0, 2, (9, 3), generator=torch.Generator().manual_seed(0)).float()
     weight = torch.randint(0, 3, (experts, 3), generator=torch.Generator().manual_seed(1)).float()
     x[0] = 0
     bias = torch.zeros(experts)
@@ -443,5 +442,6 @@ def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dty
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: (9, 0))
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
+    x = decided(x, weight, bias, 6, 4, 2)
     args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)
     assert_routes(module._router_gpu(*args), route_by_hand(*args))

@@ -78,7 +78,7 @@ def test_matches_merged_weights(
     exact = results(merge, *map(in_fp64, (args, up, down)), dout)
     got = results(lambda *tensors: low_rank(lora, *tensors), args, up, down, dout)
     for g, t, e in zip(got, results(merge, args, up, down, dout), exact):
-        assert_as_good_as_torch(g, t, e)
+        assert_as_good_as_torch(g, t, e, dtype)  # of weights too: fp32, yet made of products in dtype
     again = results(lambda *tensors: low_rank(lora, *tensors), args, up, down, dout)
     assert all(map(torch.equal, got, again))
 

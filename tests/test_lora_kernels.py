@@ -1,8 +1,5 @@
 """The two ops of LoRA against the layer composed of grouped GEMMs, in fp64; see test_kernels.py."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -10,18 +7,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from interpreted import INTERPRETED, under_the_interpreter
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
-from test_kernels import DEVICE, DTYPES, INTERPRETED, launch, on_triton  # noqa: F401
+from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
 from test_lora import SCALINGS, adapters
 
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
 
 
 F16, F32 = DTYPES

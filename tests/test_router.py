@@ -7,7 +7,7 @@ import torch
 from torch import library
 
 from conftest import COMPILE_BACKENDS
-from oracle import ROUTERS, assert_routes, in_fp64, route_by_hand, router
+from oracle import ROUTERS, assert_routes, decided, in_fp64, route_by_hand, router
 from tiny_models import stock_router
 
 CASE = "experts, num_group, topk_group, top_k, norm"
@@ -32,6 +32,7 @@ def op(kernel):
 def test_values(kernel, device, experts, num_group, topk_group, top_k, norm, tokens, dtype, weight_dtype):
     tensors = router(tokens, experts, 97, dtype, weight_dtype, device)
     args = (top_k, num_group, topk_group, norm, 2.5)
+    tensors[0] = decided(*tensors, *args)
     results = kernel.topk_router(*tensors, *args)
     assert_routes(results, route_by_hand(*tensors, *args))
 
@@ -100,6 +101,7 @@ def test_nan_stays_in_its_token(kernel, device):
 def test_any_strides(kernel, device):
     x, weight, bias = router(9, 24, 32, device=device)
     args = (6, 4, 2, True, 2.5)
+    x = decided(x, weight, bias, *args)
     expected = kernel.topk_router(x, weight, bias, *args)
     spread = torch.stack([bias, bias + 1], 1)[:, 0]
     wide = torch.cat([x, x], 1)[:, :32]
@@ -132,9 +134,10 @@ def test_gradients_equal_transformers(kernel, device, experts, num_group, topk_g
     if top_k > topk_group * experts // num_group:
         pytest.skip("Transformers' choice is not certain")
     x, weight, bias = router(33, experts, 48, device=device)
+    x = decided(x, weight, bias, top_k, num_group, topk_group)
     module = stock_router(weight.clone(), bias, top_k, num_group, topk_group, norm, 2.5)
     stock_x, ours_x, ours_weight = x.clone().requires_grad_(), x.requires_grad_(), weight.requires_grad_()
-    loss_weights = torch.randn(33, experts, generator=torch.Generator().manual_seed(1)).to(device)
+    loss_weights = torch.randn(len(x), experts, generator=torch.Generator().manual_seed(1)).to(device)
 
     def loss(logits, weights, ids):
         loss = 0

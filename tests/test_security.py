@@ -76,6 +76,7 @@ spec = importlib.util.spec_from_file_location("_mangled_name", sys.argv[1])
 sys.modules[spec.name] = moe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moe)
 
+torch.manual_seed(0)
 x, weights = torch.randn(7, 16, requires_grad=True), torch.rand(7, 2, requires_grad=True)
 ids = torch.randint(-1, 5, (7, 2))
 gate_up, down = torch.randn(4, 24, 16, requires_grad=True), torch.randn(4, 16, 12, requires_grad=True)

@@ -418,6 +418,7 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import torch, tune, tune_runs
 
+torch.manual_seed(0)
 layer = tune.Layer(4, 64, 48, 2)
 weights = torch.randn(4, 96, 64).half() * 0.1, torch.randn(4, 64, 48).half() * 0.1
 gpu = tune_runs.Gpu(layer, 20, *weights)

@@ -1,0 +1,27 @@
+"""Running the tests of a file again under Triton's interpreter, in processes of their own.
+
+It is chosen when Triton is imported, and torch.compile does not work beside it.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def under_the_interpreter(file, parts=1):
+    """A test for each part of the file's tests, so that workers share them; skipped where they run on a GPU."""
+
+    @pytest.mark.long
+    @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the other tests run in this process")
+    @pytest.mark.parametrize("part", range(1, parts + 1))
+    def test_under_the_interpreter(part):
+        options = ["-q", "-p", "no:cacheprovider", "--no-header", f"--part={part}/{parts}"]
+        command = [sys.executable, "-m", "pytest", *options, file]
+        subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+    return test_under_the_interpreter
