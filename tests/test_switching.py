@@ -273,6 +273,22 @@ def test_ways_in_situations(checkpoint, kernel, record, way, situation):
         assert sum(line.split(",")[0] == INTERFACE for line in lines) == served, lines
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_it_is_served_as_well(checkpoint, kernel, device, way):
+    """By the op in the graph: results alone would be stock's, too."""
+    experts = experts_of(load(checkpoint, way).to(device))[0]
+    targets = []
+
+    def backend(module, inputs):
+        targets.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(experts, fullgraph=True, backend=backend)(*(x.to(device) for x in experts_inputs()))
+    assert sum(".moe_experts." in target for target in targets) == 1, targets
+
+
 @pytest.mark.parametrize("device", ["xpu", "mps", "npu"])
 def test_a_device_without_a_mapping(checkpoint, kernel, device):
     model = load(checkpoint)

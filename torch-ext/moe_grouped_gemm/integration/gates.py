@@ -64,10 +64,7 @@ def activation_name(act: object) -> str | None:
 
 def _has_own_forward(act: nn.Module) -> bool:
     """Its class's, also in its place the same function of a kernel's layer: `kernelize` puts either on the instance."""
-    forward = act.__dict__.get("forward")
-    if forward is None:
-        return True
-    function = getattr(forward, "__func__", None)
+    function = getattr(act.forward, "__func__", None)
     if function is type(act).forward:
         return True
     owner = (

@@ -42,6 +42,7 @@ def make_switchable(cls: type, serve: Callable, learn: Callable | None = None) -
         learn: called with a module as it is built or switched on, ahead of any forward that torch.compile may trace.
     """
     if not is_own(cls.forward):
+        setattr(cls, _MARK, _OFF)  # of modules without one: as cheap to read, and plain to torch.compile
         cls.forward = _forward(cls.forward, serve)
         # These two stay where they are if somebody decorates the class anew.
         if not any(map(is_own, _unwrapped(cls.__setattr__))):
@@ -109,7 +110,7 @@ def sign(function: Callable, replaced: Callable) -> None:
 
 def _serves(module: nn.Module, others: frozenset) -> bool:
     """Whether the mark is ours: this build's, or of none that is here, in a module from another process."""
-    mark = module.__dict__.get(_MARK)
+    mark = getattr(module, _MARK)
     return bool(mark) and mark not in others
 
 
