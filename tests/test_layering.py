@@ -19,7 +19,7 @@ FILES = [
 # From docs/design.md: an import points to the right, or to a neighbour.
 LEVELS = [
     ["__init__"],
-    ["layers", "integration", "integration_fp8", "variants", "versions"],
+    ["layers", "integration", "integration_fp8", "undecorated", "variants", "versions"],
     ["functional", "training", "fp8", "router", "lora", "lora_ops"],
     ["gpu", "checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
     ["kernels", "tuning"],

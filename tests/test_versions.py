@@ -5,10 +5,12 @@ import runpy
 import subprocess
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from moe_models import experts_classes
 
 versions = runpy.run_path(str(ROOT / "scripts/versions.py"))
 
@@ -16,12 +18,17 @@ versions = runpy.run_path(str(ROOT / "scripts/versions.py"))
 REFUSE_KERNELS = versions["REFUSE_KERNELS"]
 
 
-def run(version, folder, kernels_are):
+def start(version, *args):
     python = versions["python"](version)
     if not python.exists():
         pytest.skip("`make environments` installs it")
-    worker = [python, ROOT / "tests/versions_worker.py", version, versions["VERSIONS"][version], folder, kernels_are]
-    return subprocess.run(worker, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([python, *args], env=env, capture_output=True, text=True)
+
+
+def run(version, folder, kernels_are):
+    worker = ROOT / "tests/versions_worker.py"
+    return start(version, worker, version, versions["VERSIONS"][version], folder, kernels_are)
 
 
 def assert_runs(*args):
@@ -44,6 +51,18 @@ def test_way_3_and_kernelize_where_kernels_are_refused(version, tmp_path):
 def test_ways_2_and_3_with_the_minimum_for_kernels_lowered(version, tmp_path):
     """Not as released: until the `kernels` that it wants is out, nothing else would test the rest."""
     assert_runs(version, tmp_path, "accepted")
+
+
+def test_the_table_is_of_the_newest_and_its_new_experts_are_tested():
+    """By way 3, what the Transformers of all other tests does not have; and the classes without the decorator."""
+    newest = list(versions["VERSIONS"])[-1]
+    where = start(newest, "-c", "from importlib.util import find_spec; print(find_spec('transformers').origin)").stdout
+    assert f"classes of transformers {newest}:" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    new = {entry.name for entry in experts_classes(Path(where).parent)} - {entry.name for entry in experts_classes()}
+    tests = " or ".join(["test_table", "(undecorated and (test_all or test_model))", *new])
+    files = [ROOT / "tests/test_coverage.py", ROOT / "tests/test_undecorated.py"]
+    result = start(newest, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *files, "-k", tests)
+    assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
 
 
 def test_an_older_one_is_refused(tmp_path):
