@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/models.md: how each experts class of the installed Transformers is served.
+"""Write docs/models.md: how each experts class of the Transformers that runs this is served.
 
 What is fused is asked of the kernel itself, about tiny experts of each model whose activation is the default config's;
 what is tested is what tests/test_coverage.py runs.
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import transformers  # noqa: E402
 from kernels import get_kernel  # noqa: E402
 
-from moe_models import ALONE, experts_classes, tiny_module  # noqa: E402
+from moe_models import ALONE, UNDECORATED, experts_classes, tiny_module  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- written by scripts/coverage.py -->", "<!-- end -->"
@@ -60,6 +60,8 @@ def table() -> str:
         path = "composed" if gate is None else "fused"
         cells = (entry.model, f"`{entry.name}`", layout(module), gate_name(module, gate), path, tested)
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "And those without the decorator:", "", "| model | class | |", "|---|---|---|"]
+    lines += [f"| {model} | `{name}` | {how} |" for (model, name), how in UNDECORATED.items()]
     return "\n".join(lines)
 
 

@@ -83,13 +83,13 @@ def moe_experts_lora(
         return lora_ops.moe_experts_lora(*inputs, *biases, *up_factors, *down_factors, *gate)
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)
-    x = _gather(hidden_states, sorted_slots, slot_positions)
+    x = gather(hidden_states, sorted_slots, slot_positions)
     z = _grouped_gemm_lora(x, gate_up_proj, gate_up_proj_scale, *up_factors, offsets, biases[0])
     a = reference.apply_gate(z, gate) if isinstance(gate, Gate) else gate(z)
     y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_proj_scale, *down_factors, offsets, biases[1])
     if norm is not None:
         y = norm(y).to(x.dtype)
-    return _combine(y, top_k_weights, sorted_slots, slot_positions)
+    return combine(y, top_k_weights, sorted_slots, slot_positions)
 
 
 def _join(name, adapters, weight, dtype, multiple):
@@ -139,7 +139,7 @@ def _gather_forward(hidden_states, sorted_slots, slot_positions):
 
 
 # (T, H) tokens -> (S, H) rows in expert order; rows that no expert owns hold anything.
-_gather = register_op(
+gather = register_op(
     "gather",
     "(Tensor hidden_states, Tensor sorted_slots, Tensor slot_positions) -> Tensor",
     _gather_forward,
@@ -150,7 +150,7 @@ _gather = register_op(
 def _gather_backward(ctx, dx):
     sorted_slots, slot_positions = ctx.saved_tensors
     weights = torch.ones_like(slot_positions, dtype=reference._acc_dtype(dx))
-    return _combine(dx, weights, sorted_slots, slot_positions), None, None
+    return combine(dx, weights, sorted_slots, slot_positions), None, None
 
 
 def _combine_forward(y, top_k_weights, _, slot_positions):
@@ -162,7 +162,7 @@ def _combine_forward(y, top_k_weights, _, slot_positions):
 
 
 # (S, H) rows in expert order, (T, top_k) weights -> (T, H), each token the weighted sum of its rows.
-_combine = register_op(
+combine = register_op(
     "combine",
     "(Tensor y, Tensor top_k_weights, Tensor sorted_slots, Tensor slot_positions) -> Tensor",
     _combine_forward,
@@ -186,8 +186,8 @@ def _combine_backward(ctx, dout):
     return dy, dweights, None, None
 
 
-register_autograd(_gather, _gather_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))
-register_autograd(_combine, _combine_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+register_autograd(gather, _gather_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))
+register_autograd(combine, _combine_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def _tokens(sorted_slots, slot_positions):

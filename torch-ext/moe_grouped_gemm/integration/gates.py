@@ -64,14 +64,12 @@ def activation_name(act: object) -> str | None:
 
 def _has_own_forward(act: nn.Module) -> bool:
     """Its class's, also in its place the same function of a kernel's layer: `kernelize` puts either on the instance."""
-    function = getattr(act.forward, "__func__", None)
+    if not isinstance(act.forward, MethodType):
+        return False
+    function = act.forward.__func__
     if function is type(act).forward:
         return True
-    owner = (
-        getattr(sys.modules.get(function.__module__), function.__qualname__.partition(".")[0], None)
-        if function
-        else None
-    )
+    owner = getattr(sys.modules.get(function.__module__), function.__qualname__.partition(".")[0], None)
     return hasattr(type(act), "kernel_layer_name") and isinstance(owner, type) and owner.forward is function
 
 

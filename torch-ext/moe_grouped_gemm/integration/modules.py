@@ -44,7 +44,16 @@ def weight_names(module: nn.Module) -> tuple[str, str]:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether the module is an experts module as Transformers' own implementations expect one."""
-    return hasattr(type(module), "_apply_gate")
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "config")
+
+
+def is_plain(x: torch.Tensor | None) -> bool:
+    """Whether this is a dense tensor that our kernels read, on a device that they run on."""
+    if x is None or x.dtype not in _DENSE or hasattr(x, "__tensor_flatten__"):
+        return False
+    if x.device.type == "cuda":
+        return torch.compiler.is_compiling() or gpu.missing_triton() is None
+    return x.device.type in ("cpu", "meta")
 
 
 def is_dispatch(forward: Callable) -> bool:

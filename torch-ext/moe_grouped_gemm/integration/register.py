@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import modules, routers, stand_ins, switching
+from . import modules, routers, stand_ins, switching, undecorated
 from .peft import meet_peft
+from .versions import check_versions
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class _LoadedLayer:
 
 def register_layers(layers: dict[str, type]) -> None:
     """What `layers.register` does; `layers`: the class that `kernelize` takes for each name."""
-    _check_versions()
+    check_versions()
     from kernels import Mode, register_kernel_mapping
 
     stand_ins.register_interface()
     meet_peft()
-    for name, cls in layers.items():
+    for name, cls in {**layers, **undecorated.make_switchable()}.items():
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
         register_kernel_mapping({name: {"cuda": modes, "cpu": modes}})
@@ -59,18 +60,3 @@ def _mark_as_they_come() -> None:
     switching.sign(use_experts_implementation, decorate)
     for module in (integrations, moe, finegrained_fp8):
         module.use_experts_implementation = use_experts_implementation
-
-
-def _check_versions() -> None:
-    """One clear error now instead of a missing name later."""
-    requirement = "moe-grouped-gemm.register() needs transformers >= 5.17 with a version of kernels that it supports"
-    try:
-        import transformers
-        from kernels import replace_kernel_forward_from_hub  # noqa: F401
-        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS  # noqa: F401
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate  # noqa: F401
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{requirement}: {error}") from error
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
-        raise ImportError(f"{requirement}: found transformers {transformers.__version__}")

@@ -8,8 +8,9 @@ from typing import Callable
 import torch
 from torch import nn
 
-from .. import gpu, router
+from .. import router
 from . import switching
+from .modules import is_plain
 
 LAYER = "DeepseekV3TopkRouter"
 
@@ -22,7 +23,7 @@ def router_forward(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torc
 def serve(module: nn.Module, stock: Callable, hidden_states: torch.Tensor):
     """What `module` computes, by us or, for operands that we do not take, by `stock(module, hidden_states)`."""
     weight = module.weight
-    if not (_is_plain(hidden_states) and _is_plain(weight)):
+    if not (is_plain(hidden_states) and is_plain(weight)):
         return stock(module, hidden_states)
     return router.topk_router(
         hidden_states.view(-1, module.hidden_dim),
@@ -34,14 +35,6 @@ def serve(module: nn.Module, stock: Callable, hidden_states: torch.Tensor):
         bool(module.norm_topk_prob),  # None means no, too
         module.routed_scaling_factor,
     )
-
-
-def _is_plain(x: torch.Tensor) -> bool:
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or hasattr(x, "__tensor_flatten__"):
-        return False
-    if x.device.type == "cuda":
-        return torch.compiler.is_compiling() or gpu.missing_triton() is None
-    return x.device.type in ("cpu", "meta")
 
 
 @functools.cache

@@ -5,20 +5,19 @@ from __future__ import annotations
 from torch import nn
 
 from . import modules, switching
-from .routers import is_stock_router
 
 
 def status(model: nn.Module) -> dict[str, str]:
-    """What computes each experts module of a Transformers model and each router that has a kernel.
+    """What computes each module of a Transformers model that this kernel can serve: experts, routers, some MoE layers.
 
     Returns:
         Name of the module -> "moe_grouped_gemm" where this kernel does, and more behind a comma where there is more to
         say; elsewhere what does, and why.
     """
     return {
-        name: _experts(module) if modules.is_experts(module) else _router(module)
+        name: _experts(module) if modules.is_experts(module) else _other(module)
         for name, module in model.named_modules()
-        if modules.is_experts(module) or is_stock_router(module)
+        if modules.is_experts(module) or switching.is_switchable(module)
     }
 
 
@@ -39,8 +38,5 @@ def _experts(module: nn.Module) -> str:
     return f"{modules.EXPERTS_IMPLEMENTATION}{', around its own gate or norm' if modules.runs_composed(module) else ''}"
 
 
-def _router(module: nn.Module) -> str:
-    forward = switching.foreign_forward(module)
-    if forward is not None:
-        return f"a forward of {forward.__module__}"
+def _other(module: nn.Module) -> str:
     return modules.EXPERTS_IMPLEMENTATION if switching.is_switched_on(module) else "Transformers: not switched on"
