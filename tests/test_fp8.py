@@ -284,6 +284,24 @@ def test_fp8_weights_without_scales(kernel):
         kernel.moe_experts(*inputs, *weights)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [300, 10, 500]], ids=str)
+def test_grouped_gemm(kernel, device, sizes, dtype):
+    """What adapters run over fp8 weights: rows of nobody, NaN here, are zero in the result and in the gradient."""
+    fp8 = import_module(f"{kernel.__name__}.fp8")
+    (x, *_), (weight, _), (scale, _) = fp8_layer(kernel, sum(sizes) + 40, 3, 1, 256, 128, dtype, device)
+    dy = layer(x.shape[0], 3, 1, 256, 128, dtype, device, seed=1)[0]
+    x[sum(sizes) :], dy[sum(sizes) :] = float("nan"), float("nan")
+    offsets = torch.tensor([0, *sizes], device=device).cumsum(0).int()
+    exact = dequantized(weight, scale)
+    y = fp8.grouped_gemm(x.requires_grad_(), weight, scale, offsets)
+    y.backward(dy)
+    assert not y[sum(sizes) :].any() and not x.grad[sum(sizes) :].any()
+    for expert, (begin, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):
+        for found, rows, w in ((y, x, exact[expert].T), (x.grad, dy, exact[expert])):
+            assert error(found[begin:end], rows[begin:end].double() @ w) <= 4 * torch.finfo(dtype).eps + 4e-6
+
+
 # --- what only a GPU shows --------------------------------------------------------------------------------------------
 
 
