@@ -231,6 +231,7 @@ def launches(package, target):
         weights = torch.empty(16, 6)
         yield dtype, None, partial(kernels.combine, y, slots, weights)
         yield dtype, None, partial(kernels.zero_skipped, y, slots)
+        yield dtype, None, partial(kernels.zero_tail, y, offsets)
         index = torch.zeros(16, 6, dtype=torch.int64)
         for gate, transposed in ((Gate(), False), (Gate(), True), (Gate(**GPT_OSS), True)):
             up, down = tuning.decode_config(dtype, transposed)

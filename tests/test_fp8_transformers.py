@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.integrations import finegrained_fp8
@@ -176,6 +179,20 @@ def test_conversion_refuses(bf16_checkpoint, quantize, tmp_path):
     with pytest.raises(SystemExit, match="mine: not empty"):
         quantize(bf16_checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_conversion_names_a_weight_that_is_not_finite(bf16_checkpoint, quantize, tmp_path):
+    source = tmp_path / "broken"
+    shutil.copytree(bf16_checkpoint, source)
+    path = sorted(source.glob("*.safetensors"))[-1]
+    tensors = load_file(path)
+    key = [key for key in sorted(tensors) if ".experts." in key and key.endswith("_proj.weight")][-1]
+    tensors[key][1, 2] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        SystemExit, match=re.escape(f"{path}: {key}: weight: expected finite numbers, got inf at (1, 2)")
+    ):
+        quantize(source, tmp_path / "fp8")
 
 
 # --- FP8Experts -------------------------------------------------------------------------------------------------------

@@ -262,9 +262,9 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
     """transposed: y[r] = W[e]^T @ x[r]."""
     if x.device.type == "cpu":
         return reference_fp8.grouped_gemm(x, weight, scale, expert_offsets, transposed)
-    y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
+    y = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
     if y.numel() == 0 or x.shape[1] == 0:
-        return y
+        return y.zero_()
     kernels = gpu.launchers()
     x = x if x.stride(1) == 1 else x.contiguous()
     weight, scale = _as_bits(weight, scale)
@@ -275,9 +275,10 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
             weight = weight if weight.stride(2) == 1 else weight.contiguous()
             config = tuning.fp8_dgrad_config(x.dtype, gpu.capability(x.device.index))
             schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-            rows = _dgrad(x.contiguous(), weight, scale, schedule, config, shift)
-            routed = torch.arange(x.shape[0], device=x.device)[:, None] < expert_offsets[-1]
-            return torch.where(routed, rows, 0)
+            y = _dgrad(x.contiguous(), weight, scale, schedule, config, shift)
+            kernels.zero_tail(y, expert_offsets)
+            return y
+        kernels.zero_tail(y, expert_offsets)
         config = _config(x.shape[0], weight.shape[0], x.dtype, x.device.index).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
         config = _as_readable(config, x, weight)

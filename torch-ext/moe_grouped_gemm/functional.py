@@ -227,13 +227,14 @@ def grouped_gemm(
 def _grouped_gemm_forward(x, weight, expert_offsets, bias):
     if x.device.type == "cpu":
         return reference.grouped_gemm(x, weight, expert_offsets, bias)
-    y = x.new_zeros(x.shape[0], weight.shape[1])
+    y = x.new_empty(x.shape[0], weight.shape[1])
     if y.numel() == 0 or (x.shape[1] == 0 and bias is None):
-        return y
+        return y.zero_()
     kernels = gpu.launchers()
     if x.stride(1) != 1:
         x = x.contiguous()
     with torch.cuda.device_of(x):
+        kernels.zero_tail(y, expert_offsets)
         config = gpu.config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
         precision = gpu.input_precision(x.dtype)
