@@ -34,6 +34,7 @@ def _gate_up_decode_kernel(
     stride_wk,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
     GATE: tl.constexpr,
 ):
     INTERLEAVED: tl.constexpr = GATE[3]
@@ -45,8 +46,8 @@ def _gate_up_decode_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (slot // top_k).to(tl.int64) * stride_xt + offs_k
     gate_rows = 2 * offs_n if INTERLEAVED else offs_n
-    # int64: that of experts stored (H, E, 2I) times k exceeds 2**31.
-    stride_wk = tl.cast(stride_wk, tl.int64)
+    if WIDE:
+        stride_wk = tl.cast(stride_wk, tl.int64)
     up_offset = 1 if INTERLEAVED else I
     gate_ptrs = w_ptr + expert * stride_we + gate_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
@@ -88,11 +89,13 @@ def _down_decode_kernel(
     stride_wk,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    stride_wk = tl.cast(stride_wk, tl.int64)  # as above
+    if WIDE:
+        stride_wk = tl.cast(stride_wk, tl.int64)
     row_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if bias_ptr is not None:
@@ -118,6 +121,13 @@ def _down_decode_kernel(
     tl.store(out_ptr + token * H + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < H)
 
 
+def _is_wide(w):
+    """Whether a column's offset needs 64 bits, as with experts stored (K, E, N). Else it must not have them: with 64-bit
+    offsets fewer loads are on their way, and a token takes up to 1.47 times as long (H100, qwen3-30b).
+    """
+    return w.shape[2] * w.stride(2) >= 2**31
+
+
 def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
     """x (T, H), w (E, 2I, H), contiguous top_k_index (T, top_k) and bias (E, 2I) -> (S, I).
 
@@ -133,7 +143,7 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
         (slots, cdiv(inter, config.BLOCK_N), 1),
         (x, w, bias, a, top_k_index),
         (),
-        (*sizes, config.BLOCK_N, config.BLOCK_K, tuple(gate)),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w), tuple(gate)),
         num_warps=config.num_warps,
     )
     return a
@@ -149,7 +159,7 @@ def down_decode(a, w, top_k_index, top_k_weights, config, bias=None):
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
         (a, w, bias, top_k_index, top_k_weights, out),
         (),
-        (top_k, experts, inter, hidden_dim, *w.stride(), config.BLOCK_N, config.BLOCK_K),
+        (top_k, experts, inter, hidden_dim, *w.stride(), config.BLOCK_N, config.BLOCK_K, _is_wide(w)),
         num_warps=config.num_warps,
     )
     return out

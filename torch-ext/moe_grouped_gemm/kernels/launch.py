@@ -14,9 +14,6 @@ _compiled = {}
 # AMD's compiler specialises on whether 32-bit offsets reach all of a tensor's storage.
 REACH_MATTERS = torch.version.hip is not None
 
-# AMD's compiler also asks whether 32-bit offsets reach all of a tensor's storage.
-FITS_32_BITS = torch.version.hip is not None
-
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
