@@ -14,10 +14,10 @@ test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
 
 
 CASES = [  # T, E, top_k, H, I, ids
-    pytest.param(5, 4, 2, 64, 40, "distinct", id="fewer-rows-than-BLOCK_M"),
-    pytest.param(45, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
+    pytest.param(5, 2, 2, 40, 24, "distinct", id="fewer-rows-than-BLOCK_M"),
+    pytest.param(30, 3, 2, 67, 37, "sentinels", id="tails-everywhere"),
     pytest.param(40, 2, 2, 72, 72, "any", id="several-tiles-of-each"),
-    pytest.param(30, 5, 2, 64, 32, "one", id="all-on-one-expert"),
+    pytest.param(30, 3, 2, 40, 24, "one", id="all-on-one-expert"),
     pytest.param(20, 3, 1, 47, 33, "sentinels", id="one-slot-a-token"),
 ]
 NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -62,6 +62,8 @@ GRADIENTS += [
 @on_triton
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype", GRADIENTS)
 def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
+    if hidden_dim % 2 and inter % 2 and import_module(f"{kernel.__name__}.tuning").wgrad_config().USE_TMA:
+        pytest.skip("TMA reads no rows of such lengths: all would be loads")
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
     args[2][(args[1] < 0) | (args[1] >= experts)] = float("nan")
     args, kwargs = variant_of(variant, args) if variant in VARIANTS else (args, {"activation": variant})
@@ -81,24 +83,24 @@ def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids,
 
 
 @on_triton
-@pytest.mark.parametrize("needed", range(6))
-def test_only_what_is_needed(kernel, path, needed):
+def test_only_what_is_needed(kernel, path):
     """One gradient alone is what it is among all."""
-    args, kwargs = variant_of("gpt-oss", layer(20, 4, 2, 64, 32, torch.float32, DEVICE, "sentinels"))
+    args, kwargs = variant_of("gpt-oss", layer(20, 2, 2, 40, 24, torch.float32, DEVICE, "sentinels"))
     gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours = path._training_gpu, path._backward_gpu
     _, together = gradients(*ours, dout, args, kwargs, gate)
-    _, alone = gradients(*ours, dout, args, kwargs, gate, [needed])
-    for i in range(6):
-        assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
+    for needed in range(6):
+        _, alone = gradients(*ours, dout, args, kwargs, gate, [needed])
+        for i in range(6):
+            assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
 
 
 @on_triton
 def test_work_follows_the_rows_of_this_rank(kernel, path, launch, monkeypatch):  # noqa: F811
     """7 of 8 slots belong to other ranks: every GEMM gets the tiles of the rest, and no other row is written."""
-    args = list(layer(100, 4, 8, 64, 32, torch.float32, DEVICE, "any"))
-    args[1] = torch.randint(0, 32, (100, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    args = list(layer(50, 4, 8, 32, 16, torch.float32, DEVICE, "any"))
+    args[1] = torch.randint(0, 32, (50, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     rows = torch.bincount(args[1][args[1] < 4], minlength=4)
     padded = (rows + 63) // 64 * 64  # in the backward
     assert rows.sum() < 0.2 * args[1].numel()

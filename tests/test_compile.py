@@ -38,7 +38,7 @@ def compile_kernels(version, *arguments):
     "version, arch", [*ONE_OF_EACH, *(pytest.param(*case, marks=pytest.mark.matrix) for case in MATRIX_OF_EACH)]
 )
 def test_one_of_each_compiles(version, arch):
-    assert len(compile_kernels(version, "--one-of-each", arch)) > 50
+    assert len(compile_kernels(version, "--one-of-each", arch)) > 40
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
 # ruff: noqa: F811
 
 
-test_under_the_interpreter = under_the_interpreter(__file__, parts=3)
+test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
 
 
 @pytest.fixture(autouse=True)

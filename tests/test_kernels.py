@@ -28,7 +28,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16 if INTERPRETED else torch.bfloat16, torch.float32]
 
 
-test_under_the_interpreter = under_the_interpreter(__file__, parts=4)
+test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
 
 
 @pytest.fixture(scope="module")

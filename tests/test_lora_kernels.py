@@ -12,7 +12,7 @@ from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, v
 from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
 from test_lora import SCALINGS, adapters
 
-test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
+test_under_the_interpreter = under_the_interpreter(__file__)
 
 
 F16, F32 = DTYPES
