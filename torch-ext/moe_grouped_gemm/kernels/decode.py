@@ -122,8 +122,10 @@ def _down_decode_kernel(
 
 
 def _is_wide(w):
-    """Whether a column's offset needs 64 bits, as with experts stored (K, E, N). Else it must not have them: with 64-bit
-    offsets fewer loads are on their way, and a token takes up to 1.47 times as long (H100, qwen3-30b).
+    """Whether a column's offset needs 64 bits, as with experts stored (K, E, N).
+
+    Else it must not have them: with 64-bit offsets fewer loads are on their way, and a token takes up to 1.47 times as
+    long (H100, qwen3-30b).
     """
     return w.shape[2] * w.stride(2) >= 2**31
 
