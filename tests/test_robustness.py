@@ -150,6 +150,7 @@ def test_two_versions_side_by_side(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True])
 def test_out_of_memory_in_the_middle_of_a_forward(training):
     """In a process of its own: what other tests left of the allocator's blocks would serve in place of new memory."""

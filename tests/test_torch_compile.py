@@ -61,6 +61,7 @@ def test_moe_experts_compiles_once(kernel, device, backend, training):
     assert_one_graph(kernel.moe_experts, inputs, backend, training)
 
 
+@pytest.mark.long  # with inductor, on a GPU
 @pytest.mark.parametrize("way", WAYS)
 def test_moe_layer_compiles_once(kernel, device, backend, training, way):
     """Router, experts and shared experts of a model, each way in."""
@@ -99,6 +100,7 @@ def test_generate_with_a_static_cache(kernel, way):
 
 
 @pytest.mark.gpu
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_generate_compiles_by_itself(kernel, monkeypatch, way):
     """Inductor and CUDA graphs, as `generate` chooses: the tokens are those of the stock model in eager mode."""

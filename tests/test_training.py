@@ -247,6 +247,7 @@ def test_autocast_of_a_model(model, stock):
     assert distance(got, exact) <= 2 * distance(from_stock, exact)
 
 
+@pytest.mark.long  # with inductor, on a GPU
 def test_compiled_step(model, stock):
     """Forward and backward of the whole model, one graph."""
     graph = compiled(model, model.device.type)
