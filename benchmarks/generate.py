@@ -71,16 +71,11 @@ def build_models(kernel) -> dict[str, PreTrainedModel]:
 
 def check_models(models: dict[str, PreTrainedModel], kernel) -> None:
     """Each model runs what its name says."""
-    ours = kernel.layers.MoEExperts.forward
     for name, implementation in (("stock", "grouped_mm"), ("grouped_mm", GROUPED_MM), ("use_kernels", None)):
         model = models[name]
-        forwards = [m.forward.__func__ for path, m in model.named_modules() if path.endswith(".mlp.experts")]
-        if implementation is None:
-            right = forwards and all(forward is ours for forward in forwards)
-        else:
-            right = ours not in forwards and model.config._experts_implementation == implementation
-        if not right:
-            raise SystemExit(f"{name}: {model.config._experts_implementation}, {forwards[0]}: nothing is timed")
+        served = {line for path, line in kernel.status(model).items() if path.endswith(".mlp.experts")}
+        if served != {"moe_grouped_gemm" if implementation is None else f"{implementation}: not switched on"}:
+            raise SystemExit(f"{name}: {', '.join(sorted(served))}: nothing is timed")
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -168,8 +168,8 @@ def main() -> None:
     size = sum(weight.numel() for weight in stock.parameters())
     origin = model if isinstance(model, str) else "random weights"
     print(f"model     {type(stock).__name__}, {size / 1e9:.2f}B parameters, {stock.dtype} on {DEVICE}, {origin}")
-    forward = kernel.layers.MoEExperts.forward
-    replaced = [name for name, m in ours.named_modules() if getattr(m.forward, "__func__", None) is forward]
+    replaced = [name for name, served in kernel.status(ours).items() if served == "moe_grouped_gemm"]
+    replaced = [name for name in replaced if name.endswith(".experts")]
     print(f"replaced  {len(replaced)} layers:", *(replaced if len(replaced) < 4 else [replaced[0], "to", replaced[-1]]))
 
     print(f"speed     {BATCH} x {LENGTH} tokens of prefill, then {BATCH} x {NEW_TOKENS} of decoding; tokens/s:")

@@ -82,7 +82,10 @@ def convert(kernel, source: Path, target: Path, name: str, linear: bool, bar: tq
             tensor = file.get_tensor(key)
             check(key, list(tensor.shape))
             if is_quantized(key, list(tensor.shape), linear):
-                tensors[key], tensors[f"{key}_scale_inv"] = kernel.quantize_fp8(tensor)
+                try:
+                    tensors[key], tensors[f"{key}_scale_inv"] = kernel.quantize_fp8(tensor)
+                except ValueError as error:  # an infinity or a NaN
+                    raise SystemExit(f"{source / name}: {key}: {error}") from error
             else:
                 tensors[key] = tensor
             bar.update()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/models.md: how each experts class of the installed Transformers is served.
+"""Write docs/models.md: how each experts class of the Transformers that runs this is served.
 
 What is fused is asked of the kernel itself, about tiny experts of each model whose activation is the default config's;
 what is tested is what tests/test_coverage.py runs.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import transformers  # noqa: E402
 from kernels import get_kernel  # noqa: E402
 
-from moe_models import ALONE, experts_classes, tiny_module  # noqa: E402
+from moe_models import ALONE, UNDECORATED, experts_classes, tiny_module  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- written by scripts/coverage.py -->", "<!-- end -->"
@@ -46,7 +45,6 @@ def gate_name(module, gate) -> str:
 def table() -> str:
     kernel = get_kernel("org/moe-grouped-gemm", version=1)
     kernel.register()
-    variants = import_module(f"{kernel.__name__}.variants")
     lines = [
         f"The {len(experts_classes())} classes of transformers {transformers.__version__}:",
         "",
@@ -55,12 +53,15 @@ def table() -> str:
     ]
     for entry in experts_classes():
         module = tiny_module(entry)
-        assert variants.can_serve(module), entry.name
-        gate = variants.fused_gate(module)
+        modules = kernel.integration.modules
+        assert modules.peek(module) is None, entry.name
+        gate = None if modules.runs_composed(module) else modules.gate_of(module)
         tested = f"alone: {ALONE[entry.name]}" if entry.name in ALONE else "alone, in a model"
         path = "composed" if gate is None else "fused"
         cells = (entry.model, f"`{entry.name}`", layout(module), gate_name(module, gate), path, tested)
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "And those without the decorator:", "", "| model | class | |", "|---|---|---|"]
+    lines += [f"| {model} | `{name}` | {how} |" for (model, name), how in UNDECORATED.items()]
     return "\n".join(lines)
 
 

@@ -44,9 +44,9 @@ class Tile(NamedTuple):
     MIN_M: int
 
 
-# Rows of weights that a tile reads at a time (gate_up: gate and up), BLOCK_K, num_stages, KiB of shared memory.
-HOPPER = ((128, 256), (64, 128), (3, 4, 5), 227)
-OTHERS = ((64, 128), (32, 64), (2, 3, 4), 99)
+# Rows of weights that a tile reads at a time (gate_up: gate and up), BLOCK_K, num_stages.
+HOPPER = ((128, 256), (64, 128), (3, 4, 5))
+OTHERS = ((64, 128), (32, 64), (2, 3, 4))
 KERNELS = ("route", "gate_up", "down")
 TILES = [Tile(16, 16), Tile(32, 16), Tile(64, 32), Tile(64, 64), Tile(128, 64), Tile(128, 128)]
 
@@ -54,7 +54,7 @@ TILES = [Tile(16, 16), Tile(32, 16), Tile(64, 32), Tile(64, 64), Tile(128, 64), 
 def candidates(rows_per_expert: float, dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple]:
     """(kernel, configuration) to try: 21 for few rows an expert, some 130 where several tile heights compete."""
     hopper = capability[0] == 9
-    weight_rows, block_ks, stages, shared = HOPPER if hopper else OTHERS
+    weight_rows, block_ks, stages = HOPPER if hopper else OTHERS
     found = []
     # A tile should hold the rows of nearly every expert: more than their average.
     tiles = [t for t in TILES if min(rows_per_expert, 127) < t.BLOCK_M <= max(16, 6 * rows_per_expert)]
@@ -64,18 +64,17 @@ def candidates(rows_per_expert: float, dtype: torch.dtype, capability: tuple[int
         groups = (4, 8, 16) if rows_per_expert > 4 * block_m else (8,)
         for n, k, num_stages, warps, group in product(weight_rows, block_ks, stages, (4, 8), groups):
             accumulators = block_m * n // (32 * warps)  # registers of a thread
-            if (block_m + n) * k * dtype.itemsize * num_stages > shared * 1024:
-                continue
             if not (16 if warps == 4 else 32) <= accumulators <= 128:
                 continue
             for kernel, block_n in (("gate_up", n // 2), ("down", n)):
                 config = tuning.GemmConfig(block_m, min_m, block_n, k, group, warps, num_stages, USE_TMA=hopper)
                 found.append((kernel, config))
-        if hopper and (block_m, min_m) == (128, 64):  # the one tile of the warp-specialized kernel
-            for group in groups:
-                config = tuning.GemmConfig(128, 64, 256, 64, group, 8, 4, USE_TMA=True, WARP_SPECIALIZED=True)
-                found.append(("down", config))
-    return found
+        for group in groups:
+            tile = {**tuning.SPECIALIZED_TILE, "BLOCK_M": block_m, "MIN_M": min_m}
+            specialized = {"USE_TMA": True, "WARP_SPECIALIZED": True}
+            found.append(("down", tuning.GemmConfig(**tile, GROUP_M=group, num_warps=8, num_stages=4, **specialized)))
+    # What a tuned file may not say need not be tried.
+    return [c for c in found if c[0] == "route" or not tuning.fault_of(*c, dtype, capability)]
 
 
 def heuristics(layer: Layer, tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple]:
@@ -181,14 +180,14 @@ def tune_tokens(gpu, tokens, rows, wanted, default, state, progress) -> None:
     state.add(tokens=tokens, entry=entry, us=total(times, tile), heuristics_us=default_us)
 
 
-def write(path: Path, tuned_with: dict, entries: list[dict]) -> None:
+def write(path: Path, tuned_with: dict, entries: list[dict], dtype, capability) -> None:
     """The tuned file, whole or not at all; an entry a line."""
     lines = ",\n  ".join(json.dumps(entry) for entry in sorted(entries, key=lambda entry: entry["rows"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tune-", dir=path.parent) as folder:
         new = Path(folder, path.name)
         new.write_text(f'{{\n "tuned_with": {json.dumps(tuned_with)},\n "entries": [\n  {lines}\n ]\n}}\n')
-        tuning.read_configs(new)  # what the package would refuse must not be written
+        tuning.read_configs(new, dtype, capability)  # what the package would refuse must not be written
         new.replace(path)
 
 
@@ -253,7 +252,8 @@ def main() -> None:
                 tune_tokens(gpu, tokens, tokens * layer.top_k, good, default, states[layer], progress)
             gpu = weights = None  # before the next layer's are made
             out = args.out / tuning.config_path(layer[:3], dtype, device_name).name
-            write(out, tuned_with, [record["entry"] for record in states[layer].entries.values()])
+            entries = [record["entry"] for record in states[layer].entries.values()]
+            write(out, tuned_with, entries, dtype, capability)
             progress.write(str(out))
     report(states, faults)
 

@@ -231,6 +231,7 @@ def launches(package, target):
         weights = torch.empty(16, 6)
         yield dtype, None, partial(kernels.combine, y, slots, weights)
         yield dtype, None, partial(kernels.zero_skipped, y, slots)
+        yield dtype, None, partial(kernels.zero_tail, y, offsets)
         index = torch.zeros(16, 6, dtype=torch.int64)
         for gate, transposed in ((Gate(), False), (Gate(), True), (Gate(**GPT_OSS), True)):
             up, down = tuning.decode_config(dtype, transposed)
@@ -271,7 +272,8 @@ def tuned_launches(package, target):
             continue
         sizes = dict(part.split("=") for part in path.stem.split(","))
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
-        for config in dict.fromkeys(config for _, config in tuning.read_configs(path)):
+        configs = tuning.read_configs(path, dtype, tuple(map(int, capability.split("."))))
+        for config in dict.fromkeys(config for _, config in configs):
             yield from gemm_launches(package, lambda config: {config}, dtype, config, "ieee", *shape, False)
 
 

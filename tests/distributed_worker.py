@@ -20,7 +20,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
 from transformers.utils import kernel_config
 
-from tiny_models import NUM_MOE_LAYERS, experts_of, prompt
+from tiny_models import NUM_MOE_LAYERS, experts_of, is_switched_on, prompt
 from two_processes import join_group
 
 PLANS = {
@@ -127,7 +127,7 @@ def load_by_kernel_config(plan):
 
 def distribute_after_kernelize(plan):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=device, use_kernels=True)
-    assert all(experts.forward.__func__ is kernel.layers.MoEExperts.forward for experts in experts_of(model))
+    assert all(is_switched_on(kernel, experts) for experts in experts_of(model))
     config, _, mesh_manager = type(model).prepare_distribute_model(PLANS[plan])
     return type(model).maybe_distribute_model(model, config, mesh_manager)
 

@@ -1,4 +1,4 @@
-"""Every model of the installed Transformers with decorated experts, and a tiny random one of each."""
+"""Every model of Transformers with decorated experts, and of the installed one a tiny random model of each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 DECORATOR = "use_experts_implementation"
+INSTALLED = Path(transformers.__file__).parent
 
 
 class ExpertsClass(NamedTuple):
@@ -26,10 +27,10 @@ class ExpertsClass(NamedTuple):
 
 
 @functools.cache
-def experts_classes() -> tuple[ExpertsClass, ...]:
+def experts_classes(package: Path = INSTALLED) -> tuple[ExpertsClass, ...]:
     """From the sources: importing all modeling files takes many seconds."""
     found = []
-    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+    for path in sorted((package / "models").glob("*/modeling_*.py")):
         if DECORATOR not in (source := path.read_text(encoding="utf-8")):
             continue
         for node in ast.parse(source).body:
@@ -119,6 +120,7 @@ SPECIAL = {
     "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1},
     "deepseek_v4": {"head_dim": 16, "o_lora_rank": 16},
+    "dots3_note": {"head_dim": 24, "layer_types": ["indexed_attention"] * 2},  # sliding has sizes of its own
     "ernie4_5_vl_moe": {"moe_intermediate_size": [24, 24]},
     "flint": {"mlp_only_layers": [0]},
     "gemma4": {
@@ -141,6 +143,7 @@ SPECIAL = {
     "glm5_next": {"index_kpool": 4, "qk_rope_head_dim": 0},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "hy_v4_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16},
@@ -231,3 +234,119 @@ def tiny_model(entry: ExpertsClass) -> PreTrainedModel:
             torch.manual_seed(0)
             return cls(config).eval()
     raise LookupError("; ".join(errors))
+
+
+# --- Without the decorator --------------------------------------------------------------------------------------------
+
+# (model, class) -> how it is served, or why it is not; for docs/models.md.
+UNDECORATED = {
+    ("dbrx", "DbrxExperts"): "composed; gate and up are two weights and take a product each",
+    ("doge", "DogeCDMoE"): "not served: an expert is two vectors from embeddings, and no GEMM",
+    ("inkling", "InklingSharedExperts"): "not served: every token takes all of them",
+    (
+        "jetmoe",
+        "JetMoeParallelExperts",
+    ): "a grouped GEMM, in MLPs and attention; what surrounds it is the model's own",
+    ("llama4", "Llama4TextExperts"): "only as part of `Llama4TextMoe`: alone it is a `bmm` over all tokens already",
+    ("llama4", "Llama4TextMoe"): "fused; the chosen experts, where the class's own forward runs all on every token",
+    ("longcat_flash", "LongcatFlashExperts"): "fused; the experts without weights are a weighted sum",
+    ("nllb_moe", "NllbMoeExperts"): "not served: each expert is a module, no weights are stacked",
+    ("step3p7", "Step3p7Experts"): "fused; composed in layers that clamp, which they do after the activation",
+    ("switch_transformers", "SwitchTransformersExperts"): "not served: each expert is a module, no weights are stacked",
+    ("vitpose_backbone", "VitPoseNaiveMoe"): "not served: each expert is a module, no weights are stacked",
+}
+
+
+def stacked_without_decorator(package: Path = INSTALLED) -> set[tuple[str, str]]:
+    """Classes with parameters (experts, ., .)."""
+    found = set()
+    for path in sorted((package / "models").glob("*/modeling_*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "xperts" not in source:
+            continue
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not any(DECORATOR in ast.dump(d) for d in node.decorator_list):
+                if any(_is_stack(call) for call in ast.walk(node)):
+                    found.add((path.parent.name, node.name))
+    return found
+
+
+def _is_stack(call: ast.AST) -> bool:
+    """torch.empty(num_experts, ., .), or another function of that many sizes."""
+    if not isinstance(call, ast.Call) or getattr(call.func, "attr", None) not in ("empty", "zeros", "ones", "randn"):
+        return False
+    sizes = call.args[0].elts if call.args and isinstance(call.args[0], ast.Tuple) else call.args
+    return len(sizes) == 3 and "experts" in ast.unparse(sizes[0])
+
+
+_TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 127,
+    "initializer_range": 0.1,
+}
+
+
+def tiny_undecorated_model(model: str, **options) -> PreTrainedModel:
+    """A random model for text, of one of the families of UNDECORATED that are served."""
+    config, name = {
+        "dbrx": (
+            {
+                "d_model": 64,
+                "n_heads": 4,
+                "n_layers": 2,
+                "max_seq_len": 128,
+                "vocab_size": 128,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+                "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+                "initializer_range": 0.1,
+            },
+            "Dbrx",
+        ),
+        "jetmoe": ({**_TINY, "kv_channels": 16}, "JetMoe"),
+        "llama4": ({**_TINY, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}, "Llama4Text"),
+        "longcat_flash": (
+            {
+                **_TINY,
+                "num_layers": 1,
+                "ffn_hidden_size": 48,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "head_dim": 8,
+                "v_head_dim": 16,
+                "num_key_value_heads": 4,
+                "moe_topk": 2,
+                "n_routed_experts": 8,
+                "zero_expert_num": 4,
+                "expert_ffn_hidden_size": 24,
+            },
+            "LongcatFlash",
+        ),
+        "step3p7": (
+            {
+                **_TINY,
+                "moe_intermediate_size": 24,
+                "n_routed_experts": 8,
+                "share_expert_dim": 24,
+                "mlp_layer_types": ["dense", "sparse"],
+                "sliding_window": 16,
+                "num_nextn_predict_layers": 0,
+            },
+            "Step3p7Text",
+        ),
+    }[model]
+    config_class = next(c for c in config_classes(model) if c.__name__ == f"{name}Config")
+    torch.manual_seed(0)
+    return model_classes(model, config_class)[0](config_class(**{**config, **options})).eval()

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +11,15 @@ import torch
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.moe import use_experts_implementation
 
 from conftest import ROOT
 from oracle import error, fp8_layer, fp8_weights_in_fp64, in_fp64
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, is_switched_on, prompt
 
 INTERFACE = "moe_grouped_gemm"
 WAYS = [
@@ -115,7 +119,7 @@ def test_fp8_experts_on_a_gpu(bf16_checkpoint, quantize, registered, tmp_path, k
         assert isinstance(experts, finegrained_fp8.FP8Experts)
         assert experts.gate_up_proj.dtype == torch.float8_e4m3fn
         if "use_kernels" in kwargs:
-            assert experts.forward.__func__ is registered.layers.FP8Experts.forward
+            assert is_switched_on(registered, experts)
     calls = []
     for experts in experts_of(model):
         experts.register_forward_hook(lambda module, args, out: calls.append((module, args, out)))
@@ -177,6 +181,20 @@ def test_conversion_refuses(bf16_checkpoint, quantize, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_conversion_names_a_weight_that_is_not_finite(bf16_checkpoint, quantize, tmp_path):
+    source = tmp_path / "broken"
+    shutil.copytree(bf16_checkpoint, source)
+    path = sorted(source.glob("*.safetensors"))[-1]
+    tensors = load_file(path)
+    key = [key for key in sorted(tensors) if ".experts." in key and key.endswith("_proj.weight")][-1]
+    tensors[key][1, 2] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        SystemExit, match=re.escape(f"{path}: {key}: weight: expected finite numbers, got inf at (1, 2)")
+    ):
+        quantize(source, tmp_path / "fp8")
+
+
 # --- FP8Experts -------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +236,7 @@ def test_fp8_experts(registered, device, way, options):
     module.to(device)
     if way == "kernelize":
         kernelize(module, mode=Mode.INFERENCE, device=device)
-        assert module.forward.__func__ is registered.layers.FP8Experts.forward
+        assert is_switched_on(registered, module)
     else:
         module.config._experts_implementation = INTERFACE
     args = inputs(device)
@@ -246,29 +264,94 @@ def test_gradients_reach_the_input_alone(registered):
     "options, reason",
     [
         ({"activation_scheme": "static"}, "activation_scheme='static'"),
-        ({"expert_dtype": "fp4"}, "gate_up_proj of type Parameter in torch.int8"),
+        ({"expert_dtype": "fp4"}, "gate_up_proj is torch.int8"),
         ({"block_size": None}, "block_size=None"),
         ({"block_size": [64, 128]}, r"block_size=\[64, 128\]"),
-        ({"inter": 208}, "an intermediate size of 208, neither a multiple of 128 nor at most 64 above one"),
-        ({"swiglu_limit": 7.0}, "a gate with swiglu_limit=7.0"),
-        ({"hidden_act": "tanh"}, r"the activation Tanh\(\)"),
+        ({"inter": 208}, "its intermediate size is 208, neither a multiple of 128 nor at most 64 above one"),
     ],
     ids=str,
 )
-def test_schemes_that_we_do_not_compute(registered, options, reason):
-    """By name an error; `kernelize` leaves the module to Transformers."""
+@pytest.mark.parametrize("way", ["kernelize", "interface"])
+def test_schemes_that_we_do_not_compute(registered, monkeypatch, way, options, reason):
+    """Transformers serves, with one warning that says why."""
     if options.get("block_size", 1) in (None, [64, 128]):
         module, _ = make_experts(registered)
         module.block_size = options["block_size"]
     else:
         module, _ = make_experts(registered, **options)
+    stock = finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS._global_mapping
+    monkeypatch.setitem(stock, "grouped_mm", lambda module, hidden_states, *_: -hidden_states)
+    module.config._experts_implementation = "grouped_mm" if way == "kernelize" else INTERFACE
     kernelize(module, mode=Mode.INFERENCE, device="cpu")
-    assert "forward" not in vars(module)
+    registered.integration.modules._warn.cache_clear()
+    with pytest.warns(UserWarning, match=f"does not serve FP8Experts, as {reason}; Transformers") as warnings:
+        for _ in range(2):
+            assert torch.equal(module(*inputs()), -inputs()[0])
+    assert len(warnings) == 1
+
+
+def _soft_capped(self, gate_up):
+    """As FP8Experts of Transformers 5.23 have it."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(self.gate_softcap * torch.tanh(gate / self.gate_softcap)) * up
+
+
+@pytest.mark.parametrize("way", ["kernelize", "interface"])
+@pytest.mark.parametrize(
+    "options", [{"swiglu_limit": 1.5}, {"hidden_act": "tanh"}, {"gate_softcap": 0.75}, {"swiglu_alpha": 1.5}], ids=str
+)
+def test_any_gate(registered, device, monkeypatch, way, options):
+    """Ours between grouped GEMMs, and those that are not ours as they are."""
+    softcap, alpha = options.pop("gate_softcap", None), options.pop("swiglu_alpha", None)
+    module, weights = make_experts(registered, **options)
+    if softcap is not None:
+        module.gate_softcap = softcap
+        monkeypatch.setattr(finegrained_fp8.FP8Experts, "_apply_gate", _soft_capped)
+    if alpha is not None:
+        module.swiglu_alpha, module.swiglu_limit = alpha, 1.25
+    module.to(device)
+    if way == "kernelize":
+        kernelize(module, mode=Mode.INFERENCE, device=device)
+    else:
+        module.config._experts_implementation = INTERFACE
+    x, index, top_k_weights = in_fp64(inputs(device))
+    expected = 0
+    for k in range(index.shape[1]):
+        z = torch.einsum("th,tnh->tn", x, weights[0].to(device)[index[:, k]])
+        y = torch.einsum("ti,thi->th", module._apply_gate(z), weights[1].to(device)[index[:, k]])
+        expected = expected + top_k_weights[:, k, None] * y
+    with torch.no_grad():
+        assert error(module(*inputs(device)), expected) < 1e-5
+
+
+def test_activations_are_not_quantised_while_a_module_trains(registered, record, monkeypatch):
+    """The first pass of reentrant checkpointing has no gradients, the second has: both must be one function."""
+    module, _ = make_experts(registered)
     module.config._experts_implementation = INTERFACE
-    with pytest.raises(
-        NotImplementedError, match=f"{reason}; supported: weights in float8_e4m3fn with a scale for each"
-    ):
-        module(*inputs())
+    seen, moe_experts = [], registered.functional.moe_experts
+    monkeypatch.setattr(
+        registered.functional,
+        "moe_experts",
+        lambda *args, **kwargs: seen.append(kwargs) or moe_experts(*args, **kwargs),
+    )
+    for training in (True, False):
+        module.train(training)(*inputs())
+    assert [kwargs["quantize_activations"] for kwargs in seen] == [False, True]
+
+
+@pytest.mark.gpu
+def test_reentrant_checkpointing_on_a_gpu(registered):
+    module, _ = make_experts(registered)
+    module.config._experts_implementation = INTERFACE
+    module = module.cuda().train()
+    x, index, top_k_weights = inputs("cuda", torch.bfloat16)
+    x = torch.nn.functional.embedding(torch.arange(2048, device="cuda") % 20, x).requires_grad_()
+    index, top_k_weights = (t.repeat(103, 1)[:2048] for t in (index, top_k_weights))
+    plain = module(x, index, top_k_weights)
+    for use_reentrant in (False, True):
+        # Behind a function of the input: in the first pass of the reentrant way, no tensor asks for a gradient.
+        out = checkpoint(lambda x: module(x + 0, index, top_k_weights), x, use_reentrant=use_reentrant)
+        assert torch.equal(out, plain)
 
 
 def test_dense_weights_in_fp8_experts(registered):

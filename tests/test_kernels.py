@@ -156,6 +156,17 @@ def test_one_slot_a_token(kernel, launch, config, tokens, experts, hidden_dim, i
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, N", [(1, 16), (37, 47), (3000, 600)])
+def test_zero_tail(launch, rows, N, dtype):
+    """Rows of experts keep what they hold; offsets that promise more rows than there are lead nowhere."""
+    for end in {0, 1, rows // 2, rows - 1, rows, rows + 5}:
+        y = torch.full((rows + 1, N), float("nan"), dtype=dtype, device=DEVICE)
+        launch.zero_tail(y[:rows], torch.tensor([0, end // 2, end], dtype=torch.int32, device=DEVICE))
+        assert y[:end].isnan().all() and not y[end:rows].any() and y[rows:].isnan().all()
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     CASE,
     [  # a program knows one slot: more of them show nothing

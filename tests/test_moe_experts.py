@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import COMPILE_BACKENDS
 from oracle import DTYPES, VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
@@ -323,6 +324,35 @@ def test_autocast_casts_like_linear(kernel, device):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("operand", [*NAMES, "gate_up_proj_bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_what_linear_casts(kernel, device, operand, dtype):
+    """fp64 stays what it is; beside other dtypes that is an error here as there."""
+    names = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")
+    tensors = dict(zip(names, layer(9, 4, 2, 64, 32, device=device)))
+    tensors["gate_up_proj_bias"] = torch.ones(4, 64, device=device)
+    mixed = {**tensors, operand: tensors[operand].to(dtype)}
+    uniform = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    with torch.autocast(device, dtype=torch.bfloat16):
+        linear = F.linear(uniform["hidden_states"], uniform["gate_up_proj"][0])
+        if device == "cpu" or dtype != torch.float64:
+            assert kernel.moe_experts(**uniform).dtype == linear.dtype
+        if dtype == torch.float64 and operand != "top_k_weights":
+            with pytest.raises(TypeError, match="got torch"):
+                kernel.moe_experts(**mixed)
+        else:
+            assert kernel.moe_experts(**mixed).dtype == torch.bfloat16
+
+
+def test_autocast_makes_no_floats(kernel, device):
+    """Of integers, and of fp8 codes without their scale, which is forgotten then."""
+    args = layer(9, 4, 2, 64, 32, device=device)
+    for argument, dtype in ((0, torch.int32), (3, torch.int8), (3, torch.float8_e4m3fn)):
+        spoiled = [t.to(dtype) if i == argument else t for i, t in enumerate(args)]
+        with torch.autocast(device, dtype=torch.bfloat16), pytest.raises(TypeError, match=f"got {dtype}"):
+            kernel.moe_experts(*spoiled)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 BAD = [  # argument, how it is spoiled, error, part of the message
@@ -330,7 +360,7 @@ BAD = [  # argument, how it is spoiled, error, part of the message
     ("hidden_states", lambda x: x[:, :60], ValueError, r"gate_up_proj: expected \(E, 2I, 60\).*got \(4, 64, 64\)"),
     ("hidden_states", lambda x: x.int(), TypeError, "hidden_states: expected one of .*got torch.int32"),
     ("hidden_states", lambda x: x.bfloat16(), TypeError, "gate_up_proj: expected torch.bfloat16 like hidden_states"),
-    ("hidden_states", lambda x: x.to("meta"), ValueError, "hidden_states: expected on cpu or cuda, got meta"),
+    ("hidden_states", lambda x: x.to("meta"), ValueError, "gate_up_proj: expected on meta like hidden_states, got cpu"),
     ("top_k_index", lambda x: x.float(), TypeError, "top_k_index: expected int32 or int64, got torch.float32"),
     ("top_k_index", lambda x: x.float().requires_grad_(), TypeError, "top_k_index: expected int32 or int64"),
     ("top_k_index", lambda x: x.bool(), TypeError, "top_k_index: expected int32 or int64, got torch.bool"),

@@ -13,7 +13,7 @@ from transformers.monkey_patching import register_patch_mapping
 
 from conftest import COMPILE_BACKENDS
 from oracle import in_fp64, router
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, prompt, stock_router
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, is_switched_on, prompt, stock_router
 
 HUB_NAME = "org/moe-grouped-gemm:DeepseekV3TopkRouter"
 
@@ -37,7 +37,7 @@ def routers_of(model):
 
 
 def is_kernelized(model, kernel):
-    return all(r.forward.__func__ is kernel.layers.DeepseekV3TopkRouter.forward for r in routers_of(model))
+    return all(is_switched_on(kernel, r) for r in routers_of(model))
 
 
 @torch.no_grad()
@@ -111,8 +111,8 @@ def test_offload_hooks_survive_kernelize(checkpoint, registered, calls):
         forward = module.forward
         kernelize(module, mode=Mode.INFERENCE, device="cpu")
         assert module.forward is forward and module.weight.is_meta
-    torch.testing.assert_close(run(model), run(load(checkpoint)))
-    assert not calls
+    torch.testing.assert_close(run(model), run(load(checkpoint)), rtol=1e-4, atol=1e-4)
+    assert len(calls) == NUM_MOE_LAYERS
 
 
 def test_module_that_computes_something_else(registered, calls):

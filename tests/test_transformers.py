@@ -21,7 +21,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
 
 from conftest import COMPILE_BACKENDS
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, prompt
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, is_switched_on, prompt
 
 HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
 INTERFACE = "moe_grouped_gemm"
@@ -68,7 +68,7 @@ def logits(model):
 
 
 def is_kernelized(model, kernel):
-    return all(experts.forward.__func__ is kernel.layers.MoEExperts.forward for experts in experts_of(model))
+    return all(is_switched_on(kernel, experts) for experts in experts_of(model))
 
 
 def assert_runs_on_kernel(model, reference, calls):
@@ -240,14 +240,13 @@ def test_kernel_config_refuses_cpu(checkpoint, kernel_config, kernel):
 
 @pytest.mark.usefixtures("cpu_in_kernel_config")
 def test_kernel_config(checkpoint, kernel_config, kernel, calls, device):
-    """A KernelConfig maps inference only: for training, `kernelize` puts the class's own forward back."""
+    """A KernelConfig maps inference only, so that `kernelize` finds nothing for training: what it finds stays on."""
     stock = load(checkpoint, device_map=device)
     reference = logits(stock)
     model = load(checkpoint, device_map=device, use_kernels=True, kernel_config=kernel_config)
     assert is_kernelized(model, kernel)
     assert_runs_on_kernel(model, reference, calls)
     model.train()
-    assert not is_kernelized(model, kernel)
     assert_runs_on_kernel(model, reference, calls)
     torch.testing.assert_close(gradients(model), gradients(stock.train()), rtol=1e-3, atol=1e-6)
     model.eval()
@@ -329,7 +328,7 @@ def test_subclass_made_on_the_fly(registered):
     module = modeling_deepseek_v3.DeepseekV3Experts(_SmallConfig())
     module.__class__ = type("FSDPDeepseekV3Experts", (modeling_deepseek_v3.DeepseekV3Experts,), {})
     kernelize(module, mode=Mode.INFERENCE, device="cpu")
-    assert module.forward.__func__ is registered.layers.MoEExperts.forward
+    assert is_switched_on(registered, module)
 
 
 def test_subclass_with_its_own_forward(registered):
@@ -395,7 +394,7 @@ def test_register_is_idempotent(kernel):
     kernel.register()
     assert moe.use_experts_implementation is decorator is transformers.integrations.use_experts_implementation
     for interface in (moe.ALL_EXPERTS_FUNCTIONS, finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS):
-        assert interface[INTERFACE] is kernel.integration.experts_forward
+        assert interface[INTERFACE] is kernel.integration.modules.experts_forward
 
 
 def test_old_transformers(kernel, monkeypatch):

@@ -40,6 +40,20 @@ def entry(rows, block_m=64, **changes):
     return {"rows": rows, "gate_up": {**gemm, **changes}, "down": dict(gemm)}
 
 
+def of_both(**changes):
+    """An entry in which both GEMMs have these."""
+    both = entry(64, **changes)
+    return {**both, "down": dict(both["gate_up"])}
+
+
+def specialized(**changes):
+    """An entry for the warp-specialized kernel, but for these changes."""
+    down = {"MIN_M": 64, "BLOCK_N": 256, "num_warps": 8, "USE_TMA": True, "WARP_SPECIALIZED": True, **changes}
+    both = {field: {"BLOCK_M": 128, "MIN_M": 64, **changes}[field] for field in ("BLOCK_M", "MIN_M")}
+    whole = entry(64, **both)
+    return {**whole, "down": {**whole["down"], **down, **both}}
+
+
 def content(*entries):
     return {"tuned_with": {"triton": "3.6.0"}, "entries": list(entries)}
 
@@ -83,7 +97,7 @@ def test_a_file_is_read_once(tuning, monkeypatch):
     put(tuning, content(entry(64)))
     reads = []
     read = tuning.read_configs
-    monkeypatch.setattr(tuning, "read_configs", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(tuning, "read_configs", lambda *args: reads.append(args) or read(*args))
     for rows in range(1, 100):
         tuning.experts_config(rows, SHAPE, BF16, SM90, GPU)
     assert len(reads) == 1
@@ -109,7 +123,7 @@ BAD = [
     pytest.param({**content(), "entries": {}}, "entries: expected a list", id="entries-no-list"),
     pytest.param(content(None), "entry 0: expected an object, got NoneType", id="entry-no-object"),
     pytest.param(content({**entry(64), "hints": 1}), "entry 0: expected the fields .*, hints", id="field-of-entry"),
-    pytest.param(content(entry("64")), "entry 0: rows: expected an integer above 0, got '64'", id="rows-text"),
+    pytest.param(content(entry("64")), "entry 0: rows: expected an integer above 0 .*, got '64'", id="rows-text"),
     pytest.param(content(entry(64), entry(64)), "entry 1: rows: expected an integer above 64", id="rows-twice"),
     pytest.param(content(entry(64, BLOCK_Q=4)), "entry 0: gate_up: expected the fields .*BLOCK_Q", id="unknown-field"),
     pytest.param(content(entry(64, BLOCK_N=48)), "BLOCK_N: expected a power of two, 16 or more, got 48", id="no-power"),
@@ -121,6 +135,20 @@ BAD = [
     pytest.param(content(entry(64, MIN_M=128)), "MIN_M 128 exceeds BLOCK_M 64", id="min-above-block"),
     pytest.param(content(entry(64, BLOCK_M=128)), "must share BLOCK_M and MIN_M", id="two-block-m"),
     pytest.param(content(entry(64, MIN_M=64)), "must share BLOCK_M and MIN_M", id="two-min-m"),
+    pytest.param(content(entry(10**400)), "rows: expected an integer above 0 and below 2", id="rows-no-int32"),
+    pytest.param(content(entry(64, BLOCK_N=256)), "gate_up: BLOCK_N: 512 rows or columns are more", id="box-of-both"),
+    pytest.param(content(of_both(BLOCK_M=512)), "gate_up: BLOCK_M: 512 rows .* 256 that TMA", id="box-of-rows"),
+    pytest.param(content(of_both(BLOCK_M=2**20, USE_TMA=False)), "num_warps: 4 have no registers", id="huge-tile"),
+    pytest.param(content(entry(64, num_stages=64)), "num_stages: 64 of them need 1048576 bytes", id="too-many-stages"),
+    pytest.param(content(entry(64, num_warps=64)), "num_warps: expected at most 32, got 64", id="too-many-warps"),
+    pytest.param(content(entry(64, GROUP_M=2**30)), "GROUP_M: expected at most 32768", id="group-of-all"),
+    pytest.param(content(entry(64, WARP_SPECIALIZED=True)), "gate_up: WARP_SPECIALIZED: only", id="specialized-gate"),
+    pytest.param(content(specialized(USE_TMA=False)), "down: USE_TMA: expected true with", id="specialized-loads"),
+    pytest.param(content(specialized(num_stages=16)), "down: num_stages: 16 of them", id="specialized-stages"),
+    *(
+        pytest.param(content(specialized(**{field: size})), f"{field}: expected .* with WARP", id=f"{field}-{size}")
+        for field, size in (("BLOCK_M", 256), ("BLOCK_M", 64), ("MIN_M", 32), ("BLOCK_N", 128), ("BLOCK_K", 32))
+    ),
 ]
 
 
@@ -158,6 +186,24 @@ def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
     gpu.device_name.cache_clear()
 
 
+def test_what_can_work_is_accepted(tuning):
+    """The warp-specialized tile in a file, and every heuristic as if it were in one."""
+    put(tuning, content(specialized()))
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
+    for dtype, capability in ((BF16, SM90), (BF16, (8, 0)), (BF16, (12, 0)), (torch.float32, SM90)):
+        for up, down in tuning.all_configs(dtype, capability):
+            assert not tuning.fault_of("gate_up", up, dtype, capability)
+            assert not tuning.fault_of("down", down, dtype, capability)
+
+
+@pytest.mark.parametrize("dtype, capability", [(torch.float32, SM90), (BF16, (8, 0)), (BF16, (10, 0))], ids=str)
+def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, capability):
+    tuning.config_path(SHAPE, dtype, GPU).write_text(json.dumps(content(specialized())))
+    with pytest.warns(UserWarning, match="USE_TMA|WARP_SPECIALIZED"):
+        found = tuning.experts_config(64, SHAPE, dtype, capability, GPU)
+    assert found == tuning.experts_config(64, SHAPE, dtype, capability, "")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files(kernel, path):
     """Valid, and named as they are looked up. That their kernels compile is for test_compile.py to show."""
@@ -166,7 +212,8 @@ def test_shipped_files(kernel, path):
     shape = [int(sizes[letter]) for letter in "EHI"]
     assert module.config_path(shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name
     assert set(json.loads(path.read_text())["tuned_with"]) == {"compute_capability", "torch", "triton", "commit"}
-    assert len(module.read_configs(path)) > 5
+    capability = tuple(map(int, json.loads(path.read_text())["tuned_with"]["compute_capability"].split(".")))
+    assert len(module.read_configs(path, getattr(torch, sizes["dtype"]), capability)) > 5
 
 
 # --- the tuner --------------------------------------------------------------------------------------------------------
@@ -281,12 +328,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 
 def test_writing_is_atomic(tuning, monkeypatch, tmp_path):
     path = tuning.config_path(SHAPE, BF16, GPU)
-    tune.write(path, {"triton": "3.6.0"}, [entry(1024), entry(64)])
-    assert [rows for rows, _ in tuning.read_configs(path)] == [64, 1024]
+    tune.write(path, {"triton": "3.6.0"}, [entry(1024), entry(64)], BF16, SM90)
+    assert [rows for rows, _ in tuning.read_configs(path, BF16, SM90)] == [64, 1024]
     before = path.read_text()
     assert len(before.splitlines()) == 7  # an entry a line
     with pytest.raises(ValueError, match="share BLOCK_M"):
-        tune.write(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)])
+        tune.write(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)], BF16, SM90)
     assert path.read_text() == before and os.listdir(tmp_path) == [path.name]
 
 
@@ -312,7 +359,7 @@ def test_the_whole_tuner(tuning, monkeypatch, tmp_path, capsys):
     tune.main()
     (path,) = (tmp_path / "out").iterdir()
     assert path.name == tuning.config_path((64, 64, 32), BF16, GPU).name
-    assert [rows for rows, _ in tuning.read_configs(path)] == [768, 16384]
+    assert [rows for rows, _ in tuning.read_configs(path, BF16, SM90)] == [768, 16384]
     assert not set(left_out) & set(gpu.timed)
     printed = capsys.readouterr().out
     assert str(path) in printed and printed.count("it spills") == len(set(left_out))
@@ -321,7 +368,7 @@ def test_the_whole_tuner(tuning, monkeypatch, tmp_path, capsys):
     gpu.timed.clear()
     monkeypatch.setattr(sys, "argv", [*command, "96", "192", "--state", str(tmp_path / "state")])
     tune.main()
-    assert [rows for rows, _ in tuning.read_configs(path)] == [768, 1536, 16384]
+    assert [rows for rows, _ in tuning.read_configs(path, BF16, SM90)] == [768, 1536, 16384]
     assert set(gpu.timed) < set(
         tune.candidates(24, BF16, SM90) + tune.heuristics(tune.Layer(64, 64, 32, 8), 192, BF16, SM90)
     )

@@ -5,7 +5,8 @@ Everything in `__all__` is the public API of this kernel version.
 
 from . import layers, reference
 from .functional import grouped_gemm, moe_experts, route
-from .integration import register
+from .integration.status import status
+from .layers import register
 from .quant import quantize_fp8
 from .router import topk_router
 from .routing import Routing
@@ -19,5 +20,6 @@ __all__ = [
     "reference",
     "register",
     "route",
+    "status",
     "topk_router",
 ]

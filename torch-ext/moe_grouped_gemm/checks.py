@@ -9,6 +9,7 @@ from . import quant, reference
 FLOATS = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
     "cpu": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    "meta": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
 }
 
 

@@ -6,13 +6,15 @@ registers. Otherwise more than a few rows are quantised, once a token and once b
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import gpu, reference_fp8, training, tuning
 from .checks import check_fp8_experts
 from .reference import Gate
 from .routing import route_torch
-from .torch_ops import autocast, register_op
+from .torch_ops import autocast, needs_gradients, needs_op, register_autograd, register_op
 
 
 def moe_experts(
@@ -31,11 +33,13 @@ def moe_experts(
     (hidden_states,) = autocast(hidden_states)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_scale, down_proj_scale)
     check_fp8_experts(*inputs, activation, block_size)
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+    as_op = needs_op(_experts_op, inputs)
+    if needs_gradients((hidden_states, top_k_weights)):
         return _training_op(*inputs, activation)[0]
-    if torch.compiler.is_compiling():
-        return _experts_op(*inputs, activation, quantize_activations)
-    return _experts_forward(*inputs, activation, quantize_activations)
+    if hidden_states.requires_grad or top_k_weights.requires_grad:
+        # Reentrant checkpointing, say, whose second pass is with gradients.
+        quantize_activations = False
+    return (_experts_op if as_op else _experts_forward)(*inputs, activation, quantize_activations)
 
 
 def _experts_forward(hidden_states, *args):
@@ -88,7 +92,7 @@ def _experts_gpu(
 
 def _both_gemms(x, gate_up, gate_up_scale, down, down_scale, routing, schedule, gate, configs, quantized, y, z=None):
     """Fills y (S, H), and z (S, 2I) if it is given; rows of skipped slots stay unwritten."""
-    kernels, precision = gpu.launchers(), gpu.input_precision()
+    kernels, precision = gpu.launchers(), gpu.input_precision(x.dtype)
     up_config, down_config = configs
     offsets, slots, positions = routing
     top_k = slots.numel() // x.shape[0]
@@ -123,7 +127,7 @@ def _dgrad(x, weight, scale, schedule, config, shift=0):
     if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and x.shape[1] % 64 == 0:
         y = x.new_empty(x.shape[0], weight.shape[2])
         return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
-    return kernels.dgrad_fp8(x, weight, scale, schedule, gpu.input_precision(), config, shift)
+    return kernels.dgrad_fp8(x, weight, scale, schedule, gpu.input_precision(x.dtype), config, shift)
 
 
 _SCHEMA = (
@@ -136,6 +140,7 @@ _experts_op = register_op(
     f"({_SCHEMA}, bool quantize_activations) -> Tensor",
     _experts_forward,
     fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+    flops=training.experts_flops,
 )
 
 
@@ -179,6 +184,7 @@ _training_op = register_op(
     f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _training_forward,
     fake=training.training_fake,
+    flops=training.experts_flops,
 )
 
 
@@ -225,13 +231,15 @@ _backward_op = register_op(
     fake=lambda dout, top_k_weights, *_: tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dout, top_k_weights)
     ),
+    flops=lambda dout, top_k_weights, *weights_and_others, **_: (
+        2 * math.prod(top_k_weights) * sum(math.prod(weight[1:]) for weight in weights_and_others[:2])
+    ),
 )
 
 
 def _training_setup_context(ctx, inputs, output):
     _, _, *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)  # as in training.py
 
 
 def _training_backward(ctx, dout, *_):
@@ -239,7 +247,7 @@ def _training_backward(ctx, dout, *_):
     return dx, None, dweights, None, None, None, None, None
 
 
-_training_op.register_autograd(_training_backward, setup_context=_training_setup_context)
+register_autograd(_training_op, _training_backward, _training_setup_context)
 
 
 # --- grouped_gemm, for adapters ---------------------------------------------------------------------------------------
@@ -254,9 +262,9 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
     """transposed: y[r] = W[e]^T @ x[r]."""
     if x.device.type == "cpu":
         return reference_fp8.grouped_gemm(x, weight, scale, expert_offsets, transposed)
-    y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
+    y = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
     if y.numel() == 0 or x.shape[1] == 0:
-        return y
+        return y.zero_()
     kernels = gpu.launchers()
     x = x if x.stride(1) == 1 else x.contiguous()
     weight, scale = _as_bits(weight, scale)
@@ -267,15 +275,16 @@ def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
             weight = weight if weight.stride(2) == 1 else weight.contiguous()
             config = tuning.fp8_dgrad_config(x.dtype, gpu.capability(x.device.index))
             schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-            rows = _dgrad(x.contiguous(), weight, scale, schedule, config, shift)
-            routed = torch.arange(x.shape[0], device=x.device)[:, None] < expert_offsets[-1]
-            return torch.where(routed, rows, 0)
+            y = _dgrad(x.contiguous(), weight, scale, schedule, config, shift)
+            kernels.zero_tail(y, expert_offsets)
+            return y
+        kernels.zero_tail(y, expert_offsets)
         config = _config(x.shape[0], weight.shape[0], x.dtype, x.device.index).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
         config = _as_readable(config, x, weight)
         if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0:
             return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y)
-        precision = gpu.input_precision()
+        precision = gpu.input_precision(x.dtype)
         return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift)
 
 
@@ -286,6 +295,7 @@ _grouped_gemm_op = register_op(
     fake=lambda x, weight, scale, expert_offsets, transposed: x.new_empty(
         x.shape[0], weight.shape[2 if transposed else 1]
     ),
+    flops=lambda x, weight, *_, **__: 2 * x[0] * math.prod(weight[1:]),
 )
 
 
@@ -298,7 +308,7 @@ def _grouped_gemm_backward(ctx, dy):
     return _grouped_gemm_op(dy, *ctx.saved_tensors, not ctx.transposed), None, None, None, None
 
 
-_grouped_gemm_op.register_autograd(_grouped_gemm_backward, setup_context=_grouped_gemm_setup_context)
+register_autograd(_grouped_gemm_op, _grouped_gemm_backward, _grouped_gemm_setup_context)
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,15 @@ from . import fp8, gpu, reference, training, tuning
 from .checks import check_experts, check_floats, check_index, shape
 from .reference import Gate, is_transposed
 from .routing import Routing, route_fake, route_torch
-from .torch_ops import autocast, register_op, rejects_transforms
+from .torch_ops import (
+    autocast,
+    needs_gradients,
+    needs_op,
+    refuse_dtensors,
+    register_autograd,
+    register_op,
+    rejects_transforms,
+)
 
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
@@ -57,10 +65,12 @@ def moe_experts(
         down_proj_scale: (E, ceil(H / 128), ceil(I / 128)).
         block_size: of those blocks.
         quantize_activations: with weights in fp8, whether a GPU that multiplies fp8 may quantise activations too, with
-            a scale for each 128 columns of each row. It does so for more than a few rows, if no gradient is asked for.
+            a scale for each 128 columns of each row. It does so for more than a few rows, if neither hidden_states nor
+            top_k_weights requires a gradient, whether it is asked for or, as under no_grad, not.
     Returns:
         (T, H) in hidden_states.dtype. Products with the weights and the sum over k are accumulated in fp32, in a fixed
-        order: two calls give bitwise equal results. No host sync on a GPU.
+        order: two calls give bitwise equal results, but for rounding if only one is to have gradients. No host sync on
+        a GPU.
     Raises:
         ValueError: shapes, devices or ids do not fit together, or the activation is unknown.
         TypeError: a dtype is not supported or differs from hidden_states.
@@ -83,12 +93,12 @@ def moe_experts(
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases)
     gate = Gate(activation, limit, alpha, interleaved)
     # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if torch.compiler.is_compiling():
-        return training.training_op(*inputs, *gate)[0] if needs_grad else _moe_experts_op(*inputs, *gate)
-    if hidden_states.device.type == "cpu":
+    as_op = needs_op(_moe_experts_op, inputs)
+    if hidden_states.device.type == "cpu" and not as_op:
         return reference.moe_experts(*inputs[:5], activation, *biases, *gate[1:])
-    return training.training_op(*inputs, *gate)[0] if needs_grad else _experts_gpu(*inputs, *gate)
+    if needs_gradients(inputs):
+        return training.training_op(*inputs, *gate)[0]
+    return (_moe_experts_op if as_op else _experts_gpu)(*inputs, *gate)
 
 
 def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate):
@@ -114,7 +124,7 @@ def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
         up_config, down_config = tuning.decode_config(hidden_states.dtype, transposed)
         a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, gate, up_config, up_bias)
         return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config, down_bias)
-    precision = gpu.input_precision()
+    precision = gpu.input_precision(hidden_states.dtype)
     up_config, down_config = gpu.config(rows, down_proj)
     _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
     up_config = gpu.as_readable_gate(up_config, gate_up_proj, gate)
@@ -138,6 +148,7 @@ _moe_experts_op = register_op(
     f"({training.INPUTS}, {training.GATE}) -> Tensor",
     _experts_forward,
     fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+    flops=training.experts_flops,
 )
 
 
@@ -156,6 +167,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     check_index(top_k_index)
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    refuse_dtensors([("top_k_index", top_k_index)])
     return Routing(*_route_op(top_k_index, num_experts))
 
 
@@ -208,22 +220,25 @@ def grouped_gemm(
         check_floats(x=x, bias=bias)
         if bias.shape != weight.shape[:2]:
             raise ValueError(f"bias: expected {shape(weight)[:2]} to fit weight {shape(weight)}, got {shape(bias)}")
+    refuse_dtensors([("x", x), ("weight", weight), ("expert_offsets", expert_offsets), ("bias", bias)])
     return _grouped_gemm_op(x, weight, expert_offsets, bias)
 
 
 def _grouped_gemm_forward(x, weight, expert_offsets, bias):
     if x.device.type == "cpu":
         return reference.grouped_gemm(x, weight, expert_offsets, bias)
-    y = x.new_zeros(x.shape[0], weight.shape[1])
+    y = x.new_empty(x.shape[0], weight.shape[1])
     if y.numel() == 0 or (x.shape[1] == 0 and bias is None):
-        return y
+        return y.zero_()
     kernels = gpu.launchers()
     if x.stride(1) != 1:
         x = x.contiguous()
     with torch.cuda.device_of(x):
+        kernels.zero_tail(y, expert_offsets)
         config = gpu.config(x.shape[0], weight).down
         schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        return gpu.launch_grouped_gemm(x, weight, schedule, gpu.input_precision(), config, y, bias=gpu.contiguous(bias))
+        precision = gpu.input_precision(x.dtype)
+        return gpu.launch_grouped_gemm(x, weight, schedule, precision, config, y, bias=gpu.contiguous(bias))
 
 
 _grouped_gemm_op = register_op(
@@ -231,6 +246,7 @@ _grouped_gemm_op = register_op(
     "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
     _grouped_gemm_forward,
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]),
+    flops=lambda x, weight, *_, **__: 2 * x[0] * weight[1] * weight[2],
 )
 
 
@@ -244,7 +260,7 @@ def _grouped_gemm_dw(dy, x, expert_offsets):
     with torch.cuda.device_of(x):
         config = tuning.wgrad_config(x.shape[0], experts, x.dtype, gpu.capability(x.device.index))
         config = config._replace(WARP_SPECIALIZED=False)  # these rows are not padded
-        return gpu.launchers().wgrad(dy, x, expert_offsets, gpu.input_precision(), config)
+        return gpu.launchers().wgrad(dy, x, expert_offsets, gpu.input_precision(x.dtype), config)
 
 
 _grouped_gemm_dw_op = register_op(
@@ -252,6 +268,7 @@ _grouped_gemm_dw_op = register_op(
     "(Tensor dy, Tensor x, Tensor expert_offsets) -> Tensor",
     _grouped_gemm_dw,
     fake=lambda dy, x, expert_offsets: x.new_empty(expert_offsets.shape[0] - 1, dy.shape[1], x.shape[1]),
+    flops=lambda dy, x, *_, **__: 2 * x[0] * dy[1] * x[1],
 )
 
 
@@ -283,22 +300,8 @@ def _grouped_gemm_backward(ctx, dy):
     return dx, dweight, None, _row_sums_op(dy, expert_offsets) if needs_bias else None
 
 
-_grouped_gemm_op.register_autograd(
-    _grouped_gemm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3])
-)
-
-
-def _combine(y, slot_positions, top_k_weights):
-    """(S, H) rows in expert order, (S,) -1 for a skipped slot, (T, top_k) -> (T, H), each token its weighted sum."""
-    if y.device.type == "cpu" or y.numel() == 0:
-        return reference.combine(y, slot_positions, top_k_weights)
-    with torch.cuda.device_of(y):
-        return gpu.launchers().combine(y.contiguous(), slot_positions, top_k_weights.contiguous())
-
-
-combine = register_op(
-    "combine",
-    "(Tensor y, Tensor slot_positions, Tensor top_k_weights) -> Tensor",
-    _combine,
-    fake=lambda y, slot_positions, top_k_weights: y.new_empty(top_k_weights.shape[0], y.shape[1]),
+register_autograd(
+    _grouped_gemm_op,
+    _grouped_gemm_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]),
 )

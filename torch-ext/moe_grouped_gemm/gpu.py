@@ -14,15 +14,23 @@ MIN_TRITON = (3, 6)
 
 
 @functools.cache
-def launchers():
-    """The Triton launchers. Imported at the first call on a GPU: the package must load without Triton."""
+def missing_triton() -> str | None:
+    """Why no kernel can be launched; None if Triton is there."""
     wanted = "moe_grouped_gemm needs Triton {}.{} or newer to run on a GPU".format(*MIN_TRITON)
     try:
         import triton
-    except ImportError as error:
-        raise ImportError(f"{wanted}; none is installed: pip install triton") from error
+    except ImportError:
+        return f"{wanted}; none is installed: pip install triton"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
-        raise ImportError(f"{wanted}, found {triton.__version__}: pip install -U triton (torch 2.11 brings 3.6)")
+        return f"{wanted}, found {triton.__version__}: pip install -U triton (torch 2.11 brings 3.6)"
+    return None
+
+
+@functools.cache
+def launchers():
+    """The Triton launchers. Imported at the first call on a GPU: the package must load without Triton."""
+    if missing_triton() is not None:
+        raise ImportError(missing_triton())
     from . import kernels
 
     return kernels
@@ -47,9 +55,14 @@ def config(rows: int, down_proj: torch.Tensor) -> tuning.ExpertsConfig:
     return tuning.experts_config(rows, down_proj.shape, down_proj.dtype, capability(device), device_name(device))
 
 
-def input_precision() -> str:
-    """fp32 GEMMs follow the switch that torch's own follow; 16-bit ones ignore it. CDNA4 has no tf32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
+def input_precision(dtype: torch.dtype = torch.float32) -> str:
+    """Of GEMMs over this dtype: fp32 ones follow the switch that torch.matmul follows. CDNA4 has no tf32.
+
+    Both of torch's APIs end in `fp32_precision`; the older one, `allow_tf32`, raises once the newer has been used.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch_grouped_gemm(x, weight, schedule, precision, config, *destination, bias=None, low_rank=None):

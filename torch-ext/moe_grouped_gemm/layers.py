@@ -1,4 +1,4 @@
-"""nn.Modules that `kernelize` swaps in.
+"""nn.Modules that `kernelize` swaps in, and `register()`, which makes them known.
 
 Transformers loads a layer by name and looks for its `...Layout` beside it. Importing this file does not import
 Transformers.
@@ -9,23 +9,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import integration
+from .integration import modules, routers, stand_ins
+from .integration.register import register_layers
+from .integration.switching import switches_on
 
 
 class MoEExperts(nn.Module):
     """Replaces the forward of a Transformers experts module such as DeepseekV3Experts.
 
-    `kernelize` binds `forward` to the module it replaces: `self` is the Transformers module.
+    `kernelize` assigns `forward`, bound to the Transformers module; a class that we know takes that as a mark.
     """
 
     can_torch_compile = True
     has_backward = True
 
+    @switches_on
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """(T, H) hidden states, (T, top_k) expert ids, (T, top_k) weights -> (T, H)."""
-        return integration.experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return modules.experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 class FP8Experts(nn.Module):
@@ -34,11 +37,12 @@ class FP8Experts(nn.Module):
     can_torch_compile = True
     has_backward = True
 
+    @switches_on
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """(T, H) hidden states, (T, top_k) expert ids, (T, top_k) weights -> (T, H)."""
-        return integration.experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return modules.experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 class DeepseekV3TopkRouter(nn.Module):
@@ -47,9 +51,10 @@ class DeepseekV3TopkRouter(nn.Module):
     can_torch_compile = True
     has_backward = True
 
+    @switches_on
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) hidden states -> (T, E) fp32 router logits, (T, top_k) fp32 weights, (T, top_k) int64 ids."""
-        return integration.router_forward(self, hidden_states)
+        return routers.router_forward(self, hidden_states)
 
 
 class _StandIn(type):
@@ -72,12 +77,26 @@ class _StandIn(type):
 class MoEExpertsLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of an experts class that a KernelConfig maps to `MoEExperts`."""
 
-    stock_class = staticmethod(integration.stock_experts_class)
-    is_stock = staticmethod(integration.is_stock_experts)
+    stock_class = staticmethod(stand_ins.stock_experts_class)
+    is_stock = staticmethod(stand_ins.is_stock_experts)
 
 
 class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of a router that a KernelConfig maps to `DeepseekV3TopkRouter`."""
 
-    stock_class = staticmethod(integration.stock_router_class)
-    is_stock = staticmethod(integration.is_stock_router)
+    stock_class = staticmethod(routers.stock_router_class)
+    is_stock = staticmethod(routers.is_stock_router)
+
+
+def register() -> None:
+    """Make this kernel available to Transformers.
+
+    Afterwards `use_kernels=True` (or `kernelize`) switches it on in every experts module that it can serve, FP8 ones
+    among them, and in DeepSeek-V3's routers, in models loaded before or after, and `experts_implementation=
+    "moe_grouped_gemm"` selects the experts by name. `use_kernels=False` and another `experts_implementation` switch it
+    off again. May be called again.
+
+    Raises:
+        ImportError: Transformers is older than 5.17 or lacks what we build on.
+    """
+    register_layers({cls.__name__: cls for cls in (MoEExperts, FP8Experts, DeepseekV3TopkRouter)})

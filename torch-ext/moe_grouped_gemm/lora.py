@@ -7,10 +7,10 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from . import fp8, functional, lora_ops, reference
+from . import fp8, functional, gpu, lora_ops, reference
 from .checks import check_experts, check_fp8_experts, shape
 from .reference import Gate
-from .torch_ops import autocast, rejects_transforms
+from .torch_ops import autocast, refuse_dtensors, register_autograd, register_op, rejects_transforms
 
 _SILU = Gate("silu")
 
@@ -72,6 +72,9 @@ def moe_experts_lora(
         check_fp8_experts(*inputs, *scales, name, (128, 128))
     else:
         check_experts(*inputs, name, *biases, limit, gated)
+    names = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")
+    names += ("gate_up_proj_bias", "down_proj_bias", "gate_up_proj_scale", "down_proj_scale")
+    refuse_dtensors(zip(names, (*inputs, *biases, *scales)))
     on_gpu = hidden_states.device.type == "cuda"
     multiple = lora_ops.RANK_MULTIPLE if on_gpu else 1
     up_factors = _join("gate_up_lora", gate_up_lora, gate_up_proj, hidden_states.dtype, multiple)
@@ -80,13 +83,13 @@ def moe_experts_lora(
         return lora_ops.moe_experts_lora(*inputs, *biases, *up_factors, *down_factors, *gate)
     offsets, sorted_slots, slot_positions = functional.route(top_k_index, gate_up_proj.shape[0])
     slot_positions = slot_positions.view(top_k_index.shape)
-    x = _Gather.apply(hidden_states, sorted_slots, slot_positions)
+    x = gather(hidden_states, sorted_slots, slot_positions)
     z = _grouped_gemm_lora(x, gate_up_proj, gate_up_proj_scale, *up_factors, offsets, biases[0])
     a = reference.apply_gate(z, gate) if isinstance(gate, Gate) else gate(z)
     y = _grouped_gemm_lora(a.to(x.dtype), down_proj, down_proj_scale, *down_factors, offsets, biases[1])
     if norm is not None:
         y = norm(y).to(x.dtype)
-    return _Combine.apply(y, top_k_weights, sorted_slots, slot_positions)
+    return combine(y, top_k_weights, sorted_slots, slot_positions)
 
 
 def _join(name, adapters, weight, dtype, multiple):
@@ -96,6 +99,7 @@ def _join(name, adapters, weight, dtype, multiple):
     """
     if not adapters:
         return None, None
+    refuse_dtensors((name, factor) for adapter in adapters for factor in adapter[:2])
     As = [adapter.A.to(dtype) for adapter in adapters]
     Bs = [(adapter.scaling * adapter.B).to(dtype) for adapter in adapters]
     experts, N, K = weight.shape
@@ -130,44 +134,60 @@ def _grouped_gemm_lora(x, weight, scale, A, B, expert_offsets, bias):
 # of a gather is a sum over a token's slots, in fp32 and in the order of k, and that of the sum is a gather.
 
 
-class _Gather(torch.autograd.Function):
-    """(T, H) tokens -> (S, H) rows in expert order; rows that no expert owns hold anything."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, sorted_slots, slot_positions):
-        ctx.save_for_backward(slot_positions)
-        return hidden_states[_tokens(sorted_slots, slot_positions)]
-
-    @staticmethod
-    def backward(ctx, dx):
-        (slot_positions,) = ctx.saved_tensors
-        weights = torch.ones_like(slot_positions, dtype=reference._acc_dtype(dx))
-        return functional.combine(dx, slot_positions.view(-1), weights), None, None
+def _gather_forward(hidden_states, sorted_slots, slot_positions):
+    return hidden_states[_tokens(sorted_slots, slot_positions)]
 
 
-class _Combine(torch.autograd.Function):
-    """(S, H) rows in expert order, (T, top_k) weights -> (T, H), each token the weighted sum of its rows."""
+# (T, H) tokens -> (S, H) rows in expert order; rows that no expert owns hold anything.
+gather = register_op(
+    "gather",
+    "(Tensor hidden_states, Tensor sorted_slots, Tensor slot_positions) -> Tensor",
+    _gather_forward,
+    fake=lambda hidden_states, sorted_slots, _: hidden_states.new_empty(sorted_slots.shape[0], hidden_states.shape[1]),
+)
 
-    @staticmethod
-    def forward(ctx, y, top_k_weights, sorted_slots, slot_positions):
-        ctx.save_for_backward(y, top_k_weights, sorted_slots, slot_positions)
-        return functional.combine(y, slot_positions.view(-1), top_k_weights)
 
-    @staticmethod
-    def backward(ctx, dout):
-        y, top_k_weights, sorted_slots, slot_positions = ctx.saved_tensors
-        dy = dweights = None
-        if ctx.needs_input_grad[0]:
-            row_weights = top_k_weights.reshape(-1, 1)[sorted_slots]
-            dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(reference._acc_dtype(y))).to(y.dtype)
-            # Rows that no expert owns: a norm's own gradient would take them in, and they may be NaN.
-            dy = dy.masked_fill(slot_positions.view(-1, 1)[sorted_slots] < 0, 0)
-        if ctx.needs_input_grad[1]:
-            dweights = torch.zeros_like(top_k_weights)
-            for k, positions in enumerate(slot_positions.unbind(1)):
-                products = (dout.to(reference._acc_dtype(y)) * y[positions.clamp(min=0)]).sum(dim=1)
-                dweights[:, k] = products.masked_fill(positions < 0, 0)
-        return dy, dweights, None, None
+def _gather_backward(ctx, dx):
+    sorted_slots, slot_positions = ctx.saved_tensors
+    weights = torch.ones_like(slot_positions, dtype=reference._acc_dtype(dx))
+    return combine(dx, weights, sorted_slots, slot_positions), None, None
+
+
+def _combine_forward(y, top_k_weights, _, slot_positions):
+    slot_positions = slot_positions.view(-1)
+    if y.device.type == "cpu" or y.numel() == 0:
+        return reference.combine(y, slot_positions, top_k_weights)
+    with torch.cuda.device_of(y):
+        return gpu.launchers().combine(y.contiguous(), slot_positions, top_k_weights.contiguous())
+
+
+# (S, H) rows in expert order, (T, top_k) weights -> (T, H), each token the weighted sum of its rows.
+combine = register_op(
+    "combine",
+    "(Tensor y, Tensor top_k_weights, Tensor sorted_slots, Tensor slot_positions) -> Tensor",
+    _combine_forward,
+    fake=lambda y, top_k_weights, *_: y.new_empty(top_k_weights.shape[0], y.shape[1]),
+)
+
+
+def _combine_backward(ctx, dout):
+    y, top_k_weights, sorted_slots, slot_positions = ctx.saved_tensors
+    dy = dweights = None
+    if ctx.needs_input_grad[0]:
+        row_weights = top_k_weights.reshape(-1, 1)[sorted_slots]
+        dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(reference._acc_dtype(y))).to(y.dtype)
+        # Rows that no expert owns: a norm's own gradient would take them in, and they may be NaN.
+        dy = dy.masked_fill(slot_positions.view(-1, 1)[sorted_slots] < 0, 0)
+    if ctx.needs_input_grad[1]:
+        dweights = torch.zeros_like(top_k_weights)
+        for k, positions in enumerate(slot_positions.unbind(1)):
+            products = (dout.to(reference._acc_dtype(y)) * y[positions.clamp(min=0)]).sum(dim=1)
+            dweights[:, k] = products.masked_fill(positions < 0, 0)
+    return dy, dweights, None, None
+
+
+register_autograd(gather, _gather_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))
+register_autograd(combine, _combine_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def _tokens(sorted_slots, slot_positions):

@@ -15,13 +15,14 @@ padding rows on one side: gathered rows, a, and what the gate's backward makes.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from . import gpu, training, tuning
 from .reference import Gate, is_transposed
-from .torch_ops import register_op
+from .torch_ops import needs_gradients, needs_op, register_op
 
 PAD = 64  # as in kernels/routing.py
 RANK_MULTIPLE = 16  # of the joined factors: the least that a dot takes, and 16-byte rows
@@ -57,7 +58,7 @@ def _pass(rows, padded_offsets, down_proj):
     config = gpu.config(rows, down_proj).down
     schedule = gpu.launchers().tile_schedule(padded_offsets, rows, config.BLOCK_M)
     capability = gpu.capability(down_proj.device.index)
-    return _Pass(schedule, gpu.input_precision(), config, capability)
+    return _Pass(schedule, gpu.input_precision(down_proj.dtype), config, capability)
 
 
 def _padded_rows(slots: int, num_experts: int) -> int:
@@ -211,6 +212,26 @@ def _backward_fake(dout, *args):
     return training.empty_gradients(dout, args[:10], args[16])
 
 
+def _size(weight) -> int:
+    """Of an expert's part, given the shape of all; of None, nothing."""
+    return 0 if weight is None else math.prod(weight[1:])
+
+
+def _forward_flops(*args, **_):
+    low_rank = sum(_size(factor) for factor in args[7:11])
+    return training.experts_flops(*args) + 2 * math.prod(args[1]) * low_rank
+
+
+def _backward_flops(dout, *args, **_):
+    of, needs = (_Gradients(*of_inputs) for of_inputs in (args[:10], args[16]))
+    gate_up, down, A1, B1, A2, B2 = (_size(weight) for weight in (of.gate_up, of.down, of.A1, of.B1, of.A2, of.B2))
+    products = down + B2 + A2  # b and v2
+    products += needs.down * down + needs.A2 * A2 + needs.B2 * B2 + needs.B1 * B1
+    products += needs.x * (gate_up + A1) + (needs.x or needs.A1) * B1
+    products += needs.gate_up * gate_up + needs.A1 * A1
+    return 2 * math.prod(of.weights) * products
+
+
 _FACTORS = "Tensor? A1, Tensor? B1, Tensor? A2, Tensor? B2"
 
 _forward_op = register_op(
@@ -218,6 +239,7 @@ _forward_op = register_op(
     f"({training.INPUTS}, {_FACTORS}, {training.GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_gpu,
     fake=_forward_fake,
+    flops=_forward_flops,
 )
 
 _backward_op = register_op(
@@ -228,6 +250,7 @@ _backward_op = register_op(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_gpu,
     fake=_backward_fake,
+    flops=_backward_flops,
 )
 
 training.register_backward(_forward_op, _backward_op, tensors=11)
@@ -235,7 +258,5 @@ training.register_backward(_forward_op, _backward_op, tensors=11)
 
 def moe_experts_lora(*args):
     """The op's arguments, on a GPU -> (T, H). Where nobody needs its opacity or gradient, without the op's dispatch."""
-    needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
-    if needs_grad or torch.compiler.is_compiling():
-        return _forward_op(*args)[0]
-    return _forward_gpu(*args)[0]
+    as_op = needs_op(_forward_op, args[:11]) or needs_gradients(args[:11])
+    return (_forward_op if as_op else _forward_gpu)(*args)[0]

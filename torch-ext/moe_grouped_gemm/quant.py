@@ -32,10 +32,11 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight: (..., N, K), any float dtype; K and N may be any size.
     Returns:
         codes (..., N, K) float8_e4m3fn and scale (..., ceil(N / 128), ceil(K / 128)) fp32, weight ~ codes * scale.
-        Zeros stay zeros, a NaN stays one, and a finite number never becomes one.
+        Zeros stay zeros, and no number becomes infinite or NaN.
     Raises:
         TypeError: not a float dtype.
-        ValueError: fewer than two dimensions.
+        ValueError: fewer than two dimensions; or an infinity or NaN, which would take its whole block along. So does
+            what is no finite number in fp32.
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight: expected a float dtype, got {weight.dtype}")
@@ -54,7 +55,19 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         matrix_scale.copy_((blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp(min=LEAST_SCALE))
         blocks /= matrix_scale[:, None, :, None]
         matrix_codes.copy_(padded[:N, :K].clamp(-FP8_MAX, FP8_MAX))
+    # Any of them shows in the scale of its block: looked for there, at the end, it costs one host sync.
+    if not scale.is_meta and not scale.isfinite().all():
+        _raise_not_finite(weight, scale)
     return codes, scale
+
+
+def _raise_not_finite(weight, scale):
+    """Names the first number that is none; scale tells the matrix, and with it what to look through."""
+    first = (~scale.isfinite()).nonzero()[0, :-2].tolist()
+    matrix = weight[tuple(first)]
+    row, column = (~matrix.float().isfinite()).nonzero()[0].tolist()
+    index = (*first, row, column)
+    raise ValueError(f"weight: expected finite numbers, got {weight[index].item()} at {index}")
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from . import gpu, reference, tuning
 from .checks import FLOATS, device_type, shape
-from .torch_ops import register_op, rejects_transforms
+from .torch_ops import needs_gradients, needs_op, register_autograd, register_op, rejects_transforms, without_autocast
 
 
 @rejects_transforms
@@ -50,11 +50,11 @@ def topk_router(
     inputs = (hidden_states, weight, e_score_correction_bias, top_k, num_group, topk_group)
     inputs += (norm_topk_prob, routed_scaling_factor)
     # As in functional.py: only those who need a custom op pay for one.
-    if torch.compiler.is_compiling():
+    if needs_op(_topk_router_op, inputs[:3]):
         return _topk_router_op(*inputs)
     if hidden_states.device.type == "cpu":
         return reference.topk_router(*inputs)
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
+    if needs_gradients((hidden_states, weight)):
         return _topk_router_op(*inputs)
     return _router_gpu(*inputs)
 
@@ -102,6 +102,7 @@ _topk_router_op = register_op(
     " bool norm_topk_prob, float routed_scaling_factor) -> (Tensor, Tensor, Tensor)",
     _router_forward,
     fake=lambda hidden_states, weight, bias, top_k, *_: _empty(hidden_states, weight, top_k),
+    flops=lambda hidden_states, weight, *_, **__: 2 * hidden_states[0] * weight[0] * weight[1],
 )
 
 
@@ -113,17 +114,18 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dlogits, dweights, _):
     hidden_states, weight, router_logits, topk_indices = ctx.saved_tensors
-    scores = router_logits.gather(1, topk_indices).sigmoid()
-    dscores = dweights * ctx.routed_scaling_factor
-    if ctx.norm_topk_prob:
-        total = scores.sum(dim=1, keepdim=True) + 1e-20
-        dscores = (dscores - (dscores * scores).sum(dim=1, keepdim=True) / total) / total
-    dchosen = dscores * scores * (1 - scores)
-    # Not scatter_add: on CUDA that is atomic. The experts of a token are distinct.
-    dlogits = dlogits + torch.zeros_like(dlogits).scatter(1, topk_indices, dchosen)
+    if dweights is not None:
+        scores = router_logits.gather(1, topk_indices).sigmoid()
+        dscores = dweights * ctx.routed_scaling_factor
+        if ctx.norm_topk_prob:
+            total = scores.sum(dim=1, keepdim=True) + 1e-20
+            dscores = (dscores - (dscores * scores).sum(dim=1, keepdim=True) / total) / total
+        # Not scatter_add: on CUDA that is atomic. The experts of a token are distinct.
+        of_weights = torch.zeros_like(router_logits).scatter(1, topk_indices, dscores * scores * (1 - scores))
+        dlogits = of_weights if dlogits is None else dlogits + of_weights
     needs_x, needs_weight, *_ = ctx.needs_input_grad
     dx = dweight = None
-    with torch.autocast(dlogits.device.type, enabled=False):
+    with without_autocast(dlogits):
         if needs_x:
             dx = (dlogits @ weight.to(dlogits.dtype)).to(hidden_states.dtype)
         if needs_weight:
@@ -131,7 +133,7 @@ def _backward(ctx, dlogits, dweights, _):
     return dx, dweight, *(None,) * 6
 
 
-_topk_router_op.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_topk_router_op, _backward, _setup_context)
 
 
 def _check(hidden_states, weight, e_score_correction_bias, top_k, num_group, topk_group) -> None:

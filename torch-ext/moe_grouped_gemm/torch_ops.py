@@ -1,43 +1,131 @@
-"""How the layer meets torch: `torch.compile`, for which a call is one opaque node, torch.func, and autocast."""
+"""How the layer meets torch: as ops, for whoever has to see a call as one node; autograd; torch.func; autocast."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from typing import Callable
 
 import torch
 from torch import library
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from ._ops import add_op_namespace_prefix
-from .checks import device_type
+from .checks import FLOATS, device_type
+
+# OpOverloadPacket -> its formula, as torch.utils.flop_counter wants it.
+_FLOPS: dict = {}
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
 
-def register_op(name: str, schema: str, impl: Callable, fake: Callable):
+def register_op(name: str, schema: str, impl: Callable, fake: Callable, flops: Callable | None = None):
     """Register `impl` as the op `name` of this kernel's own namespace; returns the callable op.
 
-    Until the op's own `register_autograd`, differentiating it is an error: there second derivatives end. Inside,
-    autocast is off: an op computes in the dtypes that it is given, also in a backward that runs under autocast.
+    Until `register_autograd`, differentiating it is an error: there second derivatives end. Inside, autocast is off: an
+    op computes in the dtypes that it is given, also in a backward that runs under autocast.
 
     Args:
         schema: the op's signature without a name, a tensor first; ops neither mutate nor return their inputs.
         fake: same arguments, returns empty tensors of the result's shapes.
+        flops: same arguments with shapes for tensors, returns what FlopCounterMode counts; None if that is nothing.
     """
 
-    def without_autocast(tensor, *args):
-        with torch.autocast(tensor.device.type, enabled=False):
+    def in_given_dtypes(tensor, *args):
+        with without_autocast(tensor):
             return impl(tensor, *args)
 
-    op = library.custom_op(add_op_namespace_prefix(name), without_autocast, mutates_args=(), schema=schema)
+    op = library.custom_op(add_op_namespace_prefix(name), in_given_dtypes, mutates_args=(), schema=schema)
     op.register_fake(fake)
+    if flops is not None:
+        _FLOPS[op._opoverload.overloadpacket] = flops
+        _tell_flop_counters()
 
     def backward(ctx, *grads):
         raise NotImplementedError(
             f"moe_grouped_gemm: {name} cannot be differentiated; second derivatives are not supported"
         )
 
-    op.register_autograd(backward)
+    register_autograd(op, backward)
     return op
+
+
+def register_autograd(op, backward: Callable, setup_context: Callable | None = None) -> None:
+    """As the op's own, but undefined gradients of outputs are None; if all are, no input gets one, as torch has it.
+
+    Zeros in their place would be of the size of the outputs, also of those that only the backward reads.
+    """
+
+    def setup(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    def backward_if_defined(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    op.register_autograd(backward_if_defined, setup_context=setup)
+
+
+def needs_op(op, tensors) -> bool:
+    """Whether a call with these first arguments of `op` has to be one; elsewhere inference does without its dispatch.
+
+    Where somebody looks on who has to see one node: torch.compile, export, jit.trace, a dispatch mode (make_fx,
+    FakeTensorMode, FlopCounterMode, ...). And where a tensor's memory is not for us to read: on meta, or of a subclass,
+    which may have none, or take the op apart itself.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not _PLAIN.issuperset(map(type, tensors)):
+        refuse_dtensors(zip((argument.name for argument in op._opoverload._schema.arguments), tensors))
+        return True
+    if _len_torch_dispatch_stack():
+        _tell_flop_counters()
+        return True
+    return _get_tracing_state() is not None or tensors[0].is_meta
+
+
+def needs_gradients(tensors) -> bool:
+    """Whether gradients of a call with these may be asked for.
+
+    jit.trace runs a function again without gradients, and refuses it if that makes another graph: grad mode says
+    nothing there.
+    """
+    if not torch.is_grad_enabled() and _get_tracing_state() is None:
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def refuse_dtensors(named_tensors) -> None:
+    """torch would say that our ops have no sharding strategy."""
+    for name, x in named_tensors:
+        if type(x) not in _PLAIN and hasattr(x, "to_local"):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a {type(x).__name__}; pass its local one, x.to_local()"
+            )
+
+
+def _tell_flop_counters() -> None:
+    """Give our formulas to torch.utils.flop_counter, if it is there: importing it imports Triton.
+
+    It may have been imported, and a counter been made, after us: those on duty are told as well.
+    """
+    flop_counter = sys.modules.get("torch.utils.flop_counter")
+    if flop_counter is None:
+        return
+    registries = [flop_counter.flop_registry]
+    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            registries.append(counter.flop_registry)
+    for op, formula in _FLOPS.items():
+        formula = flop_counter.shape_wrapper(formula)
+        for registry in registries:
+            registry.setdefault(op, formula)
 
 
 def rejects_transforms(function: Callable) -> Callable:
@@ -59,9 +147,17 @@ def rejects_transforms(function: Callable) -> Callable:
 
 
 def autocast(hidden_states, *weights):
-    """The operands of the GEMMs in the dtype that `torch.autocast` asks for, if it is on."""
+    """The operands of the GEMMs in the dtype that `torch.autocast` asks for, if it is on.
+
+    As torch does, but for what is not to be cast silently: fp64 stays, and so does what no GEMM here takes.
+    """
     device = device_type("hidden_states", hidden_states)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return hidden_states, *weights
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x is None else x.to(dtype) for x in (hidden_states, *weights))
+    return tuple(x.to(dtype) if x is not None and x.dtype in FLOATS["cuda"] else x for x in (hidden_states, *weights))
+
+
+def without_autocast(x: torch.Tensor):
+    """A context in which autocast is off for what is computed from x; on meta it never is on."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import gpu, reference, tuning
 from .reference import Gate, is_transposed
 from .routing import route_fake, route_torch
-from .torch_ops import register_op
+from .torch_ops import register_autograd, register_op
 
 INPUTS = (
     "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
@@ -27,7 +29,7 @@ def _training_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
     with torch.cuda.device_of(hidden_states):
         if hidden_states.stride(1) != 1:
             hidden_states = hidden_states.contiguous()
-        precision = gpu.input_precision()
+        precision = gpu.input_precision(z.dtype)
         up_config, down_config = gpu.config(z.shape[0], down_proj)
         *routing, schedule = kernels.route(top_k_index.contiguous(), experts, up_config.BLOCK_M)
         _, sorted_slots, slot_positions = routing
@@ -50,11 +52,17 @@ def training_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, *_):
     return out, z, *route_fake(top_k_index, gate_up_proj.shape[0])
 
 
+def experts_flops(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *_, **__):
+    """Of shapes: two for each product of each slot, skipped or not, which only the device knows."""
+    return 2 * math.prod(top_k_index) * (math.prod(gate_up_proj[1:]) + math.prod(down_proj[1:]))
+
+
 training_op = register_op(
     "moe_experts_training",
     f"({INPUTS}, {GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _training_forward,
     fake=training_fake,
+    flops=experts_flops,
 )
 
 
@@ -84,7 +92,7 @@ def _backward_gpu(
         # What the kernels read row by row.
         dout, hidden_states = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, hidden_states))
         top_k_weights = top_k_weights.contiguous()
-        precision = gpu.input_precision()
+        precision = gpu.input_precision(z.dtype)
         experts, top_k = gate_up_proj.shape[0], top_k_weights.shape[1]
         gemm_config = gpu.config(z.shape[0], down_proj).down
         wgrad_config = tuning.wgrad_config(z.shape[0], experts, z.dtype, gpu.capability(dout.device.index))
@@ -144,6 +152,12 @@ def empty_gradients(dout, inputs, needs_grad):
     return tuple(t if needed else dout.new_empty(0) for t, needed in zip(empty, needs_grad))
 
 
+def _backward_flops(dout, hidden_states, top_k_weights, gate_up_proj, down_proj, *args, **_):
+    needs_x, _, needs_gate_up, needs_down, *_ = args[6]
+    gate_up, down = (2 * math.prod(top_k_weights) * math.prod(weight[1:]) for weight in (gate_up_proj, down_proj))
+    return gate_up * (needs_x + needs_gate_up) + down * (1 + needs_down)
+
+
 _backward_op = register_op(
     "moe_experts_backward",
     "(Tensor dout, Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj,"
@@ -151,6 +165,7 @@ _backward_op = register_op(
     f" Tensor slot_positions, bool[] needs_grad, {GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     fake=lambda dout, *args: empty_gradients(dout, args[:6], args[10]),
+    flops=_backward_flops,
 )
 
 
@@ -165,7 +180,6 @@ def register_backward(forward_op, backward_op, tensors: int) -> None:
         hidden_states, _, *others = inputs[:tensors]
         ctx.gate = inputs[tensors:]
         ctx.save_for_backward(hidden_states, *others, *output[1:])
-        ctx.set_materialize_grads(False)  # of the outputs that only the backward reads: zeros of their size
 
     def backward(ctx, dout, *_):
         needs_x, _, *needs_others = ctx.needs_input_grad[:tensors]
@@ -174,7 +188,7 @@ def register_backward(forward_op, backward_op, tensors: int) -> None:
         dx, *others = (grad if needed else None for grad, needed in zip(grads, needs_grad))
         return dx, None, *others, *(None for _ in ctx.gate)
 
-    forward_op.register_autograd(backward, setup_context=setup_context)
+    register_autograd(forward_op, backward, setup_context)
 
 
 register_backward(training_op, _backward_op, tensors=7)

@@ -27,9 +27,13 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int
     USE_TMA: bool
-    # The kernel of grouped_gemm_hopper.py, whose tiles are 128, 64, 256, 64; over fp8 weights those of fp8_hopper.py or
+    # The kernel of grouped_gemm_hopper.py, for tiles like SPECIALIZED_TILE; over fp8 weights those of fp8_hopper.py or
     # fp8_weights_hopper.py, for both GEMMs where the down GEMM says so.
     WARP_SPECIALIZED: bool = False
+
+
+# The one tile of that kernel, whose schedule and shared memory are made for it.
+SPECIALIZED_TILE = {"BLOCK_M": 128, "MIN_M": 64, "BLOCK_N": 256, "BLOCK_K": 64}
 
 
 class DecodeConfig(NamedTuple):
@@ -205,7 +209,7 @@ def _table(shape, dtype, capability, device_name):
     """(Average rows per expert up to which a configuration serves, configuration), ascending; the last has no limit."""
     path = config_path(shape, dtype, device_name)
     try:
-        entries = read_configs(path)
+        entries = read_configs(path, dtype, capability)
     except FileNotFoundError:
         return _heuristics(dtype, capability)
     except (OSError, ValueError) as error:
@@ -293,12 +297,12 @@ def config_path(shape, dtype: torch.dtype, device_name: str) -> Path:
     return CONFIGS / f"E={experts},H={hidden_dim},I={inter},dtype={dtype_name},device={device}.json"
 
 
-def read_configs(path: Path) -> list[tuple[int, ExpertsConfig]]:
+def read_configs(path: Path, dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple[int, ExpertsConfig]]:
     """(rows it was tuned for, configuration) of each entry of a tuned file, rows ascending.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not what scripts/tune.py writes.
+        ValueError: it is not what scripts/tune.py writes, or cannot work for this dtype on such a GPU.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     _check_fields("the file", content, ["tuned_with", "entries"])
@@ -308,11 +312,15 @@ def read_configs(path: Path) -> list[tuple[int, ExpertsConfig]]:
     for i, entry in enumerate(content["entries"]):
         _check_fields(f"entry {i}", entry, ["rows", "gate_up", "down"])
         rows = entry["rows"]
-        if type(rows) is not int or rows <= last_rows:
-            raise ValueError(f"entry {i}: rows: expected an integer above {last_rows}, got {rows!r}")
+        if type(rows) is not int or not last_rows < rows < 2**31:
+            raise ValueError(f"entry {i}: rows: expected an integer above {last_rows} and below 2**31, got {rows!r}")
         up, down = (_gemm_config(f"entry {i}: {name}", entry[name]) for name in ("gate_up", "down"))
         if (up.BLOCK_M, up.MIN_M) != (down.BLOCK_M, down.MIN_M):
             raise ValueError(f"entry {i}: gate_up and down must share BLOCK_M and MIN_M")
+        for name, config in (("gate_up", up), ("down", down)):
+            fault = fault_of(name, config, dtype, capability)
+            if fault:
+                raise ValueError(f"entry {i}: {name}: {fault}")
         entries.append((rows, ExpertsConfig(up, down)))
         last_rows = rows
     return entries
@@ -340,3 +348,42 @@ def _gemm_config(name, value) -> GemmConfig:
     if config.MIN_M > config.BLOCK_M:
         raise ValueError(f"{name}: MIN_M {config.MIN_M} exceeds BLOCK_M {config.BLOCK_M}")
     return config
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may use at most (CUDA C++ programming guide)."""
+    if capability[0] in (9, 10, 11):
+        return 227 * 1024
+    return (163 if capability in ((8, 0), (8, 7)) else 99) * 1024
+
+
+def fault_of(kernel: str, config: GemmConfig, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Why "gate_up" or "down" cannot run so on any GPU of this compute capability: a field, and what it must be."""
+    if config.WARP_SPECIALIZED:
+        if kernel != "down" or capability[0] != 9 or dtype.itemsize != 2:
+            return "WARP_SPECIALIZED: only the down GEMM, for 16 bits on Hopper, has such a kernel"
+        if not config.USE_TMA:
+            return "USE_TMA: expected true with WARP_SPECIALIZED"
+        for field, size in SPECIALIZED_TILE.items():
+            if getattr(config, field) != size:
+                return f"{field}: expected {size} with WARP_SPECIALIZED, got {getattr(config, field)}"
+    if config.USE_TMA and capability[0] < 9:
+        return f"USE_TMA: expected false for compute capability {capability[0]}.{capability[1]}"
+    # gate_up reads rows of gate and of up, the warp-specialized kernel two boxes.
+    weight_rows = config.BLOCK_N * (2 if kernel == "gate_up" else 1)
+    boxes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": weight_rows, "BLOCK_K": config.BLOCK_K}
+    for field, size in boxes.items():
+        if config.USE_TMA and size > 256:
+            return f"{field}: {size} rows or columns are more than the 256 that TMA loads at a time"
+    if config.num_warps > 32:
+        return f"num_warps: expected at most 32, got {config.num_warps}"
+    if config.GROUP_M > 2**15:  # times the number of column tiles an int32
+        return f"GROUP_M: expected at most {2**15}, got {config.GROUP_M}"
+    if config.BLOCK_M * weight_rows > 255 * 32 * config.num_warps:
+        return f"num_warps: {config.num_warps} have no registers for {config.BLOCK_M} x {weight_rows} sums"
+    size = config.num_stages * (config.BLOCK_M + weight_rows) * config.BLOCK_K * dtype.itemsize
+    if size > shared_memory(capability):
+        return (
+            f"num_stages: {config.num_stages} of them need {size} bytes of the {shared_memory(capability)} shared ones"
+        )
+    return None

@@ -1,7 +1,7 @@
 """Triton device code and launchers, one file per stage."""
 
 from .backward import gather, row_sums, scale_rows, wgrad
-from .combine import combine, zero_skipped
+from .combine import combine, zero_skipped, zero_tail
 from .decode import down_decode, gate_up_decode
 from .decode_fp8 import down_decode_fp8, gate_up_decode_fp8
 from .dgrad_fp8 import dgrad_fp8
@@ -45,4 +45,5 @@ __all__ = [
     "tile_schedule",
     "wgrad",
     "zero_skipped",
+    "zero_tail",
 ]

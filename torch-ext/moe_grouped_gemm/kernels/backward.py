@@ -158,8 +158,9 @@ def gather(x, slots, expert_offsets, top_k, out=None):
     launch(
         _gather_kernel,
         (cdiv(slots.numel(), rows), cdiv(hidden_dim, block_h), 1),
-        (x, slots, expert_offsets, out, experts, top_k, hidden_dim, x.stride(0), rows, block_h),
-        (x.device, x.dtype, x.data_ptr() % 16, experts, top_k, hidden_dim, x.stride(0)),
+        (x, slots, expert_offsets, out),
+        (),
+        (experts, top_k, hidden_dim, x.stride(0), rows, block_h),
         num_warps=4,
     )
     return out
@@ -173,8 +174,9 @@ def scale_rows(x, top_k_weights, slots, expert_offsets):
     launch(
         _scale_rows_kernel,
         (rows // 16, 1, 1),
-        (x, top_k_weights, slots, expert_offsets, out, experts, N, 16, next_power_of_2(N)),
-        (x.device, x.dtype, top_k_weights.dtype, top_k_weights.data_ptr() % 16, experts, N),
+        (x, top_k_weights, slots, expert_offsets, out),
+        (),
+        (experts, N, 16, next_power_of_2(N)),
         num_warps=4,
     )
     return out
@@ -190,22 +192,13 @@ def wgrad(p, q, expert_offsets, input_precision, config):
     dw = torch.empty((experts, M, N), dtype=p.dtype, device=p.device)
     if config.WARP_SPECIALIZED:
         return wgrad_hopper(p, q, expert_offsets, config, dw)
-    sizes = (M, N, p.stride(0), q.stride(0))
-    constants = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, input_precision)
+    blocks = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
     launch(
         _wgrad_kernel,
         (experts * cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N), 1, 1),
-        (p, q, dw, expert_offsets, *sizes, *constants),
-        (
-            p.device,
-            p.dtype,
-            p.data_ptr() % 16,
-            q.data_ptr() % 16,
-            sizes,
-            constants,
-            config.num_warps,
-            config.num_stages,
-        ),
+        (p, q, dw, expert_offsets),
+        (),
+        (M, N, p.stride(0), q.stride(0), *blocks, input_precision),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -223,12 +216,12 @@ def row_sums(p, sorted_slots, expert_offsets, top_k_weights=None):
     top_k = top_k_weights.shape[1] if gather else 1
     weights = top_k_weights if gather else expert_offsets  # or any other, which is not read
     sums = torch.empty((experts, N), dtype=p.dtype, device=p.device)
-    sizes, constants = (top_k, N, p.stride(0)), (32, 64, gather)
     launch(
         _row_sums_kernel,
         (experts, cdiv(N, 64), 1),
-        (p, sums, sorted_slots, weights, expert_offsets, *sizes, *constants),
-        (p.device, p.dtype, weights.dtype, p.data_ptr() % 16, weights.data_ptr() % 16, sizes, constants),
+        (p, sums, sorted_slots, weights, expert_offsets),
+        (),
+        (top_k, N, p.stride(0), 32, 64, gather),
         num_warps=4,
     )
     return sums

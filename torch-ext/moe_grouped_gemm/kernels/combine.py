@@ -4,6 +4,9 @@ The products and the sum over k are fp32, in the order of k. Grid: (T, cdiv(H, B
 
 Where top_k is 1 the down GEMM stores its rows in token order itself; what is left for `zero_skipped` are the rows of
 tokens that no expert here has. Grid: (cdiv(T, BLOCK_T), cdiv(H, BLOCK_H)).
+
+A GEMM in expert order leaves the rows of no expert, which come last, to `zero_tail`. Grid: (programs that share them,
+few, so that they cost nothing where there are none; cdiv(N, BLOCK_N)).
 """
 
 import torch
@@ -45,8 +48,9 @@ def combine(y, slot_positions, top_k_weights):
     launch(
         _combine_kernel,
         (tokens, cdiv(hidden_dim, block_h), 1),
-        (y, slot_positions, top_k_weights, out, top_k, hidden_dim, block_h),
-        (y.device, y.dtype, top_k_weights.dtype, top_k_weights.data_ptr() % 16, top_k, hidden_dim),
+        (y, slot_positions, top_k_weights, out),
+        (),
+        (top_k, hidden_dim, block_h),
         num_warps=4,
     )
     return out
@@ -79,7 +83,41 @@ def zero_skipped(out, slot_positions):
     launch(
         _zero_skipped_kernel,
         (cdiv(tokens, 16), cdiv(hidden_dim, block_h), 1),
-        (out, slot_positions, tokens, hidden_dim, 16, block_h),
-        (out.device, out.dtype, hidden_dim),
+        (out, slot_positions),
+        (tokens,),
+        (hidden_dim, 16, block_h),
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _zero_tail_kernel(
+    y_ptr,  # (S, N)
+    expert_offsets_ptr,  # (E + 1,) int32
+    rows,  # S
+    E,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+    first = tl.load(expert_offsets_ptr + E) + tl.program_id(0) * BLOCK_M
+    for row in range(first, rows, tl.num_programs(0) * BLOCK_M):
+        y_ptrs = y_ptr + (row + offs_m)[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(y_ptrs, zeros, mask=(row + offs_m < rows)[:, None] & (offs_n < N)[None, :])
+
+
+def zero_tail(y, expert_offsets):
+    """The rows of y (S, N) from expert_offsets[E] on become zero."""
+    rows, N = y.shape
+    block_n = min(512, next_power_of_2(N))
+    launch(
+        _zero_tail_kernel,
+        (min(128, cdiv(rows, 8)), cdiv(N, block_n), 1),
+        (y, expert_offsets),
+        (rows,),
+        (expert_offsets.numel() - 1, N, 8, block_n),
         num_warps=4,
     )

@@ -177,13 +177,12 @@ def gate_up_decode_fp8(x, w, w_scale, top_k_index, gate, config):
     shift = scale_shift(inter, w_scale.shape[1])
     sizes = (top_k, experts, inter, hidden_dim, shift, w_scale.shape[1], x.stride(0), w.stride(0), w.stride(1))
     constants = (config.BLOCK_N, config.BLOCK_K // BLOCK, warp_size(x.device), tuple(gate))
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16, top_k_index.data_ptr() % 16)
-    types = (x.device, x.dtype, w.dtype, w_scale.dtype, top_k_index.dtype)
     launch(
         _gate_up_decode_fp8_kernel,
         (slots, cdiv(inter, config.BLOCK_N), 1),
-        (x, w, w_scale, a, top_k_index, *sizes, *constants),
-        (types, alignment, sizes, constants, config.num_warps),
+        (x, w, w_scale, a, top_k_index),
+        (),
+        (*sizes, *constants),
         num_warps=config.num_warps,
     )
     return a
@@ -196,13 +195,13 @@ def down_decode_fp8(a, w, w_scale, top_k_index, top_k_weights, config):
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
     sizes = (top_k, experts, inter, hidden_dim, w.stride(0), w.stride(1))
     constants = (config.BLOCK_N, config.BLOCK_K // BLOCK, warp_size(a.device))
-    tensors = (w, w_scale, top_k_index, top_k_weights)
     num_warps = min(config.num_warps, next_power_of_2(top_k))
     launch(
         _down_decode_fp8_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, w, w_scale, top_k_index, top_k_weights, out, *sizes, *constants),
-        (a.device, a.dtype, *((t.dtype, t.data_ptr() % 16) for t in tensors), sizes, constants, num_warps),
+        (a, w, w_scale, top_k_index, top_k_weights, out),
+        (),
+        (*sizes, *constants),
         num_warps=num_warps,
     )
     return out

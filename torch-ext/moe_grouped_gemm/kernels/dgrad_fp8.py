@@ -45,7 +45,8 @@ def _dgrad_fp8_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
     if not USE_TMA:
-        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]
+        stride_wk = tl.cast(stride_wk, tl.int64)
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :]
     n_blocks = tl.cdiv(N, _BLOCK)
     w_scale_ptr += expert.to(tl.int64) * scale_rows * n_blocks + tile_n * BLOCK_N // _BLOCK
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -75,13 +76,13 @@ def dgrad_fp8(x, w, w_scale, schedule, input_precision, config, shift=0):
     block_m, _, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     sizes = (K, N, shift, w_scale.shape[1], w.stride(0), w.stride(1))
     constants = (block_m, block_n, block_k, group_m, use_tma, input_precision)
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16)
+    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w
     launch(
         _dgrad_fp8_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w, w_scale, y)
-        + (schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, w.dtype, w_scale.dtype, alignment, sizes, constants, num_warps, num_stages),
+        (x, w_arg, w_scale, y, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -49,9 +49,8 @@ def _load_weight(
         offs_n = row + tl.arange(0, BLOCK_N)
         offs_k = k + tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_n[:, None].to(tl.int64) * stride_wn
-        return tl.load(
-            w_ptrs + offs_k[None, :] * stride_wk, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0
-        )
+        w_ptrs += offs_k[None, :] * tl.cast(stride_wk, tl.int64)
+        return tl.load(w_ptrs, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -339,13 +338,12 @@ def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, inp
     one_scale = (inter + shift) % block_n == 0
     constants = (block_m, min_m, block_n, block_k, group_m, use_tma, one_scale, tuple(gate), input_precision)
     w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k]) if use_tma else w
-    types = (x.device, x.dtype, w.dtype, w_scale.dtype, z is None)
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16)
     launch(
         _gate_up_fp8_kernel,
         (tiles * cdiv(inter, block_n), 1, 1),
-        (x, x_scale, w_arg, w_scale, a, a_scale, z, sorted_slots, schedule, tiles, *sizes, *constants),
-        (types, alignment, sizes, constants, num_warps, num_stages),
+        (x, x_scale, w_arg, w_scale, a, a_scale, z, sorted_slots, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -367,13 +365,12 @@ def grouped_gemm_fp8(x, x_scale, w, w_scale, schedule, input_precision, config, 
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
         w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
-    types = (x.device, x.dtype, w.dtype, w_scale.dtype, y.dtype)
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, w_scale.data_ptr() % 16)
     launch(
         _grouped_gemm_fp8_kernel,
         (tiles * cdiv(N, 2 * block_n), 1, 1),
-        (x, x_arg, x_scale, w_arg, w_scale, y, schedule, tiles, *sizes, *constants),
-        (types, alignment, sizes, constants, num_warps, num_stages),
+        (x, x_arg, x_scale, w_arg, w_scale, y, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -165,14 +165,12 @@ def _launch(x, x_scale, w, w_scale, y, y_scale, schedule, shift, config, gate):
     N, K = y.shape[1], x.shape[1]
     # Rows of y pass through shared memory on their way out; in fp32 they need what a stage has.
     num_stages = config.num_stages if y.element_size() <= 2 else config.num_stages - 1
-    constants = (config.GROUP_M, num_stages, gate)
-    sizes = (N, K, shift, w_scale.shape[1])
     launch(
         _fp8_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [128, 128]), x_scale, _rows_descriptor(w, [128, 128]), w_scale, y, y_scale, schedule)
-        + (x.shape[0], schedule.shape[1], *sizes, *constants),
-        (x.device, w_scale.dtype, w_scale.data_ptr() % 16, y.dtype, sizes, constants),
+        (_rows_descriptor(x, [128, 128]), x_scale, _rows_descriptor(w, [128, 128]), w_scale, y, y_scale, schedule),
+        (x.shape[0], schedule.shape[1]),
+        (N, K, shift, w_scale.shape[1], config.GROUP_M, num_stages, gate),
         num_warps=4,
     )
 

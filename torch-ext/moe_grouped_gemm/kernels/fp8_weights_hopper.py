@@ -33,6 +33,7 @@ from .quantize import BLOCK, _load_scale
 from .tiles import locate_tile
 
 _BLOCK = gl.constexpr(BLOCK)
+_W_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
 @gluon.jit
@@ -151,11 +152,10 @@ def _fp8_weights_hopper_kernel(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     TRANSPOSED: gl.constexpr,
-    W_LAYOUT: gl.constexpr,
 ):
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED else [STAGES, BLOCK_N, BLOCK_K]
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(x_desc.dtype, W_SHAPE, W_LAYOUT)
+    w_smem = gl.allocate_shared_memory(x_desc.dtype, W_SHAPE, _W_LAYOUT)
     codes_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS))
     codes = (codes_smem, _barriers(STAGES, 1))
@@ -183,15 +183,12 @@ def fp8_weights_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False
     """
     N, K = y.shape[1], x.shape[1]
     box = [BLOCK_K.value, BLOCK_N.value] if transposed else [BLOCK, BLOCK_K.value]
-    w_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    constants = (config.GROUP_M, 3, transposed, w_layout)
-    sizes = (N, K, *w_scale.shape[1:])
     launch(
         _fp8_weights_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [BLOCK_M.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y)
-        + (schedule, schedule.shape[1], *sizes, *constants),
-        (x.device, x.dtype, w_scale.dtype, w_scale.data_ptr() % 16, sizes, constants[:3]),
+        (_rows_descriptor(x, [BLOCK_M.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y, schedule),
+        (schedule.shape[1],),
+        (N, K, *w_scale.shape[1:], config.GROUP_M, 3, transposed),
         num_warps=4,
     )
     return y

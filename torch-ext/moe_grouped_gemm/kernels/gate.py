@@ -198,8 +198,9 @@ def glu(z, slots, expert_offsets, gate):
     launch(
         _glu_kernel,
         (cdiv(rows, block_m), 1, 1),
-        (z, slots, expert_offsets, a, experts, inter, block_m, block_i, tuple(gate)),
-        (z.device, z.dtype, experts, inter, tuple(gate)),
+        (z, slots, expert_offsets, a),
+        (),
+        (experts, inter, block_m, block_i, tuple(gate)),
         num_warps=4,
     )
     return a
@@ -216,13 +217,12 @@ def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, gate, 
     weighted_a = torch.empty_like(b) if needs_a else None
     dweights = torch.zeros(z_positions.numel(), dtype=torch.float32, device=b.device)
     block_m, block_i = 4, min(256, next_power_of_2(inter))
-    alignment = (z.data_ptr() % 16, top_k_weights.data_ptr() % 16, z_positions.data_ptr() % 16)
     launch(
         _glu_backward_kernel,
         (rows // block_m, 1, 1),
-        (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights, experts, inter)
-        + (block_m, block_i, tuple(gate)),
-        (b.device, b.dtype, top_k_weights.dtype, needs_a, alignment, experts, inter, tuple(gate)),
+        (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights),
+        (),
+        (experts, inter, block_m, block_i, tuple(gate)),
         num_warps=4,
     )
     return dz, weighted_a, dweights

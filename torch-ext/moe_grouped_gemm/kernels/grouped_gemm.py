@@ -130,10 +130,11 @@ def _gate_up_tile(
             w_rows = columns + tl.arange(0, 2 * BLOCK_N) // BLOCK_N * I
         else:
             w_rows = offs_n
+        stride_wk = tl.cast(stride_wk, tl.int64)
         w_ptrs += (
             expert.to(tl.int64) * stride_we + w_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
         )
-        up_offset = I.to(tl.int64) * stride_wn
+        up_offset = tl.cast(I, tl.int64) * stride_wn
 
     if ONE_DOT:
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N) if ROWS_FIRST else (2 * BLOCK_N, BLOCK_M), tl.float32)
@@ -311,6 +312,7 @@ def _grouped_gemm_tile(
     if not TMA_X:
         x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
     if not TMA_W:
+        stride_wk = tl.cast(stride_wk, tl.int64)
         w_ptrs = (
             w_ptr
             + expert.to(tl.int64) * stride_we
@@ -459,12 +461,12 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
     elif use_tma:
         shape, strides = [w.shape[0], 2, inter, hidden_dim], [w.stride(0), inter * w.stride(1), w.stride(1), 1]
         w_arg = TensorDescriptor(w, shape, strides, [1, 2 if min_m >= 64 else 1, block_n, block_k])
-    alignment = (x.data_ptr() % 16, w.data_ptr() % 16, None if bias is None else bias.data_ptr() % 16)
     launch(
         _gate_up_kernel,
         (tiles * cdiv(inter, block_n), 1, 1),
-        (x, w_arg, bias, a, z, sorted_slots, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, z is None, alignment, sizes, constants, num_warps, num_stages),
+        (x, w_arg, bias, a, z, sorted_slots, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -496,12 +498,12 @@ def grouped_gemm(
     if use_tma:
         x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
         w_arg = _descriptor(w, block_n, block_k)
-    vectors = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in (row_weights, bias, u, factor)]
     launch(
         _grouped_gemm_kernel,
         (tiles * cdiv(N, block_n), 1, 1),
-        (x, x_arg, w_arg, bias, u, factor, y, sorted_slots, row_weights, schedule, tiles, *sizes, *constants),
-        (x.device, x.dtype, *vectors, x.data_ptr() % 16, w.data_ptr() % 16, sizes, constants, num_warps, num_stages),
+        (x, x_arg, w_arg, bias, u, factor, y, sorted_slots, row_weights, schedule),
+        (tiles,),
+        (*sizes, *constants),
         num_warps=num_warps,
         num_stages=num_stages,
     )

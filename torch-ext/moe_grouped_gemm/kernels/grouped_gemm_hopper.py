@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..tuning import SPECIALIZED_TILE
 from .launch import cdiv, launch, multiprocessors
 from .tiles import locate_tile
 
@@ -29,10 +30,10 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 CONSUMERS = gl.constexpr(2)
-BLOCK_M = gl.constexpr(128)
-ROWS = gl.constexpr(64)  # of a consumer
-BLOCK_N = gl.constexpr(256)
-BLOCK_K = gl.constexpr(64)  # 128 bytes: what TMA swizzles
+BLOCK_M = gl.constexpr(SPECIALIZED_TILE["BLOCK_M"])
+ROWS = gl.constexpr(SPECIALIZED_TILE["MIN_M"])  # of a consumer
+BLOCK_N = gl.constexpr(SPECIALIZED_TILE["BLOCK_N"])
+BLOCK_K = gl.constexpr(SPECIALIZED_TILE["BLOCK_K"])  # 128 bytes: what TMA swizzles
 QUEUE = gl.constexpr(2)  # tiles that the consumers may lag behind the loader
 
 
@@ -150,9 +151,8 @@ def _load(
     factor_desc=None,
     RANK_STEPS: gl.constexpr = 0,  # through these two, after those through x and w
 ):
-    # Not `_`, which would have one type here and another in the loop: Triton refuses that.
-    n_tiles, K = sizes[0], sizes[3]
-    x_smem, w_smem = stages[0], stages[1]
+    n_tiles, second, N, K = sizes
+    x_smem, w_smem, full, free = stages
     STEP: gl.constexpr = x_smem.shape[2]
     num_tiles = _number_of_tiles(schedule, n_tiles)
     stage = 0
@@ -405,14 +405,12 @@ def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weight
         u, factor = low_rank
         u_desc, factor_desc = _rows_descriptor(u, [128, 64]), _rows_descriptor(factor, [128, 64])
         rank_steps = cdiv(u.shape[1], BLOCK_K.value)
-    constants = (config.GROUP_M, config.num_stages, transposed, rank_steps)
-    weights_key = None if row_weights is None else (row_weights.dtype, row_weights.data_ptr() % 16)
     launch(
         _grouped_gemm_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [128, 64]), w_desc, u_desc, factor_desc, y, sorted_slots, row_weights, schedule)
-        + (schedule.shape[1], N, K, *constants),
-        (x.device, x.dtype, weights_key, N, K, constants),
+        (_rows_descriptor(x, [128, 64]), w_desc, u_desc, factor_desc, y, sorted_slots, row_weights, schedule),
+        (schedule.shape[1],),
+        (N, K, config.GROUP_M, config.num_stages, transposed, rank_steps),
         num_warps=4,
     )
     return y
@@ -424,9 +422,9 @@ def wgrad_hopper(p, q, expert_offsets, config, dw):
     launch(
         _wgrad_hopper_kernel,
         (multiprocessors(p.device), 1, 1),
-        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets, experts, M, N)
-        + (config.num_stages,),
-        (p.device, p.dtype, experts, M, N, expert_offsets.data_ptr() % 16, config.num_stages),
+        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets),
+        (),
+        (experts, M, N, config.num_stages),
         num_warps=4,
     )
     return dw

@@ -1,11 +1,18 @@
 """Launching without the specialisation of every argument at every call, which takes longer than a small layer runs."""
 
+import contextlib
 import functools
+import os
 
 import torch
+from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 
 _compiled = {}
+
+# AMD's compiler specialises on whether 32-bit offsets reach all of a tensor's storage.
+REACH_MATTERS = torch.version.hip is not None
 
 
 @functools.cache
@@ -17,7 +24,8 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def warp_size(device: torch.device) -> int:
     """Threads of a warp of this device, which is the current one."""
-    return driver.active.get_current_target().warp_size
+    with explained():
+        return driver.active.get_current_target().warp_size
 
 
 # Triton's own functions of these names are wrapped for use inside kernels too, at 2 us a call.
@@ -30,19 +38,96 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch(kernel, grid, args, key, **options):
-    """kernel[grid](*args, **options), with the compiled kernel remembered under `key`.
+def launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages=None):
+    """kernel[grid](*tensors, *numbers, *constants), and the compiled kernel remembered.
+
+    Under all that Triton specialises on, so that callers need not know: device, dtypes and alignment of the tensors,
+    values of the constants.
 
     Args:
         grid: three integers.
-        args: every parameter of the kernel in order, constexprs too.
-        key: hashable, different wherever Triton would specialise differently: device, dtypes, whether pointers and
-            integers are divisible by 16, constexprs. Integers that a kernel does not specialise on may vary.
+        tensors: or None in place of one, or descriptors, whose boxes follow from dtypes and constants. The last one is
+            a tensor.
+        numbers: that the kernel does not specialise on: floats, and its `do_not_specialize`.
+        constants: integers and constexprs.
+    Raises:
+        ValueError: a tensor has elements and no memory; the kernel would read at address 0.
     """
-    key = (kernel, key)
+    # Its function in place of the kernel, whose hash takes Triton a microsecond.
+    key = [kernel.fn, constants, num_warps, num_stages]
+    addresses = 0
+    for x in tensors:
+        if x is None:
+            key.append(None)
+            continue
+        if not isinstance(x, Tensor):
+            x = x.base  # which a descriptor demands to be aligned
+        address = x.data_ptr()
+        if not address:
+            _check_address(x)
+        addresses |= address
+        key.append(x.dtype)
+    key.append(x.device)
+    if addresses % 16 or REACH_MATTERS:
+        key += [_alignment_and_reach(x) for x in tensors]
+    key = tuple(key)
     compiled = _compiled.get(key)
-    if compiled is None:
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return
+    options = {} if num_stages is None else {"num_stages": num_stages}
+    with explained():
         # The interpreter compiles nothing and returns None.
-        _compiled[key] = kernel[grid](*args, enable_fp_fusion=True, **options)
-    else:
-        compiled[grid](*args)
+        _compiled[key] = kernel[grid](
+            *tensors, *numbers, *constants, enable_fp_fusion=True, num_warps=num_warps, **options
+        )
+
+
+def _alignment_and_reach(x):
+    return (x.data_ptr() % 16, x.untyped_storage().nbytes() < 2**31) if isinstance(x, Tensor) else None
+
+
+def _check_address(x):
+    """That of a fake tensor, or of a wrapper around others, is 0. So it is on "meta", where kernels only compile."""
+    if x.numel() and not x.is_meta:
+        raise ValueError(
+            f"a kernel cannot read {type(x).__name__} {tuple(x.shape)} on {x.device}, which has no memory of its own; "
+            "expected plain tensors, in place of a wrapper such as DTensor its local one"
+        )
+
+
+@contextlib.contextmanager
+def explained():
+    """What keeps Triton from building its launcher or from writing its cache becomes an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        remedy = _remedy(error)
+        if remedy is None:
+            raise
+        raise RuntimeError(f"moe_grouped_gemm: Triton cannot compile: {remedy}") from error
+
+
+def _remedy(error):
+    """What to do about an error, or None: then it is not about what Triton runs and writes."""
+    compiler = os.environ.get("CC")
+    if isinstance(error, OSError) and compiler is not None and error.filename == compiler:
+        return f"CC={compiler!r} cannot be run ({error.strerror}). Unset CC, or have it name a C compiler."
+    if isinstance(error, OSError):
+        return (
+            f"{error}. It writes to {knobs.cache.dir} and to the directory for temporary files: set TRITON_CACHE_DIR, "
+            "or TMPDIR, to one that can be made, can be written and has space left."
+        )
+    if isinstance(error, ImportError):
+        return (
+            f"{error}. It loads what it built from {knobs.cache.dir}: set TRITON_CACHE_DIR to a directory of a file "
+            "system that is not mounted noexec."
+        )
+    if hasattr(error, "cmd"):  # subprocess.CalledProcessError
+        return (
+            f"{error.cmd[0]} failed, for the reason that it printed. If Python.h is missing, install the headers of "
+            "your Python (apt install python3-dev)."
+        )
+    if isinstance(error, RuntimeError) and "C compiler" in str(error):
+        return "there is no C compiler. Install one (apt install gcc), or set CC to the path of one."
+    return None

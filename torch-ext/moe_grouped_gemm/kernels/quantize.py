@@ -69,8 +69,8 @@ def _quantize_rows_kernel(
     positions_ptr,  # (T * top_k,) int32: rows of codes that a row of x becomes, -1: none; None: its own
     codes_ptr,  # (rows, K) fp8
     scale_ptr,  # (rows, ceil(K / 128)) fp32; with positions (ceil(K / 128), rows)
-    top_k,
     rows,
+    top_k,
     K,
     stride_xt,
     BLOCKS: tl.constexpr,
@@ -114,8 +114,9 @@ def _launch_quantize(x, positions, rows, scale_shape):
     launch(
         _quantize_rows_kernel,
         (tokens, cdiv(K, 8 * BLOCK), 1),
-        (x, positions, codes, scale, top_k, rows, K, x.stride(0), 8),
-        (x.device, x.dtype, x.data_ptr() % 16, positions is None, top_k, K, x.stride(0)),
+        (x, positions, codes, scale),
+        (rows,),
+        (top_k, K, x.stride(0), 8),
         num_warps=2,
     )
     return codes, scale

@@ -24,9 +24,9 @@ def _router_logits_kernel(
     w_ptr,  # (E, H)
     partials_ptr,  # (splits, T, E) fp32
     T,
+    steps,  # of BLOCK_K, for each split
     E,
     H,
-    steps,  # of BLOCK_K, for each split
     stride_xt,
     stride_we,
     BLOCK_T: tl.constexpr,
@@ -72,15 +72,12 @@ def router_logits(x, weight, config):
     while splits < MAX_SPLITS and 2 * splits * tiles <= PROGRAMS and 4 * splits <= steps:
         splits *= 2
     partials = torch.empty((splits, T, E), dtype=torch.float32, device=x.device)
-    sizes = (E, H)
-    strides = (x.stride(0), weight.stride(0))
-    blocks = (block_t, block_e, block_k)
-    alignment = (x.data_ptr() % 16, weight.data_ptr() % 16)
     launch(
         _router_logits_kernel,
         (tiles, splits, 1),
-        (x, weight, partials, T, *sizes, cdiv(steps, splits), *strides, *blocks),
-        (x.device, x.dtype, weight.dtype, alignment, sizes, strides, blocks, num_warps, num_stages),
+        (x, weight, partials),
+        (T, cdiv(steps, splits)),
+        (E, H, x.stride(0), weight.stride(0), block_t, block_e, block_k),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -123,9 +120,9 @@ def _router_topk_kernel(
     weights_ptr,  # (T, top_k) fp32
     indices_ptr,  # (T, top_k) int64
     T,
+    scaling_factor,
     group_size,
     topk_group,
-    scaling_factor,
     TOP_K: tl.constexpr,
     GROUPS: tl.constexpr,
     NORM: tl.constexpr,
@@ -189,9 +186,9 @@ def router_topk(partials, bias, top_k, num_group, topk_group, norm_topk_prob, ro
     launch(
         _router_topk_kernel,
         (T, 1, 1),
-        (partials, bias, logits, weights, indices)
-        + (T, group_size, topk_group, float(routed_scaling_factor), *constants, *blocks),
-        (partials.device, bias.dtype, bias.data_ptr() % 16, E, topk_group, constants),
+        (partials, bias, logits, weights, indices),
+        (T, float(routed_scaling_factor)),
+        (group_size, topk_group, *constants, *blocks),
         num_warps=1,
     )
     return logits, weights, indices

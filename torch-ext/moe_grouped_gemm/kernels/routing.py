@@ -88,9 +88,9 @@ def _route_kernel(
     slot_positions_ptr,  # (S,) int32
     schedule_ptr,  # (5, max_tiles) int32
     S,
-    E,
     max_tiles,
     BLOCK_M,
+    E,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -152,10 +152,10 @@ def _route_kernel(
 def _schedule_kernel(
     expert_offsets_ptr,  # (E + 1,) int32
     schedule_ptr,  # (5, max_tiles) int32
-    E,
     num_rows,
     max_tiles,
     BLOCK_M,
+    E,
     BLOCK_E: tl.constexpr,
 ):
     offs_e = tl.arange(0, BLOCK_E)
@@ -225,19 +225,17 @@ def route(top_k_index, num_experts, block_m):
     chunk = min(CHUNK, max(16, next_power_of_2(S)))
     chunks = cdiv(S, chunk)
     block_s = min(BLOCK_S, chunk)
-    key = (top_k_index.device, top_k_index.dtype, top_k_index.data_ptr() % 16, num_experts, block_s, chunk)
     chunk_counts = expert_offsets
     if chunks > CHUNKS:
         chunk_counts = empty(chunks, num_experts)
-        launch(
-            _count_kernel, (chunks, 1, 1), (top_k_index, chunk_counts, S, num_experts, chunk, block_e), key, num_warps=4
-        )
+        tensors, constants = (top_k_index, chunk_counts), (num_experts, chunk, block_e)
+        launch(_count_kernel, (chunks, 1, 1), tensors, (S,), constants, num_warps=4)
     launch(
         _route_kernel,
         (cdiv(S, block_s), 1, 1),
-        (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule)
-        + (S, num_experts, tiles, block_m, block_s, block_e, chunk, chunks <= CHUNKS),
-        (key, chunks <= CHUNKS),
+        (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule),
+        (S, tiles, block_m),
+        (num_experts, block_s, block_e, chunk, chunks <= CHUNKS),
         num_warps=4,
     )
     return expert_offsets, sorted_slots, slot_positions, schedule
@@ -252,8 +250,9 @@ def tile_schedule(expert_offsets, num_rows, block_m):
     launch(
         _schedule_kernel,
         (min(8, cdiv(tiles, block_e)), 1, 1),
-        (expert_offsets, schedule, num_experts, num_rows, tiles, block_m, block_e),
-        (expert_offsets.device, expert_offsets.data_ptr() % 16, num_experts),
+        (expert_offsets, schedule),
+        (num_rows, tiles, block_m),
+        (num_experts, block_e),
         num_warps=4,
     )
     return schedule
@@ -272,9 +271,9 @@ def pad(expert_offsets, sorted_slots):
     launch(
         _pad_kernel,
         (blocks, 1, 1),
-        (expert_offsets, sorted_slots, padded_offsets, padded_slots, padded_positions)
-        + (num_experts, PAD, max(16, next_power_of_2(num_experts))),
-        (expert_offsets.device, num_experts, expert_offsets.data_ptr() % 16, sorted_slots.data_ptr() % 16),
+        (expert_offsets, sorted_slots, padded_offsets, padded_slots, padded_positions),
+        (),
+        (num_experts, PAD, max(16, next_power_of_2(num_experts))),
         num_warps=4,
     )
     return padded_offsets, padded_slots, padded_positions

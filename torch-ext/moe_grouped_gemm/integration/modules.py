@@ -1,0 +1,254 @@
+"""An experts module of Transformers: what it holds, read once into one value, and how we compute it.
+
+Modules that carry `@use_experts_implementation` differ in `has_gate`, `has_bias`, `is_transposed`,
+`has_post_expert_norm` and in `_apply_gate`, their own function (S, 2I) -> (S, I) between the GEMMs; `FP8Experts` holds
+codes and scales. If the function is one of our gates, the whole layer is `moe_experts`; any other runs as it is between
+our grouped GEMMs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import Callable, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .. import functional, gpu, lora, quant
+from ..reference import Gate
+from . import switching
+from .adapters import adapters_of
+from .gates import gate_of
+
+EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
+
+_DENSE = (torch.bfloat16, torch.float16, torch.float32)
+_NO_BIASES = (None, None)
+
+
+class Weights(NamedTuple):
+    """(E, N, K) of both projections as the module's own layout has them, their biases and, if they are fp8, scales."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    biases: tuple[torch.Tensor | None, torch.Tensor | None]
+    scales: tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module is an experts module as Transformers' own implementations expect one."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "config")
+
+
+def is_plain(x: torch.Tensor | None) -> bool:
+    """Whether this is a dense tensor that our kernels read, on a device that they run on."""
+    if x is None or x.dtype not in _DENSE or hasattr(x, "__tensor_flatten__"):
+        return False
+    if x.device.type == "cuda":
+        return torch.compiler.is_compiling() or gpu.missing_triton() is None
+    return x.device.type in ("cpu", "meta")
+
+
+def is_dispatch(forward: Callable) -> bool:
+    """Whether this is the forward that Transformers' decorator gives a class, perhaps below ours."""
+    while switching.is_ours(forward):
+        forward = forward.__wrapped__
+    return forward.__code__ is dispatch_code()
+
+
+@functools.cache
+def dispatch_code():
+    """What the forwards that Transformers' decorator makes have in common."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    class Experts:
+        def forward(self):
+            pass
+
+    return inspect.unwrap(use_experts_implementation)(Experts).forward.__code__
+
+
+def is_fp8_experts(module: nn.Module) -> bool:
+    """Also one that has been given dense weights in place of quantised ones."""
+    if torch.compiler.is_compiling():  # which does not see through __dict__
+        return hasattr(module, "activation_scheme")
+    return "activation_scheme" in module.__dict__  # a miss of nn.Module's getattr takes over a microsecond
+
+
+def read(module: nn.Module, get: Callable = getattr) -> Weights:
+    """Each parameter is asked for once: a parametrized one is computed anew every time, and may change as it is."""
+    names = weight_names(module)
+    up, down = (get(module, name, None) for name in names)
+    biases = scales = _NO_BIASES
+    if getattr(module, "has_bias", False):
+        biases = tuple(getattr(module, f"{name}_bias") for name in names)
+    if is_fp8_experts(module) and not (_is_dense(up) or _is_dense(down)):  # of dense ones no blocks could be cut
+        scales = tuple(getattr(module, f"{name}_scale_inv", None) for name in names)
+    return Weights(up, down, biases, scales)
+
+
+def obstacle(module: nn.Module, weights: Weights) -> str | None:
+    """Why we do not compute this module; None if we do."""
+    for name, weight in zip(weight_names(module), weights[:2]):
+        if weight is None:
+            return f"it has no {name}"
+        if weight.ndim != 3:
+            return f"{name} is {tuple(weight.shape)}, not (E, N, K)"
+        if weight.device.type not in ("cuda", "cpu", "meta"):
+            return f"{name} is on {weight.device}"
+        if hasattr(weight, "__tensor_flatten__"):
+            return f"{name} is a {type(weight).__name__}"
+        if weights.scales == _NO_BIASES and weight.dtype not in _DENSE:
+            return f"{name} is {weight.dtype}"
+    if weights.up.device.type == "cuda" and not torch.compiler.is_compiling() and gpu.missing_triton() is not None:
+        return gpu.missing_triton()
+    return None if weights.scales == _NO_BIASES else _obstacle_fp8(module, weights)
+
+
+def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
+    if not getattr(module, "has_gate", True):
+        return "its fp8 experts have no gate"
+    if module.activation_scheme != "dynamic":
+        return f"activation_scheme={module.activation_scheme!r}"
+    for name, weight in zip(weight_names(module), weights[:2]):
+        if weight.dtype != quant.FP8:
+            return f"{name} is {weight.dtype}"
+    if module.block_size is None or tuple(module.block_size) != (quant.BLOCK, quant.BLOCK):
+        return f"block_size={module.block_size}"
+    inter = weights.down.shape[2]
+    if inter % quant.BLOCK > quant.BLOCK // 2:
+        # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
+        return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
+    if weights.biases != _NO_BIASES:
+        return "its fp8 experts have biases"
+    return None
+
+
+def peek(module: nn.Module) -> str | None:
+    """`obstacle`, without computing a parametrized weight."""
+    for name in weight_names(module):
+        if parametrize.is_parametrized(module, name) and not hasattr(module.parametrizations[name], "original"):
+            return f"{name} is made of several tensors"
+    return obstacle(module, read(module, _unparametrized))
+
+
+def _unparametrized(module: nn.Module, name: str, default: object = None) -> torch.Tensor | None:
+    """As torch keeps it: of the shape and dtype of what it computes from that."""
+    if parametrize.is_parametrized(module, name):
+        return module.parametrizations[name].original
+    return getattr(module, name, default)
+
+
+def is_empty(module: nn.Module) -> bool:
+    """Whether its weights are elsewhere until its forward, as under ZeRO-3."""
+    return any(weight.numel() == 0 and weight.ndim == 1 for weight in module.parameters(recurse=False))
+
+
+def _is_dense(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.dtype in _DENSE
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Forward of a Transformers experts module that was told to run on this kernel by name.
+
+    Where we cannot serve, Transformers' default takes over, or for weights that only the module understands its own
+    loop over experts.
+
+    Args:
+        module: any that carries Transformers' decorator; under expert parallelism the local experts.
+        hidden_states: (T, H).
+        top_k_index: (T, top_k) integer; ids outside [0, E) are skipped.
+        top_k_weights: (T, top_k).
+    Returns:
+        (T, H) in hidden_states.dtype.
+    """
+    return serve(module, _default_forward, hidden_states, top_k_index, top_k_weights)
+
+
+def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+    """What `module` computes, by us or, where we cannot, by `stock(module, ...)`."""
+    weights, adapters = read(module), adapters_of(module)
+    reason = obstacle(module, weights)
+    if reason is None:
+        # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
+        compute = _experts_fp8 if weights.scales != _NO_BIASES else _experts
+        return compute(module, weights, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
+    if adapters:
+        raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
+    if not torch.compiler.is_compiling():
+        _warn(type(module).__name__, reason)
+    return stock(module, hidden_states, top_k_index, top_k_weights)
+
+
+@functools.cache
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(
+        f"moe-grouped-gemm does not serve {name}, as {reason}; Transformers computes it as without this kernel.",
+        stacklevel=2,
+    )
+
+
+def _default_forward(module: nn.Module, *args) -> torch.Tensor:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    weights = [_unparametrized(module, name) for name in weight_names(module)]
+    if all(map(_is_dense, weights)) and not any(hasattr(weight, "__tensor_flatten__") for weight in weights):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
+    if is_fp8_experts(module):
+        return ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
+    # The innermost function is the eager one: FP8Experts is decorated anew for every module.
+    return inspect.unwrap(type(module).forward)(module, *args)
+
+
+def _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
+    """(T, H) -> (T, H) with dense weights, in their dtype.
+
+    adapters: (name of a weight, factors of an adapter of it in the weight's own layout).
+    """
+    projections = weights[:2]
+    biases = tuple(bias if bias is None else bias.to(w.dtype) for bias, w in zip(weights.biases, projections))
+    factors = _factors_of(module, adapters)
+    if getattr(module, "is_transposed", False):
+        projections = [weight.mT for weight in projections]
+        factors = [tuple(lora.LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in fs) for fs in factors]
+    inputs = (hidden_states.to(weights.up.dtype), top_k_index, top_k_weights, *projections)
+    gated = getattr(module, "has_gate", True)
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    gate = gate_of(module) if gated else None
+    if gate is not None and norm is None and not adapters:
+        activation, limit, alpha, interleaved = gate
+        return functional.moe_experts(*inputs, activation, *biases, limit=limit, alpha=alpha, interleaved=interleaved)
+    if gate is None:
+        gate = module._apply_gate if gated else module.act_fn
+    return lora.moe_experts_lora(*inputs, *factors, gate, *biases, norm, gated)
+
+
+def _experts_fp8(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
+    """(T, H) -> (T, H). The weights get no gradient, as in Transformers, whatever their `requires_grad` says."""
+    inputs = (hidden_states, top_k_index, top_k_weights, *(weight.detach() for weight in weights[:2]))
+    scales = {f"{name}_scale": scale.detach() for name, scale in zip(weight_names(module), weights.scales)}
+    gate = gate_of(module)
+    if gate is not None and gate == Gate(gate.activation) and not adapters:
+        # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
+        return functional.moe_experts(*inputs, gate.activation, **scales, quantize_activations=not module.training)
+    return lora.moe_experts_lora(*inputs, *_factors_of(module, adapters), gate or module._apply_gate, **scales)
+
+
+def _factors_of(module, adapters):
+    return [tuple(factors for name, factors in adapters if name == weight) for weight in weight_names(module)]
+
+
+def runs_composed(module: nn.Module) -> bool:
+    """Whether the module's gate or norm runs as it is, between our GEMMs."""
+    gated, norm = getattr(module, "has_gate", True), getattr(module, "has_post_expert_norm", False)
+    return not gated or norm or gate_of(module) is None
