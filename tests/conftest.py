@@ -67,6 +67,7 @@ def seeded(request):
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
+@pytest.hookimpl(trylast=True)  # what -m and -k leave out is out by now
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
@@ -76,8 +77,22 @@ def pytest_collection_modifyitems(config, items):
         part, parts = map(int, config.getoption("part").split("/"))
         # By name rather than in turn, which would give all of one dtype to one part.
         items[:] = [item for item in items if zlib.crc32(item.name.encode()) % parts == part - 1]
-    # First, so that no worker is left alone with one of them at the end.
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    start_with_long_ones(items)
+
+
+def start_with_long_ones(items):
+    """So that no worker is left alone with one of them at the end; each of xdist's begins with an equal share."""
+    long, short = [], []
+    for item in items:
+        (long if item.get_closest_marker("long") else short).append(item)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    order = []
+    for worker in range(workers):
+        mine = long[worker::workers]
+        share = (len(items) - len(order)) // (workers - worker) - len(mine)
+        order += mine + short[:share]
+        del short[:share]
+    items[:] = order
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up
 def path(kernel, monkeypatch, request):
     """training.py, with small tiles, run on what is there."""
     training, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("training", "gpu", "tuning"))
-    config = tuning.GemmConfig(16, 16, 32, 32, 2, 4, 2, USE_TMA=request.param)
+    config = tuning.GemmConfig(16, 16, 64, 32, 2, 4, 2, USE_TMA=request.param)
     monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)

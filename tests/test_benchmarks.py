@@ -73,6 +73,7 @@ def test_generate_times_nothing_that_is_wrong(kernel, monkeypatch, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_parallel(tmp_path):
     """On two CPU processes: every way that Transformers shares a model."""
     out = tmp_path / "parallel.json"

@@ -7,6 +7,7 @@ from two_processes import run_two_processes
 PLANS = ["dispatch", "sentinels", "tensor-parallel", "fully-sharded", "fully-sharded-and-dispatch"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plan", PLANS)
 def test_equals_one_process(two_devices, checkpoint, tmp_path, plan):
     """Logits and all gradients: see distributed_worker.py."""

@@ -202,6 +202,7 @@ def test_without_a_token_the_error_says_what_to_do(checkout, hub):
     assert hub.repos == {}
 
 
+@pytest.mark.long
 def test_pull_and_run_then_offline(checkout, tmp_path):
     home, offline_home = tmp_path / "home", tmp_path / "offline-home"
     with HubServer() as hub:
