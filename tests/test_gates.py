@@ -118,7 +118,48 @@ class OnlyOfSmallOnes(MixtralExperts):
         return self.act_fn(gate) * up
 
 
-NOT_OURS = [ClampedAt7, UpClampedAt100, SoftCapped, OfAParameter, NanToZero, DropoutModule, OnlyOfSmallOnes]
+class Remembers(MixtralExperts):
+    def _apply_gate(self, gate_up):
+        gate, up = split(gate_up)
+        self.__dict__["seen"] = self.__dict__.get("seen", 0) + 1
+        return self.act_fn(gate) * up
+
+
+class Writes(MixtralExperts):
+    def _apply_gate(self, gate_up):
+        gate, up = split(gate_up)
+        self.last = gate
+        return self.act_fn(gate) * up
+
+
+CAP = {"value": 1e9}
+
+
+class OfAGlobal(MixtralExperts):
+    def _apply_gate(self, gate_up):
+        gate, up = split(gate_up)
+        return self.act_fn(gate.clamp(max=CAP["value"])) * up
+
+
+class ClampedIn16Bits(MixtralExperts):
+    def _apply_gate(self, gate_up):
+        gate, up = split(gate_up)
+        return self.act_fn(gate if gate_up.dtype == torch.float32 else gate.clamp(max=1)) * up
+
+
+NOT_OURS = [
+    Remembers,
+    Writes,
+    OfAGlobal,
+    ClampedIn16Bits,
+    ClampedAt7,
+    UpClampedAt100,
+    SoftCapped,
+    OfAParameter,
+    NanToZero,
+    DropoutModule,
+    OnlyOfSmallOnes,
+]
 
 
 def inputs(module, scale=1.0):

@@ -252,6 +252,25 @@ def test_torch_compile_once(pair):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("compiled", ["experts", "wrapper"])
+def test_one_of_wrapper_and_experts_is_compiled(pair, way, compiled):
+    """As a graph break between the two has it: adapters that one notes reach the other."""
+    ours, _ = pair(way)
+    wrapper = ours.get_submodule("base_model.model.model.layers.1.mlp.experts")
+    args = torch.randn(5, 64), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+    expected = wrapper(*args)
+    experts = wrapper.get_base_layer()
+    if compiled == "experts":
+        experts.compile(backend="eager")
+    else:
+        experts.register_forward_pre_hook(torch._dynamo.disable(lambda module, args: None))
+        wrapper.compile(backend="eager")
+    torch.compiler.reset()
+    for _ in range(2):
+        torch.testing.assert_close(wrapper(*args), expected)
+
+
 def test_adapters_of_several_threads(pair, kernel, lora):
     """Each thread's forwards take its own adapters, as far as PEFT, whose switches are the model's, lets them."""
     ours, _ = pair()

@@ -121,7 +121,9 @@ def kernels_off_by_property(model, stock, way):
 
 
 def another_implementation(model, stock, way):
-    for implementation in ("eager", "grouped_mm", {"": "batched_mm", "other": "eager"}):
+    model.set_experts_implementation({"of_no_part": "eager"})
+    yield model, stock, ALL
+    for implementation in ("eager", "grouped_mm", {"": "batched_mm"}):
         model.set_experts_implementation(implementation)
         yield model.train().eval(), stock, 0  # which kernelizes again
         name = implementation[""] if isinstance(implementation, dict) else implementation

@@ -42,6 +42,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise TypeError(f"weight: expected a float dtype, got {weight.dtype}")
     if weight.ndim < 2:
         raise ValueError(f"weight: expected (..., N, K), got {tuple(weight.shape)}")
+    weight = weight.detach()
     *batch, N, K = weight.shape
     codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scale = torch.empty(scale_shape(*weight.shape), dtype=torch.float32, device=weight.device)
@@ -56,7 +57,9 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks /= matrix_scale[:, None, :, None]
         matrix_codes.copy_(padded[:N, :K].clamp(-FP8_MAX, FP8_MAX))
     # Any of them shows in the scale of its block: looked for there, at the end, it costs one host sync.
-    if not scale.is_meta and not scale.isfinite().all():
+    # Fake tensors, and what torch.compile traces, have no numbers to look at.
+    has_numbers = type(scale) is torch.Tensor and not scale.is_meta and not torch.compiler.is_compiling()
+    if has_numbers and not scale.isfinite().all():
         _raise_not_finite(weight, scale)
     return codes, scale
 

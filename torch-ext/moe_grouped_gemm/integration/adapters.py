@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,30 +12,48 @@ from torch import nn
 
 from ..lora import LoraFactors
 
-# (module, name of a weight, factors) of each. By context: threads that share a model have adapters of their own.
+# (thread, module, name of a weight, factors) of each. By context: threads that share a model have their own adapters.
 _active: ContextVar[tuple] = ContextVar("moe_grouped_gemm_adapters", default=())
-_traced: list[tuple] = []  # torch.compile knows no ContextVar
+# The same of all threads. torch.compile knows no ContextVar, so a frame that it traces reads these, and one that it
+# traces adds to these alone, as thread 0; after a graph break either may be followed by the other.
+_listed: list[tuple] = []
+_lock = threading.Lock()
 
 
 @contextmanager
 def activated(module: nn.Module, weight_name: str, factors: list[LoraFactors]) -> Iterator[None]:
     """While this runs, `module` is computed with these adapters of its weight too."""
-    entries = [(module, weight_name, f) for f in factors]
     if torch.compiler.is_compiling():
-        _traced.extend(entries)
+        _listed.extend([(0, module, weight_name, f) for f in factors])
         try:
             yield
         finally:
-            del _traced[len(_traced) - len(entries) :]
+            del _listed[len(_listed) - len(factors) :]
         return
+    entries = [(threading.get_ident(), module, weight_name, f) for f in factors]
     token = _active.set((*_active.get(), *entries))
+    with _lock:
+        _listed.extend(entries)
     try:
         yield
     finally:
         _active.reset(token)
+        own = {id(entry) for entry in entries}
+        with _lock:
+            _listed[:] = [entry for entry in _listed if id(entry) not in own]
 
 
 def adapters_of(module: nn.Module) -> tuple[tuple[str, LoraFactors], ...]:
-    """(name of a weight, factors) of each active adapter of `module`."""
-    entries = _traced if torch.compiler.is_compiling() else _active.get()
-    return tuple((name, factors) for owner, name, factors in entries if owner is module)
+    """(name of a weight, factors) of each active adapter of `module`.
+
+    Raises:
+        RuntimeError: several threads call the module with adapters while torch.compile traces it.
+    """
+    if torch.compiler.is_compiling():
+        entries = [entry for entry in _listed if entry[1] is module]
+        if any(entry[0] != entries[0][0] for entry in entries):
+            raise RuntimeError("moe-grouped-gemm: adapters of several threads cannot be told apart under torch.compile")
+    else:
+        traced = [entry for entry in _listed if entry[0] == 0]
+        entries = [entry for entry in (*traced, *_active.get()) if entry[1] is module]
+    return tuple((name, factors) for _, _, name, factors in entries)

@@ -74,9 +74,17 @@ def _has_own_forward(act: nn.Module) -> bool:
 
 
 def _function(module: nn.Module) -> Callable | None:
-    """What the module's `_apply_gate` calls, its class's or one that was put on the instance."""
-    bound = module._apply_gate
-    return bound.__func__ if isinstance(bound, MethodType) and bound.__self__ is module else None
+    """The `_apply_gate` of the module's class; None if one was put on the instance, of which nothing is known."""
+    return None if "_apply_gate" in module.__dict__ else type(module)._apply_gate
+
+
+def _is_closed(function: Callable) -> bool:
+    """Whether it depends on nothing but its arguments, and what modules, classes and functions it names."""
+    if not inspect.isfunction(function) or {"vars", "__dict__", "globals"} & set(function.__code__.co_names):
+        return False
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    named = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+    return all(inspect.ismodule(value) or callable(value) for value in (*cells, *named))
 
 
 def _plain(value: object) -> object:
@@ -90,12 +98,16 @@ class _Recorder:
     """Takes the module's place in its own `_apply_gate`, and remembers what that reads."""
 
     def __init__(self, module: nn.Module):
-        self._module = module
-        self.reads = {}
+        self.__dict__.update(_module=module, reads={})
+
+    def __setattr__(self, name: str, value: object):
+        raise TypeError(f"{name} is written: more than a function")
 
     def __getattr__(self, name: str):
         value = getattr(self._module, name, _MISSING)
         if isinstance(value, MethodType) and value.__self__ is self._module:
+            if not _is_closed(value.__func__):
+                self.reads[name] = _OPAQUE
             return MethodType(value.__func__, self)  # a helper of the class
         self.reads[name] = _plain(value)
         if value is _MISSING:
@@ -108,6 +120,8 @@ class _Recorder:
 def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate | None]:
     """What `function` reads of the module, and the gate that it is; with an opaque read it is none of ours."""
     recorder = _Recorder(module)
+    if not _is_closed(function):
+        return recorder.reads, None
     with _undisturbed():
         try:
             inputs = [_grid(interleaved) for interleaved in (False, True)]
@@ -119,7 +133,10 @@ def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate
         if _OPAQUE in reads.values() or not all(map(_same, *results)):
             return reads, None
         for gate in _candidates(reads):
-            if all(_same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0])):
+            if all(_same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0])) and all(
+                _is_near(function(recorder, z.to(dtype)), apply_gate(z, gate))
+                for z, dtype in itertools.product(map(_moderate, inputs), (torch.bfloat16, torch.float16))
+            ):
                 return reads, gate
     return reads, None
 
@@ -152,6 +169,15 @@ def _grid(interleaved: bool) -> torch.Tensor:
     values = torch.cat([magnitudes, -magnitudes, torch.linspace(-12, 12, 49), special])
     gate, up = torch.meshgrid(values, values, indexing="ij")
     return torch.stack([gate, up], dim=-1).flatten(1) if interleaved else torch.cat([gate, up], dim=1)
+
+
+def _moderate(z: torch.Tensor) -> torch.Tensor:
+    return z.nan_to_num(0.0).clamp(-12, 12)
+
+
+def _is_near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Up to the rounding of 16 bits: that a gate is another function in another dtype is larger."""
+    return a.shape == b.shape and torch.allclose(a.float(), b, rtol=0.1, atol=0.1)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

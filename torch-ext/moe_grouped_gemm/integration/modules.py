@@ -147,8 +147,9 @@ def _unparametrized(module: nn.Module, name: str, default: object = None) -> tor
 
 
 def is_empty(module: nn.Module) -> bool:
-    """Whether its weights are elsewhere until its forward, as under ZeRO-3."""
-    return any(weight.numel() == 0 and weight.ndim == 1 for weight in module.parameters(recurse=False))
+    """Whether its weights are elsewhere until its forward, as under ZeRO-3, FSDP2 and expert parallelism."""
+    weights = list(module.parameters(recurse=False))
+    return any(hasattr(weight, "to_local") or (weight.numel() == 0 and weight.ndim == 1) for weight in weights)
 
 
 def _is_dense(weight: torch.Tensor | None) -> bool:

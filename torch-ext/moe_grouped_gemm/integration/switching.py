@@ -58,7 +58,12 @@ def is_switchable(module: nn.Module) -> bool:
 
 def is_switched_on(module: nn.Module) -> bool:
     """Whether this build serves the module, wherever its own forward is reached."""
-    return is_switchable(module) and _serves(module, _builds(type(module).forward.__wrapped__))
+    if not is_switchable(module):
+        return False
+    forward = type(module).forward
+    mark = getattr(module, _MARK)
+    # A mark of no build that is here counts for the one registered last.
+    return mark == _OWN or (_serves(module, _builds(forward)) and not is_own(forward.__wrapped__))
 
 
 def switch_off(module: nn.Module, for_good: bool) -> None:
@@ -187,8 +192,6 @@ def _teach_conditions() -> None:
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
-_DEFAULTS = {"grouped_mm", "batched_mm"}  # `generate` changes the one for the other while it decodes, and back
-
 
 def let_models_switch_off(is_experts: Callable, learn: Callable) -> None:
     """Transformers' own switches reach our marks: `set_use_kernels(False)`, and the choice of an implementation."""
@@ -208,16 +211,17 @@ def let_models_switch_off(is_experts: Callable, learn: Callable) -> None:
 
     @functools.wraps(set_implementation)
     def set_implementation_and_switch(self, experts_implementation):
-        before = self.get_experts_implementation()
         set_implementation(self, experts_implementation)
-        if isinstance(experts_implementation, dict) and all(
-            before.get(key) == name or {before.get(key), name} == _DEFAULTS
-            for key, name in experts_implementation.items()
-        ):
+        # `generate` changes grouped_mm for batched_mm while it decodes, and back: that is no choice of the user's.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("transformers.generation"):
             return
+        chosen = None
+        if isinstance(experts_implementation, dict):  # by the name of a part's config, "" for the whole
+            chosen = [getattr(self.config, key, None) if key else self.config for key in experts_implementation]
         for module in filter(is_experts, self.modules()):
-            switch_off(module, for_good=True)
-            learn(module)
+            if chosen is None or any(module.config is config for config in chosen):
+                switch_off(module, for_good=True)
+                learn(module)
 
     def assign_use_kernels(self, value):
         if not value:
