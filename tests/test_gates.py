@@ -264,3 +264,19 @@ def test_a_trial_in_somebody_else_s_modes(kernel):
     module.__class__ = Plain
     with FakeTensorMode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
         assert kernel.integration.gates.gate_of(module).activation == "silu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cls", [Plain, OfSigmoids, ClampedAt7, InAnotherDtype])
+def test_a_trial_while_a_model_is_loaded_in_another_dtype(kernel, cls, dtype):
+    gates = kernel.integration.gates
+    module = mixtral()
+    module.__class__ = cls
+    gates._TRIED.pop(cls._apply_gate, None)
+    expected = gates.gate_of(module)
+    gates._TRIED.pop(cls._apply_gate, None)
+    torch.set_default_dtype(dtype)
+    try:
+        assert gates.gate_of(module) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

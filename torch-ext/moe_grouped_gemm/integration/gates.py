@@ -127,16 +127,16 @@ def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate
             inputs = [_grid(interleaved) for interleaved in (False, True)]
             # Twice: dropout differs.
             results = [[function(recorder, z.clone()) for z in inputs] for _ in range(2)]
+            moderate = [(_moderate(z), dtype) for z in inputs for dtype in (torch.bfloat16, torch.float16)]
+            in_16_bits = [function(recorder, z.to(dtype)) for z, dtype in moderate]
         except Exception:  # it is not written for what it was given
             return recorder.reads, None
         reads = recorder.reads
         if _OPAQUE in reads.values() or not all(map(_same, *results)):
             return reads, None
         for gate in _candidates(reads):
-            if all(_same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0])) and all(
-                _is_near(function(recorder, z.to(dtype)), apply_gate(z, gate))
-                for z, dtype in itertools.product(map(_moderate, inputs), (torch.bfloat16, torch.float16))
-            ):
+            exactly = all(_same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0]))
+            if exactly and all(_is_near(a, apply_gate(z, gate)) for (z, _), a in zip(moderate, in_16_bits)):
                 return reads, gate
     return reads, None
 
@@ -164,9 +164,10 @@ def _candidates(reads: dict[str, object]):
 
 def _grid(interleaved: bool) -> torch.Tensor:
     """Every pair of gate and up out of zero, both signs of 2^-24 to 2^127, numbers of -12 to 12, infinities and NaN."""
-    magnitudes = 1.3 * 2.0 ** torch.arange(-24, 128, 4)
-    special = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")])
-    values = torch.cat([magnitudes, -magnitudes, torch.linspace(-12, 12, 49), special])
+    fp32 = {"dtype": torch.float32}  # whatever a model that is being loaded has made the default
+    magnitudes = 1.3 * 2.0 ** torch.arange(-24, 128, 4, **fp32)
+    special = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")], **fp32)
+    values = torch.cat([magnitudes, -magnitudes, torch.linspace(-12, 12, 49, **fp32), special])
     gate, up = torch.meshgrid(values, values, indexing="ij")
     return torch.stack([gate, up], dim=-1).flatten(1) if interleaved else torch.cat([gate, up], dim=1)
 
