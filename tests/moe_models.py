@@ -280,20 +280,12 @@ def _is_stack(call: ast.AST) -> bool:
 
 
 _TINY = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 127,
-    "initializer_range": 0.1,
+    name: SMALL[name]
+    for name in (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("intermediate_size", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"),
+    )
 }
 
 

@@ -163,7 +163,7 @@ def _candidates(reads: dict[str, object]):
 
 
 def _grid(interleaved: bool) -> torch.Tensor:
-    """Every pair of gate and up out of zero, both signs of 2^-24 to 2^127, numbers of -12 to 12, infinities and NaN."""
+    """Every pair of gate and up out of zero, both signs of 2^-24 to 2^124, numbers of -12 to 12, infinities and NaN."""
     fp32 = {"dtype": torch.float32}  # whatever a model that is being loaded has made the default
     magnitudes = 1.3 * 2.0 ** torch.arange(-24, 128, 4, **fp32)
     special = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")], **fp32)

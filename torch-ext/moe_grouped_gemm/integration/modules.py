@@ -26,7 +26,7 @@ from .gates import gate_of
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
 
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
-_NO_BIASES = (None, None)
+_NONE = (None, None)
 
 
 class Weights(NamedTuple):
@@ -36,6 +36,10 @@ class Weights(NamedTuple):
     down: torch.Tensor
     biases: tuple[torch.Tensor | None, torch.Tensor | None]
     scales: tuple[torch.Tensor | None, torch.Tensor | None]
+
+    @property
+    def are_fp8(self) -> bool:
+        return any(scale is not None for scale in self.scales)
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -49,22 +53,30 @@ def is_experts(module: nn.Module) -> bool:
 
 def is_plain(x: torch.Tensor | None) -> bool:
     """Whether this is a dense tensor that our kernels read, on a device that they run on."""
-    if x is None or x.dtype not in _DENSE or hasattr(x, "__tensor_flatten__"):
-        return False
-    if x.device.type == "cuda":
-        return torch.compiler.is_compiling() or gpu.missing_triton() is None
-    return x.device.type in ("cpu", "meta")
+    return _is_dense(x) and _unreadable(x) is None and _missing_triton(x) is None
+
+
+def _unreadable(x: torch.Tensor) -> str | None:
+    """What keeps our kernels from a tensor, whatever its dtype."""
+    if x.device.type not in ("cuda", "cpu", "meta"):
+        return f"on {x.device}"
+    return f"a {type(x).__name__}" if hasattr(x, "__tensor_flatten__") else None
+
+
+def _missing_triton(x: torch.Tensor) -> str | None:
+    """While torch.compile traces, which does not see through an import, that is left to the op."""
+    return None if x.device.type != "cuda" or torch.compiler.is_compiling() else gpu.missing_triton()
 
 
 def is_dispatch(forward: Callable) -> bool:
     """Whether this is the forward that Transformers' decorator gives a class, perhaps below ours."""
     while switching.is_ours(forward):
         forward = forward.__wrapped__
-    return forward.__code__ is dispatch_code()
+    return forward.__code__ is _dispatch_code()
 
 
 @functools.cache
-def dispatch_code():
+def _dispatch_code():
     """What the forwards that Transformers' decorator makes have in common."""
     from transformers.integrations.moe import use_experts_implementation
 
@@ -86,7 +98,7 @@ def read(module: nn.Module, get: Callable = getattr) -> Weights:
     """Each parameter is asked for once: a parametrized one is computed anew every time, and may change as it is."""
     names = weight_names(module)
     up, down = (get(module, name, None) for name in names)
-    biases = scales = _NO_BIASES
+    biases = scales = _NONE
     if getattr(module, "has_bias", False):
         biases = tuple(getattr(module, f"{name}_bias") for name in names)
     if is_fp8_experts(module) and not (_is_dense(up) or _is_dense(down)):  # of dense ones no blocks could be cut
@@ -101,15 +113,13 @@ def obstacle(module: nn.Module, weights: Weights) -> str | None:
             return f"it has no {name}"
         if weight.ndim != 3:
             return f"{name} is {tuple(weight.shape)}, not (E, N, K)"
-        if weight.device.type not in ("cuda", "cpu", "meta"):
-            return f"{name} is on {weight.device}"
-        if hasattr(weight, "__tensor_flatten__"):
-            return f"{name} is a {type(weight).__name__}"
-        if weights.scales == _NO_BIASES and weight.dtype not in _DENSE:
-            return f"{name} is {weight.dtype}"
-    if weights.up.device.type == "cuda" and not torch.compiler.is_compiling() and gpu.missing_triton() is not None:
-        return gpu.missing_triton()
-    return None if weights.scales == _NO_BIASES else _obstacle_fp8(module, weights)
+        reason = _unreadable(weight)
+        if reason is None and not weights.are_fp8 and weight.dtype not in _DENSE:
+            reason = weight.dtype
+        if reason is not None:
+            return f"{name} is {reason}"
+    reason = _missing_triton(weights.up)
+    return _obstacle_fp8(module, weights) if reason is None and weights.are_fp8 else reason
 
 
 def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
@@ -126,7 +136,7 @@ def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
     if inter % quant.BLOCK > quant.BLOCK // 2:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
-    if weights.biases != _NO_BIASES:
+    if any(bias is not None for bias in weights.biases):
         return "its fp8 experts have biases"
     return None
 
@@ -181,7 +191,7 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
     reason = obstacle(module, weights)
     if reason is None:
         # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
-        compute = _experts_fp8 if weights.scales != _NO_BIASES else _experts
+        compute = _experts_fp8 if weights.are_fp8 else _experts
         return compute(module, weights, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
     if adapters:
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
