@@ -441,3 +441,16 @@ def test_only_right_results_are_timed():
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     check = subprocess.run([sys.executable, "-c", CHECK, *paths], env=env, capture_output=True, text=True, check=True)
     assert re.fullmatch("relative error 0.01\n.* was never written\n", check.stdout), check.stdout
+
+
+def test_an_amd_gpu_is_no_hopper(kernel, tuning, monkeypatch):
+    """torch has capability (9, 4) for an MI300."""
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    gpu.capability.cache_clear()
+    try:
+        assert tuning.router_configs(BF16, gpu.capability(0)) is tuning.ROUTER_PORTABLE
+        assert not import_module(f"{kernel.__name__}.fp8")._multiplies_fp8(0)
+    finally:
+        gpu.capability.cache_clear()

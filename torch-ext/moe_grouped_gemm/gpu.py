@@ -38,8 +38,11 @@ def launchers():
 
 @functools.cache
 def capability(device: int) -> tuple[int, int]:
-    """What tuning.py chooses by. MOE_GROUPED_GEMM_PORTABLE=1, for debugging: as on a GPU that it has no table for."""
-    if os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
+    """What tuning.py chooses by. MOE_GROUPED_GEMM_PORTABLE=1, for debugging: as on a GPU that it has no table for.
+
+    It has none for AMD's, whose numbers mean something else: (9, 4) is an MI300, no Hopper.
+    """
+    if torch.version.hip is not None or os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
         return (0, 0)
     return torch.cuda.get_device_capability(device)
 
