@@ -226,6 +226,17 @@ def test_an_attribute_that_changes(kernel):
         assert kernel.integration.gates.gate_of(module).alpha == slope and runs_as_stock(module, 5.0)
 
 
+def test_an_attribute_that_is_new_in_every_step(kernel, monkeypatch):
+    gates = kernel.integration.gates
+    monkeypatch.setattr(gates, "_MOST_TRIALS", 2)
+    module = mixtral()
+    module.__class__ = OfSigmoids
+    for slope in (0.5, 0.75, 1.0, 1.25):
+        module.slope = slope
+        assert gates.gate_of(module).alpha == slope
+    assert [gate.alpha for _, gate in gates._TRIED[OfSigmoids._apply_gate]] == [1.0, 1.25]
+
+
 def test_a_hook_on_the_activation(kernel):
     module = mixtral()
     assert kernel.integration.gates.gate_of(module).activation == "silu"

@@ -31,7 +31,9 @@ _ACTIVATIONS = {
 _MISSING, _OPAQUE = "<missing>", "<opaque>"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# Of each `_apply_gate` that was tried: what it read, and which gate it then was; None if none of ours.
+# Of each `_apply_gate` that was tried: what it read, and which gate it then was; None if none of ours. Of the newest
+# trials alone, as an attribute may be new in every step; more than a model has layers, each of which may have its own.
+_MOST_TRIALS = 256
 _TRIED: dict[Callable, list[tuple[dict[str, object], Gate | None]]] = {}
 
 
@@ -50,7 +52,9 @@ def gate_of(module: nn.Module) -> Gate | None:
     if torch.compiler.is_compiling():
         return None
     reads, gate = _try(function, module)
-    _TRIED.setdefault(function, []).append((reads, gate))
+    tried = _TRIED.setdefault(function, [])
+    tried.append((reads, gate))
+    del tried[:-_MOST_TRIALS]
     return gate
 
 
