@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils import parametrize
 
 from conftest import COMPILE_BACKENDS
 from moe_models import UNDECORATED, stacked_without_decorator, tiny_undecorated_model
@@ -241,6 +242,31 @@ def test_weights_that_are_not_dense_take_the_stock_forward(undecorated, ours, mo
     kernelized(undecorated, module)
     torch.testing.assert_close(results(module, [x.double() if is_float(x) else x for x in inputs]), expected)
     assert not ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_parametrized_weight_is_read_as_often_as_need_be(undecorated, ours, model_type, dtype):
+    """Once by us; in float64, which we leave to stock, as often as by stock alone."""
+
+    class Counted(torch.nn.Module):
+        reads = 0
+
+        def forward(self, weight):
+            type(self).reads += 1
+            return 2 * weight
+
+    module, inputs = module_and_inputs(model_type)
+    module, inputs = module.to(dtype), [x.to(dtype) if is_float(x) else x for x in inputs]
+    path = undecorated.SERVED[model_type][1][-1]
+    owner, _, name = path.rpartition(".")
+    parametrize.register_parametrization(module.get_submodule(owner), name, Counted())
+    Counted.reads = 0
+    expected, by_stock = module(*inputs), Counted.reads
+    kernelized(undecorated, module)
+    Counted.reads = 0
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
+    assert bool(ours) == (dtype == torch.float32)
+    assert Counted.reads == (1 if ours else by_stock)
 
 
 @pytest.mark.parametrize("name, owner", [("llama4", "experts"), ("dbrx", "mlp")])

@@ -146,13 +146,13 @@ def peek(module: nn.Module) -> str | None:
     for name in weight_names(module):
         if parametrize.is_parametrized(module, name) and not hasattr(module.parametrizations[name], "original"):
             return f"{name} is made of several tensors"
-    return obstacle(module, read(module, _unparametrized))
+    return obstacle(module, read(module, unparametrized))
 
 
-def _unparametrized(module: nn.Module, name: str, default: object = None) -> torch.Tensor | None:
+def unparametrized(module: nn.Module, name: str, default: object = None) -> torch.Tensor | None:
     """As torch keeps it: of the shape and dtype of what it computes from that."""
     if parametrize.is_parametrized(module, name):
-        return module.parametrizations[name].original
+        return getattr(module.parametrizations[name], "original", default)  # none, if it is made of several tensors
     return getattr(module, name, default)
 
 
@@ -212,7 +212,7 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    weights = [_unparametrized(module, name) for name in weight_names(module)]
+    weights = [unparametrized(module, name) for name in weight_names(module)]
     if all(map(_is_dense, weights)) and not any(hasattr(weight, "__tensor_flatten__") for weight in weights):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
     if is_fp8_experts(module):

@@ -21,14 +21,15 @@ from .. import functional, lora
 from ..torch_ops import autocast
 from . import switching
 from .gates import activation_name
-from .modules import is_plain
+from .modules import is_plain, unparametrized
 from .switching import switches_on
 
 
 def _is_readable(module: nn.Module, path: str) -> bool:
     """Whether the weight is a dense tensor which we may read without calling the submodule that owns it.
 
-    We may not if there is more to that call than stock's forward: hooks, or a wrapper such as PEFT's.
+    We may not if there is more to that call than stock's forward: hooks, or a wrapper such as PEFT's. To say so, no
+    parametrized weight is computed: whoever serves the module then reads it once.
     """
     owner_path, _, name = path.rpartition(".")
     owner = module.get_submodule(owner_path)
@@ -39,7 +40,7 @@ def _is_readable(module: nn.Module, path: str) -> bool:
         or owner._forward_pre_hooks
     ):
         return False
-    return is_plain(getattr(owner, name, None))
+    return is_plain(unparametrized(owner, name))
 
 
 def _gated(module, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj):
