@@ -14,7 +14,7 @@ from types import MethodType, SimpleNamespace
 import accelerate
 import pytest
 import torch
-from kernels import Mode, kernelize
+from kernels import Mode, kernelize, use_kernel_mapping
 from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -117,7 +117,7 @@ def kernels_off(model, stock, way):
 
 def kernels_off_by_property(model, stock, way):
     model.use_kernels = False
-    yield model, stock, ALL if way == "by_name" else 0
+    yield model, stock, ALL
 
 
 def another_implementation(model, stock, way):
@@ -219,6 +219,40 @@ def patched_module(model, stock, way):
     yield model, stock, 0
 
 
+class Negated(torch.nn.Module):
+    can_torch_compile = True
+    forward = negated
+
+
+class Layer:
+    """A repository of `kernels` with a layer of another library."""
+
+    def load(self):
+        return Negated
+
+
+LAYER = Layer()
+
+
+def kernelize_with(mapping, model):
+    with use_kernel_mapping(mapping, inherit_mapping=False):
+        kernelize(model, mode=Mode.INFERENCE, device="cpu")
+
+
+def another_layer(model, stock, way):
+    """Of another library, by `kernelize`: the last one that it is told to take serves."""
+    layers = {modeling_deepseek_v3.DeepseekV3Experts.kernel_layer_name: {"cpu": LAYER}}
+    kernelize_with(layers, model)
+    kernelize_with(layers, stock)
+    yield model, stock, 0
+    kernelize_with({}, stock)
+    kernelize(model, mode=Mode.INFERENCE, device="cpu")
+    yield model, stock, ALL
+    kernelize_with(layers, model)
+    kernelize_with({}, model)
+    yield model, stock, ALL
+
+
 def weights_that_we_do_not_compute(model, stock, way):
     """What was there before serves, with one warning; by name, Transformers' default."""
     stock.set_experts_implementation("eager")
@@ -256,6 +290,7 @@ SITUATIONS = [
     zero_3,
     patched_class,
     patched_module,
+    another_layer,
     weights_that_we_do_not_compute,
 ]
 

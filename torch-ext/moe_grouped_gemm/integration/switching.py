@@ -23,6 +23,8 @@ from torch import nn
 _MARK = "_moe_grouped_gemm"
 # On a function: the build whose layer's forward it is; the function itself, and the builds that take part in it.
 _BUILD, _BUILDS = "_moe_grouped_gemm_build", "_moe_grouped_gemm_builds"
+# On a module: the forward of another library's layer that `kernelize` bound to it.
+_BOUND = "_moe_grouped_gemm_bound"
 _OWN = __name__.partition(".")[0]
 
 _OFF = ""
@@ -132,21 +134,33 @@ def _forward(stock: Callable, serve: Callable) -> Callable:
     return forward
 
 
+def _unbind(module: nn.Module) -> None:
+    """Take off another layer that `kernelize` bound to the module, and nothing that somebody else put there."""
+    layer, forward = module.__dict__.pop(_BOUND, None), module.__dict__.get("forward")
+    if layer is not None and isinstance(forward, MethodType) and forward.__func__ is layer:
+        del module.__dict__["forward"]
+
+
 def _setattr(inherited: Callable, learn: Callable | None) -> Callable:
     @functools.wraps(inherited)
     def __setattr__(self, name, value):
         if name == "forward" and isinstance(value, MethodType) and value.__self__ is self:
             build = getattr(value.__func__, _BUILD, None)
+            by_kernelize = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "kernels"
             if build is not None:
+                _unbind(self)
                 self.__dict__.setdefault(_MARK, build)
                 if learn is not None:
                     learn(self)
                 return
             if value.__func__ is type(self).forward:
-                # Somebody takes a wrapper off. But `kernelize`, where no layer is mapped, must leave wrappers alone.
-                if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "kernels":
+                if by_kernelize:  # no layer is mapped for this mode: wrappers and the mark stay
+                    _unbind(self)
+                else:  # somebody takes a wrapper off
                     self.__dict__.pop("forward", None)
                 return
+            if by_kernelize:
+                self.__dict__[_BOUND] = value.__func__
         inherited(self, name, value)
 
     sign(__setattr__, inherited)
