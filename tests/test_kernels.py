@@ -226,9 +226,14 @@ def test_pipeline_of_variants(kernel, launch, config, hidden_dim, inter, variant
 
 
 @on_triton
-@pytest.mark.parametrize("blocks", [(8, 32), (32, 32)])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("hidden_dim, inter", [(64, 40), (97, 47)])
+@pytest.mark.parametrize(
+    "hidden_dim, inter, variant, blocks",
+    covering(
+        [pytest.param(64, 40, id="64-40"), pytest.param(97, 47, id="97-47")],
+        VARIANTS,
+        [pytest.param((8, 32), id="columns-8"), pytest.param((32, 32), id="columns-32")],
+    ),
+)
 def test_decode_of_variants(kernel, launch, hidden_dim, inter, variant, blocks):
     config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(*blocks, 4)
     args, kwargs = variant_of(variant, layer(5, 3, 2, hidden_dim, inter, DTYPES[0], DEVICE, "sentinels"))
