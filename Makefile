@@ -9,7 +9,7 @@ PYTHON := $(VENV)/bin/python
 TRITONS := $(addprefix $(VENV)/triton-,3.6.0 3.8.0 3.9.0)
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed $(TRITONS))
 
-.PHONY: venv environments versions build style test bench plot tune demo finetune quantize
+.PHONY: venv environments versions build style test repeats bench plot tune demo finetune quantize
 
 venv: $(READY)
 
@@ -37,6 +37,11 @@ style: $(READY)
 
 test: style
 	$(PYTHON) -m pytest -n auto --dist worksteal $(if $(FULL),,-m "not matrix") $(if $(SEED),--seed $(SEED))
+
+# Those that compare numbers with an oracle, on the CPU, each time with others.
+ORACLE_TESTS := $(addprefix tests/test_,moe_experts.py lora.py router.py building_blocks.py fp8.py)
+repeats: build
+	for seed in $$(seq 50); do $(PYTHON) -m pytest -q -m "not gpu" -n auto --seed $$seed $(ORACLE_TESTS) || exit; done
 
 bench: build
 	$(PYTHON) benchmarks/benchmark_moe.py

@@ -8,6 +8,7 @@ import torch
 from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 
+from cases import covering
 from conftest import ROOT
 from moe_models import ALONE, experts_classes, tiny_model, tiny_module
 from oracle import assert_as_good_as_torch
@@ -82,9 +83,7 @@ def test_experts_alone(kernel, entry, calls):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 20, 600])
-@pytest.mark.parametrize("entry", EXPERTS)
+@pytest.mark.parametrize("entry, tokens, dtype", covering(EXPERTS, [1, 20, 600], [torch.bfloat16, torch.float32]))
 def test_experts_alone_on_a_gpu(entry, calls, tokens, dtype):
     module = tiny_module(entry).to("cuda", dtype)
     args = inputs(module, tokens, module.num_experts, hidden_dim(module), "cuda", dtype)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from cases import in_turn
 from conftest import COMPILE_BACKENDS
 from oracle import DTYPES, dequantized, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
 
@@ -116,8 +117,7 @@ def oracle(kernel, inputs, weights, scales, quantized):
     return exact, max(1.5 * error(w8a8(inputs, exact_weights, round_to_fp8), exact), rounding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(CASE, CASES)
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES))
 def test_outputs(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
     args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
     inputs, weights, scales = fp8_layer(kernel, *args, **form)
@@ -202,8 +202,7 @@ def gradients(function, x, top_k_weights, dout):
     return out, *torch.autograd.grad(out, (x, top_k_weights), dout.to(out.dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(CASE, CASES)
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES[::-1]))  # backwards: of the 16-bit types each case's other
 def test_gradients(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
     args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)

@@ -10,9 +10,10 @@ from importlib import import_module
 import pytest
 import torch
 
+from cases import covering
 from interpreted import INTERPRETED, under_the_interpreter
 from oracle import assert_as_good_as_torch, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
-from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
+from test_kernels import DEVICE, DTYPES, ROWS_FIRST, launch, on_triton  # noqa: F401
 
 # ruff: noqa: F811
 
@@ -89,11 +90,11 @@ LAYERS = [  # T, E, top_k, H, I, ids
 CASE = "tokens, experts, top_k, hidden_dim, inter, ids"
 VARIANTS = [  # of the configuration, of the scales
     pytest.param({}, {}, id="loads"),
-    pytest.param({"BLOCK_M": 64}, {"e8m0": True}, id="loads-three-heights-e8m0"),
-    pytest.param({"BLOCK_M": 128, "MIN_M": 64}, {"split": True}, id="loads-rows-first-split-scales"),
+    pytest.param({"BLOCK_M": 64, "num_warps": 8}, {"e8m0": True}, id="loads-three-heights-e8m0"),
+    pytest.param(ROWS_FIRST, {"split": True}, id="loads-rows-first-split-scales"),
     pytest.param({"BLOCK_K": 64}, {"e8m0": True, "split": True}, id="two-steps-a-block-e8m0-split-scales"),
     pytest.param({"USE_TMA": True}, {}, id="tma"),
-    pytest.param({"BLOCK_M": 128, "MIN_M": 64, "USE_TMA": True}, {}, id="tma-rows-first"),
+    pytest.param({**ROWS_FIRST, "USE_TMA": True}, {}, id="tma-rows-first"),
 ]
 SILU = ("silu", None, 1.0, False)  # a Gate
 FORMS = [
@@ -117,15 +118,13 @@ def run_gemms(launch, inputs, weights, scales, config, quantized, as_bits=False)
     return launch.combine(y, positions, top_k_weights)
 
 
-def skip_tma(config, inputs, weights, quantized):
-    sizes = [n * (1 if quantized else inputs[0].element_size()) for n in (weights[0].shape[2], weights[1].shape[2])]
-    if config.USE_TMA and any(n % 16 for n in (*sizes, weights[0].shape[2], weights[1].shape[2])):
-        pytest.skip("TMA wants rows of a multiple of 16 bytes")
+def readable(tokens, experts, top_k, hidden_dim, inter, ids, variant, form, as_bits=False, dtype=None):
+    """TMA wants rows of a multiple of 16 bytes; GPUs without fp8, which take the weights as bits, have none."""
+    return "USE_TMA" not in variant or (hidden_dim % 16 == inter % 16 == 0 and not as_bits)
 
 
 @on_triton
-@pytest.mark.parametrize("variant, form", VARIANTS)
-@pytest.mark.parametrize(CASE, LAYERS)
+@pytest.mark.parametrize(f"{CASE}, variant, form", covering(LAYERS, VARIANTS, allowed=readable))
 def test_quantized_activations(kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, variant, form):
     """The error against the unquantised fp64 layer: at most half as much again as with exact sums of fp8 products."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
@@ -133,7 +132,6 @@ def test_quantized_activations(kernel, launch, config, tokens, experts, top_k, h
     config = config(**variant)
     args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
     inputs, weights, scales = fp8_layer(kernel, *args, **form)
-    skip_tma(config, inputs, weights, True)
     exact_weights = fp8_weights_in_fp64(weights, scales)
     out = run_gemms(launch, inputs, weights, scales, config, True)
     exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
@@ -199,19 +197,21 @@ def test_warp_specialized(kernel, launch, config, tokens, experts, top_k, hidden
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["as-it-is", "transposed"])
-@pytest.mark.parametrize("e8m0", [False, True], ids=["fp32-scales", "e8m0"])
 @pytest.mark.parametrize(
-    "tokens, experts, top_k, K, N, ids",
-    [
-        pytest.param(1, 4, 1, 128, 256, "any", id="one-row-two-steps"),
-        pytest.param(300, 8, 2, 192, 272, "sentinels", id="tails-in-N"),
-        pytest.param(500, 7, 1, 320, 128, "one", id="all-on-one-expert"),
-        pytest.param(700, 3, 2, 1024, 80, "zipf", id="one-column-tile"),
-        pytest.param(3000, 16, 4, 512, 1024, "zipf", id="more-tiles-than-programs"),
-        pytest.param(1500, 300, 4, 128, 384, "any", id="tiles-of-few-rows"),
-    ],
+    "tokens, experts, top_k, K, N, ids, e8m0, transposed, dtype",
+    covering(
+        [
+            pytest.param(1, 4, 1, 128, 256, "any", id="one-row-two-steps"),
+            pytest.param(300, 8, 2, 192, 272, "sentinels", id="tails-in-N"),
+            pytest.param(500, 7, 1, 320, 128, "one", id="all-on-one-expert"),
+            pytest.param(700, 3, 2, 1024, 80, "zipf", id="one-column-tile"),
+            pytest.param(3000, 16, 4, 512, 1024, "zipf", id="more-tiles-than-programs"),
+            pytest.param(1500, 300, 4, 128, 384, "any", id="tiles-of-few-rows"),
+        ],
+        [pytest.param(False, id="fp32-scales"), pytest.param(True, id="e8m0")],
+        [pytest.param(False, id="as-it-is"), pytest.param(True, id="transposed")],
+        [torch.bfloat16, torch.float16],
+    ),
 )
 def test_weights_warp_specialized(kernel, launch, config, tokens, experts, top_k, K, N, ids, e8m0, transposed, dtype):
     """y = w @ x, each weight rounded to dtype: torch on those weights is no better."""
@@ -239,9 +239,19 @@ def test_weights_warp_specialized(kernel, launch, config, tokens, experts, top_k
 
 
 @on_triton
-@pytest.mark.parametrize("as_bits, dtype", [(False, DTYPES[0]), (True, DTYPES[0]), (True, torch.float32)], ids=str)
-@pytest.mark.parametrize("variant, form", VARIANTS)
-@pytest.mark.parametrize(CASE, LAYERS[:2] if INTERPRETED else LAYERS)
+@pytest.mark.parametrize(
+    f"{CASE}, variant, form, as_bits, dtype",
+    covering(
+        LAYERS[:2] if INTERPRETED else LAYERS,
+        VARIANTS,
+        [
+            pytest.param(False, DTYPES[0], id="fp8"),
+            pytest.param(True, DTYPES[0], id="bits"),
+            pytest.param(True, torch.float32, id="bits-fp32"),
+        ],
+        allowed=readable,
+    ),
+)
 def test_weights_alone(
     kernel, launch, config, tokens, experts, top_k, hidden_dim, inter, ids, variant, form, as_bits, dtype
 ):
@@ -250,26 +260,25 @@ def test_weights_alone(
     config = config(BLOCK_N=64, **{"BLOCK_K": 32, **variant})
     args = (tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
     inputs, weights, scales = fp8_layer(kernel, *args, **form)
-    skip_tma(config, inputs, weights, False)
-    if config.USE_TMA and as_bits:
-        pytest.skip("GPUs without fp8 have no TMA")
     out = run_gemms(launch, inputs, weights, scales, config, False, as_bits)
     exact = kernel.reference.moe_experts(*in_fp64(inputs), *fp8_weights_in_fp64(weights, scales))
     assert error(out, exact) < 2 * torch.finfo(dtype).eps + 1e-6
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    CASE,
-    [
-        pytest.param(1, 4, 2, 128, 128, "distinct", id="one-token"),
-        pytest.param(5, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
-        pytest.param(4, 2, 2, 272, 176, "any", id="several-blocks"),
-        pytest.param(2, 12, 9, 1200, 700, "any", id="several-steps-and-more-slots-than-warps"),
-        pytest.param(3, 4, 1, 640, 128, "any", id="one-slot-a-token"),
-    ],
+    f"{CASE}, form, dtype",
+    covering(
+        [
+            pytest.param(1, 4, 2, 128, 128, "distinct", id="one-token"),
+            pytest.param(5, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
+            pytest.param(4, 2, 2, 272, 176, "any", id="several-blocks"),
+            pytest.param(2, 12, 9, 1200, 700, "any", id="several-steps-and-more-slots-than-warps"),
+            pytest.param(3, 4, 1, 640, 128, "any", id="one-slot-a-token"),
+        ],
+        FORMS,
+        DTYPES,
+    ),
 )
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
     config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 256, 4)

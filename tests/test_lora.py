@@ -5,7 +5,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from oracle import DTYPES, assert_as_good_as_torch, in_fp64, layer
+from cases import in_turn
+from oracle import assert_as_good_as_torch, in_fp64, layer
 
 CASES = [  # T, E, top_k, H, I, ids, ranks for gate_up, ranks for down
     pytest.param(0, 4, 2, 64, 32, "distinct", [4], [4], id="no-tokens"),
@@ -63,8 +64,7 @@ def results(function, args, up, down, dout):
     return [out, *torch.autograd.grad(out, floats, dout.to(out))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(CASE, CASES)
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES))
 def test_matches_merged_weights(
     kernel, lora, device, tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks, dtype
 ):

@@ -39,7 +39,7 @@ def ops(kernel, monkeypatch):
     def ops(use_tma=False):
         names = ("gpu", "tuning", "lora_ops")
         gpu, tuning, ops = (import_module(f"{kernel.__name__}.{name}") for name in names)
-        config = tuning.GemmConfig(64, 16, 64, 64, 2, 4, 2, use_tma)
+        config = tuning.GemmConfig(64, 16, 64, 32, 2, 8, 2, use_tma)  # of more K or fewer warps, slow to compile
         monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
         monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
         monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cases import covering, in_turn
 from conftest import COMPILE_BACKENDS
 from oracle import DTYPES, VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 
@@ -33,8 +34,7 @@ CASE = "tokens, experts, top_k, hidden_dim, inter, ids"
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(CASE, CASES)
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES))
 def test_matches_oracle(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
     out = kernel.moe_experts(*args)
@@ -203,8 +203,7 @@ def named(args):
     return list(zip(["hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj"], args))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(CASE, CASES[1:-1])
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES[1:-1]))
 def test_gradients_match_oracle(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
     args = layer(tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
     got = gradients(kernel.moe_experts, named(args))
@@ -255,16 +254,16 @@ def gradients_of_variant(function, args, kwargs):
     return {**{name: grads[name] for name in NAMES}, **{name: bias.grad for name, bias in biases.items()}}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+LAYERS_OF_VARIANTS = [
+    pytest.param(1, 64, 8, 64, 32, "distinct", id="decode"),
+    pytest.param(100, 16, 2, 97, 47, "sentinels", id="tails-sentinels-and-empty-experts"),
+    pytest.param(513, 4, 2, 128, 64, "any", id="tall-tiles"),
+]
+
+
 @pytest.mark.parametrize(
-    CASE,
-    [
-        pytest.param(0, 4, 2, 64, 32, "distinct", id="no-tokens"),
-        pytest.param(1, 64, 8, 64, 32, "distinct", id="decode"),
-        pytest.param(100, 16, 2, 97, 47, "sentinels", id="tails-sentinels-and-empty-experts"),
-        pytest.param(513, 4, 2, 128, 64, "any", id="tall-tiles"),
-    ],
+    f"{CASE}, variant, dtype",
+    [*covering(CASES[:1], VARIANTS, DTYPES[-1:]), *covering(LAYERS_OF_VARIANTS, VARIANTS, DTYPES)],
 )
 def test_variants_match_oracle(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, variant, dtype):
     args, kwargs = variant_of(variant, layer(tokens, experts, top_k, hidden_dim, inter, dtype, device, ids))

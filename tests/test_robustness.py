@@ -61,6 +61,7 @@ def from_many_threads(kernel, device):
         assert all(torch.equal(got, e) for got, e in zip(tensors, expected[i])), f"case {i}"
 
 
+@pytest.mark.long  # on a GPU
 def test_many_threads(kernel, device):
     """In a fresh process: the first calls of all threads meet."""
     command = [sys.executable, "-c", THREADED, str(ROOT / "tests"), device]

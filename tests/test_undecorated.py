@@ -8,6 +8,7 @@ from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
 
+from cases import covering
 from conftest import COMPILE_BACKENDS
 from moe_models import UNDECORATED, stacked_without_decorator, tiny_undecorated_model
 from oracle import assert_as_good_as_torch
@@ -146,9 +147,9 @@ def test_alone(undecorated, ours, name, options, tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 20, 600])
-@pytest.mark.parametrize("name, options", OPTIONS)
+@pytest.mark.parametrize(
+    "name, options, tokens, dtype", covering(OPTIONS, [1, 20, 600], [torch.bfloat16, torch.float32])
+)
 def test_alone_on_a_gpu(undecorated, ours, name, options, tokens, dtype):
     module, inputs = module_and_inputs(name, tokens, "cuda", dtype, **options)
     expected = results(module, inputs)
