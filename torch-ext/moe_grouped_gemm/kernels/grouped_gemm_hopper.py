@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..tuning import SPECIALIZED_TILE
+from ..launch_configs import SPECIALIZED_TILE
 from .launch import cdiv, launch, multiprocessors
 from .tiles import locate_tile
 
