@@ -28,7 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 from benchmark_moe import WORKLOADS, commit, expert_weights  # noqa: E402
-from tune_runs import Gpu, Layer, compile_ahead, kernels, one_line, tuning  # noqa: E402
+from tune_runs import Gpu, Layer, compile_ahead, kernels, launch_configs, one_line, tuning  # noqa: E402
 
 CONFIGS = ROOT / "torch-ext/moe_grouped_gemm/configs"
 MOST_ROWS = 131072
@@ -70,11 +70,11 @@ def candidates(rows_per_expert: float, dtype: torch.dtype, capability: tuple[int
                 config = tuning.GemmConfig(block_m, min_m, block_n, k, group, warps, num_stages, USE_TMA=hopper)
                 found.append((kernel, config))
         for group in groups:
-            tile = {**tuning.SPECIALIZED_TILE, "BLOCK_M": block_m, "MIN_M": min_m}
+            tile = {**launch_configs.SPECIALIZED_TILE, "BLOCK_M": block_m, "MIN_M": min_m}
             specialized = {"USE_TMA": True, "WARP_SPECIALIZED": True}
             found.append(("down", tuning.GemmConfig(**tile, GROUP_M=group, num_warps=8, num_stages=4, **specialized)))
     # What a tuned file may not say need not be tried.
-    return [c for c in found if c[0] == "route" or not tuning.fault_of(*c, dtype, capability)]
+    return [c for c in found if c[0] == "route" or not launch_configs.fault_of(*c, dtype, capability)]
 
 
 def heuristics(layer: Layer, tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple]:

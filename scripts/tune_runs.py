@@ -21,7 +21,9 @@ from compile_only import compile_only, registers_and_stack
 
 os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={Path(__file__).resolve().parent.parent}")
 PACKAGE = get_kernel("org/moe-grouped-gemm", version=1).__name__
-kernels, tuning = (import_module(f"{PACKAGE}.{name}") for name in ("kernels", "tuning"))
+kernels, tuning, launch_configs = (
+    import_module(f"{PACKAGE}.{name}") for name in ("kernels", "tuning", "launch_configs")
+)
 SILU = import_module(f"{PACKAGE}.reference").Gate("silu")
 
 QUICK_MS, FINAL_MS, FINAL_ROUNDS = 8, 12, 5
@@ -78,7 +80,7 @@ def compile_candidate(candidate, calls, dtype, target, shared_limit) -> str | No
     """Fills Triton's cache with what these calls (layer, tokens) need; says why the candidate must not be used."""
     kernel, config = candidate
     schedule = torch.empty(5, 3, dtype=torch.int32, device="meta")
-    for way in tuning.ways(config) if kernel != "route" else [config]:
+    for way in launch_configs.ways(config) if kernel != "route" else [config]:
         compiled = compile_only(target)
         try:
             for layer, tokens in calls:

@@ -130,6 +130,7 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
     """As `launches`, for fp8 weights: as bytes where the target does not know the type."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
+    ways = import_module(f"{package}.launch_configs").ways
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -148,7 +149,7 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
         x_scale, a_scale = (empty(16, blocks[0]), empty(96, blocks[1])) if dtype == FP8 else (None, None)
         z = None if dtype == FP8 else empty(96, 2 * INTER, dtype=dtype)
         for (_, config), precision in product(tuning.fp8_configs(dtype, capability), precisions[dtype]):
-            for up in tuning.ways(config.gate_up):
+            for up in ways(config.gate_up):
                 for z_or_none in {id(t): t for t in (None, z)}.values():
                     args = (x, x_scale, w1, s1, slots, schedule, 6, Gate(), precision, up, z_or_none)
                     yield dtype, up, partial(kernels.gate_up_fp8, *args)
@@ -162,7 +163,7 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
             elif config.down.WARP_SPECIALIZED:
                 args = (empty(96, HIDDEN, dtype=dtype), w1, s1, schedule, config.down, z)
                 yield dtype, config.down, partial(kernels.fp8_weights_gemm_hopper, *args)
-            for down in tuning.ways(config.down._replace(WARP_SPECIALIZED=False)):
+            for down in ways(config.down._replace(WARP_SPECIALIZED=False)):
                 args = (a, a_scale, w2, s2, schedule, precision, down, y)
                 yield dtype, down, partial(kernels.grouped_gemm_fp8, *args)
         if dtype == FP8:
@@ -185,6 +186,7 @@ def lora_launches(package, dtype, capability, precisions):
     """As `launches`, for an adapter's products and what lies between them."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
+    ways = import_module(f"{package}.launch_configs").ways
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -202,7 +204,7 @@ def lora_launches(package, dtype, capability, precisions):
             thin = tuning.thin_config(config, rank, dtype, capability)
             for factor in (A, B.mT):
                 yield dtype, thin, partial(kernels.grouped_gemm, x, factor, schedule, precision, thin)
-            for way, w in product(tuning.ways(config), (weight, weight.mT)):
+            for way, w in product(ways(config), (weight, weight.mT)):
                 args = (x, w, schedule, precision, way)
                 yield dtype, way, partial(kernels.grouped_gemm, *args, low_rank=(u, B))
         for (p, q), precision in product(((x, u), (u, x)), precisions):
@@ -214,6 +216,7 @@ def launches(package, target):
     """(dtype, config, launch) for all that can be launched on the target."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
+    ways = import_module(f"{package}.launch_configs").ways
     for ids in (torch.int32, torch.int64):
         for tokens in (1, 1000):  # counted in place, and by a launch of its own
             index = torch.zeros(tokens, 6, dtype=ids)
@@ -244,8 +247,8 @@ def launches(package, target):
         for config, precision in product(tuning.all_configs(dtype, capability), precisions):
             sizes = (EXPERTS, HIDDEN, INTER)
             all_ways = has_variants and dtype != torch.float16
-            yield from gemm_launches(package, tuning.ways, dtype, config, precision, *sizes, all_ways)
-        yield from backward_launches(package, tuning.ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
+            yield from gemm_launches(package, ways, dtype, config, precision, *sizes, all_ways)
+        yield from backward_launches(package, ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
         if has_variants and dtype != torch.float16:
             yield from lora_launches(package, dtype, capability, precisions)
         for _, config in tuning.router_configs(dtype, capability):
@@ -265,14 +268,14 @@ def launches(package, target):
 
 def tuned_launches(package, target):
     """As `launches`, for the tuned files of GPUs of the target's compute capability."""
-    tuning = import_module(f"{package}.tuning")
-    for path in sorted(tuning.CONFIGS.glob("*.json")):
+    tuned_files = import_module(f"{package}.tuned_files")
+    for path in sorted(tuned_files.CONFIGS.glob("*.json")):
         capability = json.loads(path.read_text())["tuned_with"]["compute_capability"]
         if target.backend != "cuda" or capability.replace(".", "") != str(target.arch):
             continue
         sizes = dict(part.split("=") for part in path.stem.split(","))
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
-        configs = tuning.read_configs(path, dtype, tuple(map(int, capability.split("."))))
+        configs = tuned_files.read_configs(path, dtype, tuple(map(int, capability.split("."))))
         for config in dict.fromkeys(config for _, config in configs):
             yield from gemm_launches(package, lambda config: {config}, dtype, config, "ieee", *shape, False)
 

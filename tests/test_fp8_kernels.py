@@ -39,7 +39,7 @@ def whole_interpreter(kernel, monkeypatch):
         return bits.numpy().view({1: "uint8", 2: "uint16", 4: "uint32"}[bits.element_size()]).reshape(data.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_as_torch)
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.kernels.fp8"), "_now", lambda x: x)
+    monkeypatch.setattr(import_module(f"{kernel.__name__}.kernels.fp8"), "_computed_here", lambda x: x)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ LEVELS = [
     ["functional", "training", "fp8", "router", "lora", "lora_ops"],
     ["gpu", "checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
     ["kernels", "tuning"],
+    ["tuned_files", "launch_configs"],
     ["_ops"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

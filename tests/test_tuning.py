@@ -28,10 +28,10 @@ SHIPPED = sorted((ROOT / "torch-ext/moe_grouped_gemm/configs").glob("*.json"))
 def tuning(kernel, monkeypatch, tmp_path):
     """The module, with an empty directory in place of the shipped files."""
     module = import_module(f"{kernel.__name__}.tuning")
-    monkeypatch.setattr(module, "CONFIGS", tmp_path)
-    module._table.cache_clear()
+    monkeypatch.setattr(import_module(f"{kernel.__name__}.tuned_files"), "CONFIGS", tmp_path)
+    module.experts_table.cache_clear()
     yield module
-    module._table.cache_clear()
+    module.experts_table.cache_clear()
 
 
 def entry(rows, block_m=64, **changes):
@@ -109,7 +109,7 @@ def test_fields_with_a_default_may_be_missing(tuning):
     assert written == tuning.GemmConfig(**entry(64)["gate_up"])
     # Every field is understood, those with a default too.
     put(tuning, content({"rows": 64, "gate_up": written._asdict(), "down": written._asdict()}))
-    tuning._table.cache_clear()
+    tuning.experts_table.cache_clear()
     assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down == written
 
 
@@ -192,8 +192,8 @@ def test_what_can_work_is_accepted(tuning):
     assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
     for dtype, capability in ((BF16, SM90), (BF16, (8, 0)), (BF16, (12, 0)), (torch.float32, SM90)):
         for up, down in tuning.all_configs(dtype, capability):
-            assert not tuning.fault_of("gate_up", up, dtype, capability)
-            assert not tuning.fault_of("down", down, dtype, capability)
+            assert not tune.launch_configs.fault_of("gate_up", up, dtype, capability)
+            assert not tune.launch_configs.fault_of("down", down, dtype, capability)
 
 
 @pytest.mark.parametrize("dtype, capability", [(torch.float32, SM90), (BF16, (8, 0)), (BF16, (10, 0))], ids=str)
@@ -207,7 +207,7 @@ def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, capability):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files(kernel, path):
     """Valid, and named as they are looked up. That their kernels compile is for test_compile.py to show."""
-    module = import_module(f"{kernel.__name__}.tuning")
+    module = import_module(f"{kernel.__name__}.tuned_files")
     sizes = dict(part.split("=") for part in path.stem.split(","))
     shape = [int(sizes[letter]) for letter in "EHI"]
     assert module.config_path(shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name

@@ -9,7 +9,8 @@ from .fp8 import gate_up_fp8, grouped_gemm_fp8
 from .fp8_hopper import gate_up_fp8_hopper, grouped_gemm_fp8_hopper
 from .fp8_weights_hopper import fp8_weights_gemm_hopper
 from .gate import glu, glu_backward
-from .grouped_gemm import gate_up, grouped_gemm
+from .gate_up import gate_up
+from .grouped_gemm import grouped_gemm
 from .grouped_gemm_hopper import can_specialize
 from .quantize import quantize_rows, quantize_slots, scale_shift
 from .router import router_logits, router_topk

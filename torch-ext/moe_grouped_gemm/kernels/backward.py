@@ -11,7 +11,7 @@ sum of dz @ gate_up[e] over the slots of t. That <dout, down @ a> = <dout @ down
 no unweighted output is needed. Biases have the row_sums of dz and of weighted dout; that of down adds <dout, bias> to
 dweight, outside.
 
-Rows are padded (`pad` of routing.py): experts begin at multiples of 64, and what is gathered into rows of nobody is
+Rows are padded (`pad` of routing.py): experts begin at multiples of 64, and what is gathered into padding rows is
 zero, so that sums over the rows of an expert have no tail. No atomics: sums have one order.
 """
 
@@ -19,14 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_gemm_hopper import wgrad_hopper
 from .launch import cdiv, launch, next_power_of_2
+from .wgrad_hopper import wgrad_hopper
 
 
 @triton.jit
 def _gather_kernel(
     x_ptr,  # (T, H)
-    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    slots_ptr,  # (P,) int32, -1 for a padding row
     expert_offsets_ptr,  # (E + 1,) int32
     out_ptr,  # (P, H)
     E,
@@ -54,7 +54,7 @@ def _gather_kernel(
 def _scale_rows_kernel(
     x_ptr,  # (P, N)
     top_k_weights_ptr,  # (S,)
-    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    slots_ptr,  # (P,) int32, -1 for a padding row
     expert_offsets_ptr,  # (E + 1,) int32
     out_ptr,  # (P, N)
     E,
@@ -114,7 +114,7 @@ def _wgrad_kernel(
 def _row_sums_kernel(
     p_ptr,  # (S, N), or with GATHER (T, N)
     sums_ptr,  # (E, N)
-    sorted_slots_ptr,  # (S,) int32, -1 for a row of nobody
+    sorted_slots_ptr,  # (S,) int32, -1 for a padding row
     top_k_weights_ptr,  # (S,)
     expert_offsets_ptr,  # (E + 1,) int32
     top_k,
@@ -167,7 +167,7 @@ def gather(x, slots, expert_offsets, top_k, out=None):
 
 
 def scale_rows(x, top_k_weights, slots, expert_offsets):
-    """x (P, N), N small, contiguous top_k_weights (T, top_k) -> (P, N); rows of nobody as in `glu` of gate.py."""
+    """x (P, N), N small, contiguous top_k_weights (T, top_k) -> (P, N); padding rows as in `glu` of gate.py."""
     rows, N = x.shape
     experts = expert_offsets.numel() - 1
     out = torch.empty_like(x)

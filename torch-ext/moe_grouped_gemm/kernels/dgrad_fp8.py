@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_gemm import _store_rows
 from .launch import cdiv, launch
 from .quantize import _BLOCK, _from_codes, _load_scale, _scale_row
-from .tiles import locate_tile
+from .tiles import locate_tile, store_rows
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -62,7 +61,7 @@ def _dgrad_fp8_kernel(
         scale = _load_scale(w_scale_ptr + _scale_row(k + offs_k, K // 2, scale_shift, scale_rows) * n_blocks)
         w = (_from_codes(w, tl.float32) * scale[:, None]).to(x.dtype)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)  # [BM, BK] @ [BK, BN]
-    _store_rows(y_ptr, acc, row, row_end, offs_n, N)
+    store_rows(y_ptr, acc, row, row_end, offs_n, N)
 
 
 def dgrad_fp8(x, w, w_scale, schedule, input_precision, config, shift=0):

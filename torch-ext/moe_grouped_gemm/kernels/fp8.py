@@ -22,10 +22,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gate import _glu
-from .grouped_gemm import _is_height, _store_glu, _store_rows
+from .gate_up import _store_glu
 from .launch import cdiv, launch
 from .quantize import _BLOCK, BLOCK, _from_codes, _load_scale, _quantize, _scale_row, scale_shift
-from .tiles import locate_tile
+from .tiles import is_height, locate_tile, store_rows
 
 
 @triton.jit
@@ -36,20 +36,19 @@ def _load_weight(
     k,
     N,
     K,
-    stride_we,
-    stride_wn,
-    stride_wk,
+    w_strides,  # of E, N, K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
+    """[BLOCK_N, BLOCK_K] of an expert's weight (N, K), from this row and column on."""
     if USE_TMA:
         return w_ptr.load([expert, row, k]).reshape(BLOCK_N, BLOCK_K)
     else:
         offs_n = row + tl.arange(0, BLOCK_N)
         offs_k = k + tl.arange(0, BLOCK_K)
-        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_n[:, None].to(tl.int64) * stride_wn
-        w_ptrs += offs_k[None, :] * tl.cast(stride_wk, tl.int64)
+        w_ptrs = w_ptr + expert.to(tl.int64) * w_strides[0] + offs_n[:, None].to(tl.int64) * w_strides[1]
+        w_ptrs += offs_k[None, :] * tl.cast(w_strides[2], tl.int64)
         return tl.load(w_ptrs, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
 
 
@@ -87,42 +86,37 @@ def _multiply(
 
 
 @triton.jit
-def _now(x):
-    """x, computed here. Else LLVM scales the first product after the second, and both take registers at once."""
+def _computed_here(x):
+    """x. Else LLVM scales the first product after the second, and both take registers at once."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
 @triton.jit
 def _two_tiles(
-    x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns; with TMA_X unused
-    x_desc,  # with TMA_X a descriptor of x
+    x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns
+    x_desc,  # a descriptor of x, in place of x_ptrs; or None
     row,
     mask_m,
     x_scale_ptr,  # (T or S, ceil(K / 128)); None if x is not fp8
     x_rows,  # [BLOCK_M], which of its rows
     w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
-    w_scale_ptr,  # (E, scale_rows, ceil(K / 128))
+    w_strides,  # of E, N, K
+    w_scales,  # w_scale_ptr (E, scale_rows, ceil(K / 128)), half, scale_shift, scale_rows
     expert,
     first,
     second,
-    half,
-    scale_shift,
-    scale_rows,
     N,
     K,
-    stride_we,
-    stride_wn,
-    stride_wk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
-    TMA_X: tl.constexpr,
     USE_TMA: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """Rows of x times the BLOCK_N weight rows from `first` and from `second` on: two [BM, BN] in fp32."""
+    w_scale_ptr, half, scale_shift, scale_rows = w_scales
     offs_k = tl.arange(0, BLOCK_K)
     k_blocks = tl.cdiv(K, _BLOCK)
     offs_n = tl.arange(0, BLOCK_N)
@@ -138,19 +132,17 @@ def _two_tiles(
             x_scale = tl.load(x_scale_ptr + k // _BLOCK + x_rows * k_blocks, mask=mask_m, other=0.0)
         scale = _load_scale(w_scale_ptr + k // _BLOCK + offs_scale)
         second_scale = _load_scale(w_scale_ptr + k // _BLOCK + second_offs_scale)
-        if TMA_X:
+        if x_desc is not None:
             # Rows past row_end are another expert's: they reach only parts of the sums that are never stored.
             x = x_desc.load([row, k])
         else:
             x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K - k)[None, :], other=0.0)
             x_ptrs += BLOCK_K
-        w = _load_weight(w_ptr, expert, first, k, N, K, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA)
-        second_w = _load_weight(
-            w_ptr, expert, second, k, N, K, stride_we, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA
-        )
+        w = _load_weight(w_ptr, expert, first, k, N, K, w_strides, BLOCK_N, BLOCK_K, USE_TMA)
+        second_w = _load_weight(w_ptr, expert, second, k, N, K, w_strides, BLOCK_N, BLOCK_K, USE_TMA)
         acc = _multiply(acc, x, w, x_scale, scale, ROWS_FIRST, ONE_SCALE, INPUT_PRECISION)
         if x_scale_ptr is not None:
-            acc = _now(acc)
+            acc = _computed_here(acc)
         second_acc = _multiply(second_acc, x, second_w, x_scale, second_scale, ROWS_FIRST, ONE_SCALE, INPUT_PRECISION)
     if ROWS_FIRST:
         return acc, second_acc
@@ -163,7 +155,7 @@ def _store_quantized(codes_ptr, scale_ptr, x, row, row_end, tile_n, N):
     """x [BM, 128] as fp8 codes (S, N) and scales (S, ceil(N / 128))."""
     offs_n = tile_n * _BLOCK + tl.arange(0, _BLOCK)
     codes, scale = _quantize(tl.where((offs_n < N)[None, :], x, 0.0), 1)
-    _store_rows(codes_ptr, codes, row, row_end, offs_n, N)
+    store_rows(codes_ptr, codes, row, row_end, offs_n, N)
     offs_m = row + tl.arange(0, x.shape[0])
     scale_ptrs = scale_ptr + offs_m.to(tl.int64) * tl.cdiv(N, _BLOCK) + tile_n
     tl.store(scale_ptrs, scale, mask=offs_m < row_end)
@@ -178,7 +170,7 @@ def _gate_up_fp8_kernel(
     w_scale_ptr,  # (E, scale_rows, ceil(H / 128)) fp32 | e8m0 as uint8
     a_ptr,  # (S, I), dtype of x
     a_scale_ptr,  # (S, ceil(I / 128)) fp32 if x is fp8, else None
-    z_ptr,  # (S, 2I), rows [gate; up] before the activation; None if nobody wants it
+    z_ptr,  # (S, 2I), rows [gate; up] before the activation; None if there is no backward
     sorted_slots_ptr,  # (S,) int32
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -206,7 +198,7 @@ def _gate_up_fp8_kernel(
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
     for i in tl.static_range(HEIGHTS):
-        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+        if is_height(row_end - row, i, BLOCK_M, HEIGHTS):
             offs_m = row + tl.arange(0, BLOCK_M >> i)
             mask_m = offs_m < row_end
             token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
@@ -219,23 +211,17 @@ def _gate_up_fp8_kernel(
                 x_scale_ptr,
                 token,
                 w_ptr,
-                w_scale_ptr,
+                (stride_we, stride_wn, stride_wk),
+                (w_scale_ptr, I, scale_shift, scale_rows),
                 expert,
                 tile_n * BLOCK_N,
                 tile_n * BLOCK_N + I,
-                I,
-                scale_shift,
-                scale_rows,
                 2 * I,
                 H,
-                stride_we,
-                stride_wn,
-                stride_wk,
                 BLOCK_M >> i,
                 BLOCK_N,
                 BLOCK_K,
                 x_scale_ptr is not None and MIN_M >= 64,
-                False,
                 USE_TMA,
                 ONE_SCALE,
                 INPUT_PRECISION,
@@ -280,41 +266,35 @@ def _grouped_gemm_fp8_kernel(
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
     first = tile_n * (2 * BLOCK_N)
     for i in tl.static_range(HEIGHTS):
-        if _is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+        if is_height(row_end - row, i, BLOCK_M, HEIGHTS):
             offs_m = row + tl.arange(0, BLOCK_M >> i)
             mask_m = offs_m < row_end
             x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + tl.arange(0, BLOCK_K)[None, :]
             left, right = _two_tiles(
                 x_ptrs,
-                x_desc,
+                x_desc if USE_TMA and i == 0 else None,  # the descriptor reads boxes of BLOCK_M rows
                 row,
                 mask_m,
                 x_scale_ptr,
                 offs_m,
                 w_ptr,
-                w_scale_ptr,
+                (stride_we, stride_wn, stride_wk),
+                (w_scale_ptr, half, scale_shift, scale_rows),
                 expert,
                 first,
                 first + BLOCK_N,
-                half,
-                scale_shift,
-                scale_rows,
                 N,
                 K,
-                stride_we,
-                stride_wn,
-                stride_wk,
                 BLOCK_M >> i,
                 BLOCK_N,
                 BLOCK_K,
                 x_scale_ptr is not None and MIN_M >= 64,
-                USE_TMA and i == 0,  # the descriptor reads boxes of BLOCK_M rows
                 USE_TMA,
                 ONE_SCALE,
                 INPUT_PRECISION,
             )
-            _store_rows(y_ptr, left, row, row_end, first + tl.arange(0, BLOCK_N), N)
-            _store_rows(y_ptr, right, row, row_end, first + BLOCK_N + tl.arange(0, BLOCK_N), N)
+            store_rows(y_ptr, left, row, row_end, first + tl.arange(0, BLOCK_N), N)
+            store_rows(y_ptr, right, row, row_end, first + BLOCK_N + tl.arange(0, BLOCK_N), N)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The GEMMs of fp8.py for Hopper and many rows, activations in fp8: persistent, each warp with a role of its own.
 
-As grouped_gemm_hopper.py, whose loader this uses, but rows are in expert order in both GEMMs, so that TMA can load
+The loader is that of hopper.py; but rows are in expert order in both GEMMs, so that TMA can load
 them, and scales of activations are stored (blocks, S), so that those of neighbouring rows are neighbours.
 
 A consumer's sums are two halves of 64 x 128, gate and up or neighbours. Products of a step are made one half at a time,
@@ -12,9 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .fp8 import _now
+from .fp8 import _computed_here
 from .gate import _glu
-from .grouped_gemm_hopper import (
+from .hopper import (
     BLOCK_M,
     BLOCK_N,
     CONSUMERS,
@@ -91,7 +91,7 @@ def _multiply(
                 x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
                 w = w_smem.index(stage)
                 product = _product(x, w.slice(0, HALF), product)
-                left = _now(left + product * gl.expand_dims(x_scale * first_scale, 1))
+                left = _computed_here(left + product * gl.expand_dims(x_scale * first_scale, 1))
                 product = _product(x, w.slice(HALF, HALF), product)
                 _barrier()
                 mbarrier.arrive(free.index(stage), count=1)
@@ -110,6 +110,7 @@ def _multiply(
                 _store_rows(y_ptr, None, left, row, row_end, tile_n * BLOCK_N, N)
                 _store_rows(y_ptr, None, right, row, row_end, tile_n * BLOCK_N + HALF, N)
         else:
+            # `_skip_steps` written out: with a call, the gate's kernel compiles to other, untimed code.
             for _ in range(k_tiles):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(free.index(stage), count=1)

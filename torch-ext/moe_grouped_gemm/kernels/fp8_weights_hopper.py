@@ -2,7 +2,7 @@
 
     y[r] = w[e] @ x[r], w (E, N, K)      or, for gradients, y[r] = w[e]^T @ x[r], w (E, K, N)
 
-The kernel of grouped_gemm_hopper.py, but its loader has four warps and loads codes. Those it turns into weights in the
+As grouped_gemm_hopper.py, but the loader has four warps and loads codes. Those it turns into weights in the
 dtype of x, rounded once, from shared memory to shared memory: some steps ahead of the tensor cores, which see nothing
 but 16-bit operands.
 """
@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .grouped_gemm_hopper import (
+from .hopper import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
@@ -177,7 +177,7 @@ def _fp8_weights_hopper_kernel(
 
 
 def fp8_weights_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False):
-    """x (S, K) of 16 bits, w (E, N, K) fp8, or (E, K, N) -> y (S, N); rows of nobody keep what y held.
+    """x (S, K) of 16 bits, w (E, N, K) fp8, or (E, K, N) -> y (S, N); rows that belong to no expert keep what y held.
 
     Blocks of scales are counted through all rows of w.
     """

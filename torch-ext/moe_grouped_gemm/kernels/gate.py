@@ -5,7 +5,7 @@
                    dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
 
 GATE is (activation, limit, alpha, interleaved), as Gate in reference.py; gate and up are clamped first if it has a
-limit. Rows of nobody become zero, whatever they were: with a bias, z there is not zero. Grid: rows, some at a time.
+limit. Padding rows become zero, whatever they were: with a bias, z there is not zero. Grid: rows, some at a time.
 """
 
 import torch
@@ -117,7 +117,7 @@ def _load_gate_and_up(z_ptrs, start, mask_r, I, BLOCK_I: tl.constexpr, GATE: tl.
 @triton.jit
 def _glu_kernel(
     z_ptr,  # (P, 2I), gate and up in the order of the weight's rows
-    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    slots_ptr,  # (P,) int32, -1 for a padding row
     expert_offsets_ptr,  # (E + 1,) int32
     a_ptr,  # (P, I)
     E,
@@ -147,7 +147,7 @@ def _glu_backward_kernel(
     b_ptr,  # (P, I)
     z_ptr,  # (S, 2I), gate and up in the order of the weight's rows
     top_k_weights_ptr,  # (S,)
-    slots_ptr,  # (P,) int32, -1 for a row of nobody
+    slots_ptr,  # (P,) int32, -1 for a padding row
     z_positions_ptr,  # (S,) int32: the row of z of each slot
     expert_offsets_ptr,  # (E + 1,) int32
     dz_ptr,  # (P, 2I), as z
@@ -191,7 +191,7 @@ def _glu_backward_kernel(
 
 
 def glu(z, slots, expert_offsets, gate):
-    """z (P, 2I), padded or not -> a (P, I). Rows of nobody are zero; those from expert_offsets[E] on stay unwritten."""
+    """z (P, 2I), padded or not -> a (P, I). Padding rows are zero; those from expert_offsets[E] on stay unwritten."""
     rows, inter, experts = z.shape[0], z.shape[1] // 2, expert_offsets.numel() - 1
     a = z.new_empty(rows, inter)
     block_m, block_i = 4, min(256, next_power_of_2(inter))
@@ -209,7 +209,7 @@ def glu(z, slots, expert_offsets, gate):
 def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, gate, needs_a):
     """b (P, I), z (S, 2I) -> dz (P, 2I), weighted_a (P, I) or None, dweights (S,) fp32, 0 for a skipped slot.
 
-    Rows of nobody are zero; those from expert_offsets[E] on stay unwritten. top_k_weights are contiguous.
+    Padding rows are zero; those from expert_offsets[E] on stay unwritten. top_k_weights are contiguous.
     """
     rows, inter = b.shape
     experts = expert_offsets.numel() - 1

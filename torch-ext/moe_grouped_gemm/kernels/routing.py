@@ -187,7 +187,7 @@ def _pad_kernel(
     if tl.program_id(0) == 0:
         tl.store(padded_offsets_ptr + offs_e, padded_begins, mask=offs_e < E)
         tl.store(padded_offsets_ptr + E, tl.sum(padded_counts, axis=0))
-    # The PAD rows of a program are one expert's, or nobody's.
+    # The PAD rows of a program are one expert's, or padding.
     row = tl.program_id(0) * PAD
     is_here = (padded_begins <= row) & (row < padded_ends)
     first = tl.sum(tl.where(is_here, begins + row - padded_begins, 0), axis=0)

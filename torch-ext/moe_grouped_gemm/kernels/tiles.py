@@ -1,7 +1,11 @@
-"""Whose turn is which tile of a GEMM's result, by a schedule as `route` makes it; for Triton and for Gluon."""
+"""Tiles of a GEMM's result: whose turn is which, by a schedule as `route` makes it; how high it is; how it is stored.
+
+For Triton, `locate_tile` for Gluon too.
+"""
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -30,3 +34,32 @@ def locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M
     group_size = tl.maximum(tl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
     tile_m = group * GROUP_M + pid % group_size
     return expert, first_row, first_row + tile_m * BLOCK_M, row_end, pid // group_size
+
+
+@triton.jit
+def is_height(rows, i: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHTS: tl.constexpr):
+    """Whether BLOCK_M >> i is the least of the HEIGHTS tile heights that holds `rows` rows (the first: or more)."""
+    if i == 0 and HEIGHTS == 1:
+        return True
+    elif i == 0:
+        return rows > BLOCK_M // 2
+    elif i == HEIGHTS - 1:
+        return rows <= BLOCK_M >> i
+    else:
+        return (rows <= BLOCK_M >> i) & (rows > BLOCK_M >> (i + 1))
+
+
+@triton.jit
+def store_rows(y_ptr, y, row, row_end, offs_n, N):
+    """The rows of y [BM, BN] that come before row_end, as rows from `row` on and columns offs_n of y_ptr (S, N)."""
+    offs_m = row + tl.arange(0, y.shape[0])
+    y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < row_end)[:, None] & (offs_n < N)[None, :])
+
+
+def weight_descriptor(w, block_n, block_k):
+    """Of (E, N, K) weights; TRANSPOSED, of the (E, K, N) that they are a view of."""
+    if w.stride(2) == 1:
+        return TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+    w = w.mT
+    return TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n])

@@ -1,0 +1,287 @@
+"""What the warp-specialized GEMMs for Hopper and many rows share: the warps' roles, and how they hand over.
+
+Grid: as many programs as the GPU has multiprocessors; each takes one tile of 128 rows by 256 columns after another,
+those of a schedule first come, first served. In a program, handing over through shared memory and mbarriers:
+
+    loader       1 warp     takes tiles, tells the consumers, loads rows and weights by TMA, STAGES steps of K ahead
+    2 consumers  4 warps    each multiply 64 rows by 256 weight rows (wgmma m64n256k16) and store the result; a tile of
+                            at most 64 rows leaves the second idle
+
+The consumers need not keep step: while one stores its rows the other has the tensor cores, and the next tile is on its
+way. That pays where K is short against what comes before and after it.
+
+Tuples that are handed around: schedule (schedule_ptr, max_tiles); stages (x_smem, w_smem, full, free), the ring of K
+steps and its mbarriers; queue (tiles, full, free), the ring of tiles.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..launch_configs import SPECIALIZED_TILE
+from .tiles import locate_tile
+
+# Renamed in Triton 3.9, 3.7 and 3.9.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
+CONSUMERS = gl.constexpr(2)
+BLOCK_M = gl.constexpr(SPECIALIZED_TILE["BLOCK_M"])
+ROWS = gl.constexpr(SPECIALIZED_TILE["MIN_M"])  # of a consumer
+BLOCK_N = gl.constexpr(SPECIALIZED_TILE["BLOCK_N"])
+BLOCK_K = gl.constexpr(SPECIALIZED_TILE["BLOCK_K"])  # 128 bytes: what TMA swizzles
+QUEUE = gl.constexpr(2)  # tiles that the consumers may lag behind the loader
+
+
+@gluon.jit
+def _next(i, phase, SIZE: gl.constexpr):
+    """The next place in a ring of SIZE, and the parity of its use."""
+    wraps = i == SIZE - 1
+    return gl.where(wraps, 0, i + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _previous(i, SIZE: gl.constexpr):
+    return gl.where(i == 0, SIZE - 1, i - 1)
+
+
+@gluon.jit
+def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles, expert):
+    tiles, full, free = queue
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 8, layout)
+    mbarrier.wait(free.index(i), phase ^ 1)
+    tile = gl.where(field == 2, tile_n, gl.where(field == 3, k_tiles, expert))
+    tile = gl.where(field == 0, row, gl.where(field == 1, row_end, tile))
+    tiles.index(i).store(tile)
+    _barrier()
+    mbarrier.arrive(full.index(i), count=1)
+    return _next(i, phase, QUEUE)
+
+
+@gluon.jit
+def _take_tile(queue, i, phase):
+    """(First row, -1: no more tiles; row after the expert's last; column tile; steps of K; expert), next place."""
+    tiles, full, free = queue
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 8, layout)
+    mbarrier.wait(full.index(i), phase)
+    tile = tiles.index(i).load(layout)
+    _barrier()
+    mbarrier.arrive(free.index(i), count=1)
+    row = gl.sum(gl.where(field == 0, tile, 0), 0)
+    row_end = gl.sum(gl.where(field == 1, tile, 0), 0)
+    tile_n = gl.sum(gl.where(field == 2, tile, 0), 0)
+    k_tiles = gl.sum(gl.where(field == 3, tile, 0), 0)
+    expert = gl.sum(gl.where(field == 4, tile, 0), 0)
+    i, phase = _next(i, phase, QUEUE)
+    return (row, row_end, tile_n, k_tiles, expert), i, phase
+
+
+@gluon.jit
+def _load_weight(w_desc, w_smem, bar, expert, tile_n, k, second, N, K, TILE_N: gl.constexpr):
+    """BLOCK_N rows of w (E, N, K), in two boxes; or with boxes that are BLOCK_N wide, columns of w (E, K, N)."""
+    HALF: gl.constexpr = BLOCK_N // 2
+    if w_smem.shape[1] == BLOCK_N:
+        _tma_load(w_desc, [expert * K + k, tile_n * TILE_N], bar, w_smem)
+    else:
+        w_row = expert * N + tile_n * TILE_N
+        _tma_load(w_desc, [w_row, k], bar, w_smem.slice(0, HALF))
+        _tma_load(w_desc, [w_row + second, k], bar, w_smem.slice(HALF, HALF))
+
+
+@gluon.jit
+def _as_rows(w_smem):
+    """The stages for rows of w (E, N, K), where they are for its transpose."""
+    if w_smem.shape[2] == BLOCK_N:
+        return _reinterpret(w_smem, w_smem.dtype, [w_smem.shape[0], BLOCK_N, w_smem.shape[1]], w_smem.layout)
+    else:
+        return w_smem
+
+
+@gluon.jit
+def _number_of_tiles(schedule, n_tiles):
+    schedule_ptr, max_tiles = schedule
+    return gl.load(schedule_ptr + 4 * max_tiles) * n_tiles
+
+
+@gluon.jit
+def _claim_tile(schedule, num_tiles):
+    """The tile after this one, for each one that a program begins."""
+    schedule_ptr, max_tiles = schedule
+    claims_ptr = schedule_ptr + 4 * max_tiles + 1
+    claimed = gl.atomic_add(claims_ptr, 1, sem="relaxed")
+    # Every tile done is a claim made, so this is the last one: leave the counter as it was.
+    if claimed == num_tiles - 1:
+        gl.store(claims_ptr, 0)
+    return gl.num_programs(0) + claimed
+
+
+@gluon.jit
+def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, stage, phase, TILE_N: gl.constexpr):
+    """The columns from k on of the tile's rows and weight rows, into the next stage."""
+    row, expert, tile_n = tile
+    _, second, N, K = sizes
+    x_smem, _, full, free = stages
+    mbarrier.wait(free.index(stage), phase ^ 1)
+    bar = full.index(stage)
+    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
+    # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights past the
+    # expert's last.
+    _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
+    _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
+    return _next(stage, phase, w_smem.shape[0])
+
+
+@gluon.jit
+def _load(
+    x_desc,
+    w_desc,
+    schedule,
+    sizes,  # column tiles, rows of a weight between the halves of a tile, N, K
+    stages,
+    queue,
+    TILE_N: gl.constexpr,  # rows of a weight between two tiles
+    GROUP_M: gl.constexpr,
+    u_desc=None,
+    factor_desc=None,
+    RANK_STEPS: gl.constexpr = 0,  # through these two, after those through x and w
+):
+    n_tiles, second, N, K = sizes
+    x_smem, w_smem, full, free = stages
+    STEP: gl.constexpr = x_smem.shape[2]
+    num_tiles = _number_of_tiles(schedule, n_tiles)
+    stage = 0
+    phase = 0
+    place = 0
+    place_phase = 0
+    tile = gl.program_id(0)
+    while tile < num_tiles:
+        next_tile = _claim_tile(schedule, num_tiles)
+        expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
+        k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
+        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
+        place_of_tile = (row, expert, tile_n)
+        for k in range(0, K, STEP):
+            stage, phase = _load_step(x_desc, w_desc, w_smem, place_of_tile, k, sizes, stages, stage, phase, TILE_N)
+        for step in gl.static_range(RANK_STEPS):
+            # Past R there are zeros in both.
+            k = step * STEP
+            stage, phase = _load_step(
+                u_desc, factor_desc, _as_rows(w_smem), place_of_tile, k, sizes, stages, stage, phase, TILE_N
+            )
+        tile = next_tile
+    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
+
+
+@gluon.jit
+def _store_rows(y_ptr, sorted_slots_ptr, y, row, row_end, column, N):
+    # A warp stores its own 16 rows, so that only its lanes have to exchange what they hold.
+    layout: gl.constexpr = gl.BlockedLayout([16, 4], [1, 32], [4, 1], [1, 0])
+    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), layout)
+    offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offs_n = column + gl.arange(0, BLOCK_N // 2, gl.SliceLayout(0, layout))
+    rows = offs_m if sorted_slots_ptr is None else gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)
+    y_ptrs = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(offs_n, 0)
+    gl.store(y_ptrs, y, mask=gl.expand_dims(offs_m < row_end, 1) & gl.expand_dims(offs_n < N, 0))
+
+
+@gluon.jit
+def _add_product(acc, x, w, stages, stage, phase, frees):
+    """acc + x @ w when both have come; the stage before, if it `frees` one, is done with."""
+    _, w_smem, full, free = stages
+    STAGES: gl.constexpr = w_smem.shape[0]
+    mbarrier.wait(full.index(stage), phase)
+    acc = warpgroup_mma(x, w, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    _barrier()
+    mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=frees)
+    stage, phase = _next(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def _skip_steps(k_tiles, stages, stage, phase):
+    """A consumer's part in a tile that has no rows for it."""
+    _, w_smem, full, free = stages
+    for _ in range(k_tiles):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(free.index(stage), count=1)
+        stage, phase = _next(stage, phase, w_smem.shape[0])
+    return stage, phase
+
+
+@gluon.jit
+def _multiply(
+    CONSUMER: gl.constexpr,
+    y_ptr,
+    sorted_slots_ptr,
+    row_weights_ptr,
+    N,
+    stages,
+    queue,
+    TRANSPOSED_X: gl.constexpr,
+    TRANSPOSED_W: gl.constexpr,
+    RANK_STEPS: gl.constexpr = 0,
+):
+    x_smem, w_smem, full, free = stages
+    STAGES: gl.constexpr = w_smem.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    stage = 0
+    phase = 0
+    tile, place, place_phase = _take_tile(queue, 0, 0)
+    row, row_end, tile_n, k_tiles, _ = tile
+    while row >= 0:
+        row += CONSUMER * ROWS
+        if row < row_end:
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
+            for k in range(k_tiles - RANK_STEPS):
+                if TRANSPOSED_X:
+                    x = x_smem.index(stage * CONSUMERS + CONSUMER).permute((1, 0))
+                else:
+                    x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
+                w = w_smem.index(stage) if TRANSPOSED_W else w_smem.index(stage).permute((1, 0))  # [BLOCK_K, BLOCK_N]
+                acc, stage, phase = _add_product(acc, x, w, stages, stage, phase, k > 0)
+            for _step in gl.static_range(RANK_STEPS):
+                u = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
+                factor = _as_rows(w_smem).index(stage).permute((1, 0))
+                acc, stage, phase = _add_product(acc, u, factor, stages, stage, phase, True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _barrier()
+            mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k_tiles > 0)
+            if row_weights_ptr is not None:
+                offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+                slots = gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)
+                weight = gl.load(row_weights_ptr + slots, mask=offs_m < row_end, other=0.0).to(gl.float32)
+                acc *= gl.expand_dims(weight, 1)
+            left, right = acc.reshape((ROWS, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
+            _store_rows(y_ptr, sorted_slots_ptr, left, row, row_end, tile_n * BLOCK_N, N)
+            _store_rows(y_ptr, sorted_slots_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
+        else:
+            stage, phase = _skip_steps(k_tiles, stages, stage, phase)
+        tile, place, place_phase = _take_tile(queue, place, place_phase)
+        row, row_end, tile_n, k_tiles, _ = tile
+
+
+@gluon.jit
+def _barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def _queue(READERS: gl.constexpr):
+    tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, READERS))
+
+
+def _rows_descriptor(x, box):
+    """The rows of x, (..., K), which follow each other at one stride."""
+    swizzle = min(128, box[1] * x.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=2)
+    K = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // K, K], [x.stride(-2), 1], box, layout)
