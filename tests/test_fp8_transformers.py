@@ -127,9 +127,9 @@ def test_fp8_experts_on_a_gpu(bf16_checkpoint, quantize, registered, tmp_path, k
     assert error(logits(model), expected.double()) < 0.3
     assert len(calls) == NUM_MOE_LAYERS
     for experts, args, out in calls:
-        scales = experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv
+        scales = {f"{name}_scale": getattr(experts, f"{name}_scale_inv") for name in ("gate_up_proj", "down_proj")}
         with torch.no_grad():
-            exact = registered.reference_fp8.moe_experts(*args, experts.gate_up_proj, experts.down_proj, *scales)
+            exact = registered.reference.moe_experts(*args, experts.gate_up_proj, experts.down_proj, **scales)
         assert 0 < error(out, exact.double()) < 0.06
     tokens = model.generate(prompt().cuda(), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert tokens.shape == (2, prompt().shape[1] + 8)

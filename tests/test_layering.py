@@ -22,7 +22,7 @@ LEVELS = [
     ["layers"],
     ["integration"],
     ["functional", "training", "fp8", "router", "lora", "lora_ops"],
-    ["gpu", "checks", "torch_ops", "routing", "quant", "reference", "reference_fp8"],
+    ["gpu", "checks", "torch_ops", "routing", "quant", "reference"],
     ["kernels", "tuning"],
     ["tuned_files", "launch_configs"],
     ["_ops"],

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from . import gpu, reference_fp8, training, tuning
+from . import gpu, reference, training, tuning
 from .checks import check_fp8_experts
 from .reference import Gate
 from .routing import route_torch
@@ -44,7 +44,9 @@ def moe_experts(
 
 def _experts_forward(hidden_states, *args):
     if hidden_states.device.type == "cpu":
-        return reference_fp8.moe_experts(hidden_states, *args[:-1])
+        *inputs, gate_up_scale, down_scale, activation, _ = args
+        scales = {"gate_up_proj_scale": gate_up_scale, "down_proj_scale": down_scale}
+        return reference.moe_experts(hidden_states, *inputs, activation, **scales)
     return _experts_gpu(hidden_states, *args)
 
 
@@ -175,8 +177,11 @@ def _training_gpu(
 
 
 def _training_forward(hidden_states, *args):
-    forward = reference_fp8.moe_experts_training if hidden_states.device.type == "cpu" else _training_gpu
-    return forward(hidden_states, *args)
+    if hidden_states.device.type == "cpu":
+        *inputs, gate_up_scale, down_scale, activation = args
+        gate, scales = Gate(activation), (gate_up_scale, down_scale)
+        return reference.moe_experts_training(hidden_states, *inputs, None, None, *gate, scales=scales)
+    return _training_gpu(hidden_states, *args)
 
 
 _training_op = register_op(
@@ -218,8 +223,14 @@ def _backward_gpu(
 
 
 def _backward_impl(dout, *args):
-    backward = reference_fp8.moe_experts_backward if dout.device.type == "cpu" else _backward_gpu
-    return backward(dout, *args)
+    if dout.device.type == "cpu":
+        *weights, gate_up_scale, down_scale, z, offsets, slots, positions, activation = args
+        # Of hidden_states, whose form dout has, only that is asked for: no weight gets a gradient.
+        inputs = (dout, dout, *weights, None, None, z, offsets, slots, positions)
+        needs_grad = [True, True, False, False, False, False]
+        scales = (gate_up_scale, down_scale)
+        return reference.moe_experts_backward(*inputs, needs_grad, *Gate(activation), scales=scales)[:2]
+    return _backward_gpu(dout, *args)
 
 
 _backward_op = register_op(
@@ -261,7 +272,9 @@ def grouped_gemm(x, weight, scale, expert_offsets):
 def _grouped_gemm_forward(x, weight, scale, expert_offsets, transposed):
     """transposed: y[r] = W[e]^T @ x[r]."""
     if x.device.type == "cpu":
-        return reference_fp8.grouped_gemm(x, weight, scale, expert_offsets, transposed)
+        if transposed:
+            return reference.grouped_gemm_transposed(x, weight, expert_offsets, scale)
+        return reference.grouped_gemm(x, weight, expert_offsets, scale=scale)
     y = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
     if y.numel() == 0 or x.shape[1] == 0:
         return y.zero_()

@@ -149,7 +149,7 @@ gather = register_op(
 
 def _gather_backward(ctx, dx):
     sorted_slots, slot_positions = ctx.saved_tensors
-    weights = torch.ones_like(slot_positions, dtype=reference._acc_dtype(dx))
+    weights = torch.ones_like(slot_positions, dtype=reference.acc_dtype(dx))
     return combine(dx, weights, sorted_slots, slot_positions), None, None
 
 
@@ -175,13 +175,13 @@ def _combine_backward(ctx, dout):
     dy = dweights = None
     if ctx.needs_input_grad[0]:
         row_weights = top_k_weights.reshape(-1, 1)[sorted_slots]
-        dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(reference._acc_dtype(y))).to(y.dtype)
+        dy = (dout[_tokens(sorted_slots, slot_positions)] * row_weights.to(reference.acc_dtype(y))).to(y.dtype)
         # Rows that no expert owns: a norm's own gradient would take them in, and they may be NaN.
         dy = dy.masked_fill(slot_positions.view(-1, 1)[sorted_slots] < 0, 0)
     if ctx.needs_input_grad[1]:
         dweights = torch.zeros_like(top_k_weights)
         for k, positions in enumerate(slot_positions.unbind(1)):
-            products = (dout.to(reference._acc_dtype(y)) * y[positions.clamp(min=0)]).sum(dim=1)
+            products = (dout.to(reference.acc_dtype(y)) * y[positions.clamp(min=0)]).sum(dim=1)
             dweights[:, k] = products.masked_fill(positions < 0, 0)
     return dy, dweights, None, None
 

@@ -1,0 +1,41 @@
+"""The expert layer and the router in plain torch: the CPU path, and what tests and benchmarks compare with.
+
+Everything here works in any float dtype (fp64 makes it an oracle), is deterministic on the CPU, and reads the number of
+rows of each expert on the host. Weights in fp8 are dequantised, and activations stay as they are.
+"""
+
+from .experts import moe_experts, moe_experts_backward, moe_experts_training
+from .gate import ACTIVATIONS, Gate, apply_gate, gate_backward
+from .grouped import (
+    acc_dtype,
+    combine,
+    empty_gradient,
+    grouped_gemm,
+    grouped_gemm_dw,
+    grouped_gemm_transposed,
+    is_transposed,
+    row_sums,
+    sort_slots,
+)
+from .router import router_dtype, topk_router
+
+__all__ = [
+    "ACTIVATIONS",
+    "Gate",
+    "acc_dtype",
+    "apply_gate",
+    "combine",
+    "empty_gradient",
+    "gate_backward",
+    "grouped_gemm",
+    "grouped_gemm_dw",
+    "grouped_gemm_transposed",
+    "is_transposed",
+    "moe_experts",
+    "moe_experts_backward",
+    "moe_experts_training",
+    "router_dtype",
+    "row_sums",
+    "sort_slots",
+    "topk_router",
+]
