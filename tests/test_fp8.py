@@ -215,10 +215,14 @@ def test_gradients(kernel, device, tokens, experts, top_k, hidden_dim, inter, id
         top_k_weights.double(),
         dout,
     )
-    for grad, e in zip(
-        gradients(lambda x, w: run(kernel, (x, index, w), weights, scales), x, top_k_weights, dout), exact
-    ):
-        assert error(grad, e) <= 4 * torch.finfo(dtype).eps + 4e-6
+    got = gradients(lambda x, w: run(kernel, (x, index, w), weights, scales), x, top_k_weights, dout)
+    tolerance = 4 * torch.finfo(dtype).eps + 4e-6
+    for of_rows, e in zip(got[:2], exact):
+        assert error(of_rows, e) <= tolerance
+    # <dout[t], y>: of a few slots the sum may be small beside its terms, which are what was rounded.
+    each_slot = x.double().repeat_interleave(top_k, 0), index.view(-1, 1), torch.ones_like(index.view(-1, 1)).double()
+    terms = dout.double().repeat_interleave(top_k, 0) * kernel.reference.moe_experts(*each_slot, *exact_weights)
+    assert (got[2] - exact[2]).norm() <= tolerance * terms.norm()
 
 
 @pytest.mark.parametrize("wanted", ["nothing", "hidden_states", "top_k_weights"])
