@@ -17,20 +17,8 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
+import common
 from benchmark_moe import WORKLOADS, expert_weights
-from common import (
-    argument_parser,
-    check,
-    eager_time,
-    graph_and_eager,
-    header,
-    input_sets,
-    matmul_rate,
-    measure_ceilings,
-    roof,
-    staged_kernel,
-    write,
-)
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 
@@ -41,7 +29,7 @@ def fp8_rate() -> float:
     def matmul(a, b):
         return torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16)
 
-    return matmul_rate(matmul, torch.float8_e4m3fn)
+    return common.matmul_rate(matmul, torch.float8_e4m3fn)
 
 
 def dequantized(codes, scale):
@@ -65,11 +53,11 @@ def dequantize_and_grouped_mm(x, index, top_k_weights, codes, scales):
 
 def run_case(kernel, tokens, dense, codes, scales, ceilings):
     reference = import_module(f"{kernel.__name__}.reference_fp8")
-    sets = input_sets("dsv3", tokens)
+    sets = common.input_sets("dsv3", tokens)
     options = {"gate_up_proj_scale": scales[0], "down_proj_scale": scales[1]}
     expected = reference.moe_experts(*sets[0], *codes, *scales)
     errors = [
-        check(f"T={tokens}, quantize_activations={quantize}", out, expected, allowed)
+        common.check(f"T={tokens}, quantize_activations={quantize}", out, expected, allowed)
         for quantize, allowed in ((True, 6e-2), (False, 1e-2))
         for out in [kernel.moe_experts(*sets[0], *codes, quantize_activations=quantize, **options)]
     ]
@@ -78,7 +66,7 @@ def run_case(kernel, tokens, dense, codes, scales, ceilings):
         "tokens": tokens,
         "experts_hit": hit,
         "relative_errors": errors,
-        "roof_us": roof("dsv3", tokens, hit, ceilings["fp8_flops"], ceilings["bytes"], weight_bytes=1),
+        "roof_us": common.roof("dsv3", tokens, hit, ceilings["fp8_flops"], ceilings["bytes"], weight_bytes=1),
     }
     layers = {
         "fp8": lambda args: kernel.moe_experts(*args, *codes, **options),
@@ -87,9 +75,9 @@ def run_case(kernel, tokens, dense, codes, scales, ceilings):
     }
     for name, layer in layers.items():
         calls = [lambda args=args, layer=layer: layer(args) for args in sets]
-        case |= graph_and_eager(name, calls)
-    check(f"torch, T={tokens}", dequantize_and_grouped_mm(*sets[0], codes, scales), expected, 2e-2)
-    case["torch_eager_us"] = eager_time([lambda: dequantize_and_grouped_mm(*sets[0], codes, scales)])
+        case |= common.graph_and_eager(name, calls)
+    common.check(f"torch, T={tokens}", dequantize_and_grouped_mm(*sets[0], codes, scales), expected, 2e-2)
+    case["torch_eager_us"] = common.eager_time([lambda: dequantize_and_grouped_mm(*sets[0], codes, scales)])
     return case
 
 
@@ -104,21 +92,21 @@ def row(case) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argument_parser(__doc__, "docs/measurements/<gpu>-fp8.json")
+    parser = common.argument_parser(__doc__, "docs/measurements/<gpu>-fp8.json")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     args = parser.parse_args()
-    kernel = staged_kernel()
-    ceilings = measure_ceilings(fp8_flops=fp8_rate, bf16_flops=matmul_rate)
+    kernel = common.staged_kernel()
+    ceilings = common.measure_ceilings(fp8_flops=fp8_rate, bf16_flops=common.matmul_rate)
     dense = expert_weights(*WORKLOADS["dsv3"][:3], "cuda")
     codes, scales = zip(*(kernel.quantize_fp8(weight) for weight in dense))
-    result = header(ceilings=ceilings, cases=[])
+    result = common.header(ceilings=ceilings, cases=[])
     print(f"{'T':>6} {'roof':>9} {'fp8 graph':>10} {'eager':>9} {'of roof':>8} {'weights':>9} {'bf16':>9}", end="")
     print(f" {'bf16/fp8':>9} {'torch':>10}   microseconds")
     for tokens in args.tokens:
         case = run_case(kernel, tokens, dense, codes, scales, ceilings)
         torch.cuda.empty_cache()
         result["cases"].append(case)
-        write(args.out, result)
+        common.write(args.out, result)
         print(row(case), flush=True)
     print(args.out)
 

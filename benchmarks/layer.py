@@ -17,22 +17,8 @@ from itertools import product
 import torch
 import transformers
 
+import common
 from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
-from common import (
-    argument_parser,
-    check,
-    eager_time,
-    graph_and_eager,
-    graph_time,
-    header,
-    input_sets,
-    matmul_rate,
-    measure_ceilings,
-    roof,
-    staged_kernel,
-    stock_module,
-    write,
-)
 
 SKEWED_TOKENS = 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
@@ -66,12 +52,12 @@ def portable(kernel):
 
 def checked_error(kernel, what, inputs, weights) -> float:
     out, expected = (layer(*inputs, *weights) for layer in (kernel.moe_experts, kernel.reference.moe_experts))
-    return check(what, out, expected, 1e-2)
+    return common.check(what, out, expected, 1e-2)
 
 
 def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
     hidden_dim, inter, _, top_k, _ = WORKLOADS[workload]
-    sets = input_sets(workload, tokens, zipf)
+    sets = common.input_sets(workload, tokens, zipf)
     error = checked_error(kernel, f"{workload} T={tokens}", sets[0], weights)
     hit = statistics.mean(index.unique().numel() for _, index, _ in sets)
     ours = [lambda args=args: kernel.moe_experts(*args, *weights) for args in sets]
@@ -81,11 +67,11 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
         "routing": "zipf" if zipf else "uniform",
         "experts_hit": hit,
         "relative_error": error,
-        "roof_us": roof(workload, tokens, hit, ceilings["flops"], ceilings["bytes"], weight_bytes=2),
-        **graph_and_eager("ours", ours),
+        "roof_us": common.roof(workload, tokens, hit, ceilings["flops"], ceilings["bytes"], weight_bytes=2),
+        **common.graph_and_eager("ours", ours),
     }
     with portable(kernel):
-        case["ours_portable_graph_us"] = graph_time(ours)
+        case["ours_portable_graph_us"] = common.graph_time(ours)
     for name in STOCK:
         if name == "batched_mm":  # it copies the weights of every slot
             copies = tokens * top_k * 3 * hidden_dim * inter * 2
@@ -95,9 +81,9 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
             continue
         module.config._experts_implementation = name
         stock = [lambda args=args: module(*args) for args in sets]
-        case[f"{name}_eager_us"] = eager_time(stock)
+        case[f"{name}_eager_us"] = common.eager_time(stock)
         if name != "eager":  # that one waits for the host
-            case[f"{name}_graph_us"] = graph_time(stock)
+            case[f"{name}_graph_us"] = common.graph_time(stock)
         torch.cuda.empty_cache()
     return case
 
@@ -134,8 +120,8 @@ def run_router_case(kernel, workload, tokens):
     return {
         "workload": workload,
         "tokens": tokens,
-        **graph_and_eager("ours", [ours]),
-        **graph_and_eager("stock", [lambda: module(x)]),
+        **common.graph_and_eager("ours", [ours]),
+        **common.graph_and_eager("stock", [lambda: module(x)]),
     }
 
 
@@ -154,9 +140,9 @@ def run_expert_parallel_case(kernel, module, weights, workload, tokens):
     case = {"workload": workload, "tokens": tokens, "ep_size": EP_SIZE, "slots": index.numel(), "local": len(slots)}
     for name, inputs in {"sentinels": (x, index, top_k_weights), "dispatched": rows}.items():
         checked_error(kernel, f"{name} of {workload} T={tokens}", inputs, weights)
-        case[f"{name}_graph_us"] = graph_time([lambda inputs=inputs: kernel.moe_experts(*inputs, *weights)])
+        case[f"{name}_graph_us"] = common.graph_time([lambda inputs=inputs: kernel.moe_experts(*inputs, *weights)])
         module.config._experts_implementation = "grouped_mm"
-        case[f"{name}_stock_graph_us"] = graph_time([lambda inputs=inputs: module(*inputs)])
+        case[f"{name}_stock_graph_us"] = common.graph_time([lambda inputs=inputs: module(*inputs)])
     return case
 
 
@@ -184,7 +170,7 @@ def layer_cases(kernel, workloads, ceilings):
     for workload in workloads:
         *dims, tokens = WORKLOADS[workload]
         weights = expert_weights(*dims[:3], "cuda")
-        module = stock_module(*dims, weights)
+        module = common.stock_module(*dims, weights)
         cases = [(t, False) for t in tokens] + [(SKEWED_TOKENS, False), (SKEWED_TOKENS, True)]
         for t, zipf in dict.fromkeys(cases):
             case = run_case(kernel, module, weights, workload, t, zipf, ceilings)
@@ -207,7 +193,7 @@ def expert_parallel_cases(kernel, workloads):
     for workload in [w for w in workloads if w in EXPERT_PARALLEL]:
         hidden_dim, inter, experts, top_k, _ = WORKLOADS[workload]
         weights = expert_weights(hidden_dim, inter, experts // EP_SIZE, "cuda")
-        module = stock_module(hidden_dim, inter, experts // EP_SIZE, top_k, weights)
+        module = common.stock_module(hidden_dim, inter, experts // EP_SIZE, top_k, weights)
         for t in EP_TOKENS:
             case = run_expert_parallel_case(kernel, module, weights, workload, t)
             print_times(case)
@@ -217,14 +203,14 @@ def expert_parallel_cases(kernel, workloads):
 
 @torch.no_grad()
 def main() -> None:
-    parser = argument_parser(__doc__, "benchmarks/results/<gpu>.json")
+    parser = common.argument_parser(__doc__, "benchmarks/results/<gpu>.json")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     args = parser.parse_args()
-    kernel = staged_kernel()
-    ceilings = measure_ceilings(flops=matmul_rate)
-    result = header(transformers, ceilings=ceilings)
+    kernel = common.staged_kernel()
+    ceilings = common.measure_ceilings(flops=common.matmul_rate)
+    result = common.header(transformers, ceilings=ceilings)
     result["cases"] = list(layer_cases(kernel, args.workloads, ceilings))
     result["router_cases"] = list(router_cases(kernel, args.workloads))
     result["expert_parallel_cases"] = list(expert_parallel_cases(kernel, args.workloads))
-    write(args.out, result)
+    common.write(args.out, result)
     print(args.out)

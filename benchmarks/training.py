@@ -15,18 +15,8 @@ from functools import partial
 import torch
 import transformers
 
+import common
 from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
-from common import (
-    argument_parser,
-    check,
-    eager_time,
-    forward_flops,
-    header,
-    matmul_rate,
-    staged_kernel,
-    stock_module,
-    write,
-)
 
 CASES = [(name, tokens) for name in ("qwen3-30b", "moonlight", "glm45-air") for tokens in (4096, 16384)]
 
@@ -51,11 +41,11 @@ def memory(layer, inputs, wanted, dout) -> tuple[int, int]:
 def compare(what, layers, inputs, dout, allowed) -> dict:
     """Checks the gradients of ours against stock's, then measures both; layers: name -> (layer, tensors wanted)."""
     ours, stock = (step(layers[name][0], inputs, layers[name][1], dout) for name in ("ours", "stock"))
-    case = {"relative_differences": [check(f"{what}: a gradient", a, b, allowed) for a, b in zip(ours, stock)]}
+    case = {"relative_differences": [common.check(f"{what}: a gradient", a, b, allowed) for a, b in zip(ours, stock)]}
     del ours, stock
     for name, (layer, wanted) in layers.items():
         saved, peak = memory(layer, inputs, wanted, dout)
-        us = eager_time([lambda layer=layer, wanted=wanted: step(layer, inputs, wanted, dout)])
+        us = common.eager_time([lambda layer=layer, wanted=wanted: step(layer, inputs, wanted, dout)])
         case |= {f"{name}_us": us, f"{name}_saved_bytes": saved, f"{name}_peak_bytes": peak}
     return case
 
@@ -68,7 +58,7 @@ def run_cases(run_case, cases, result, out) -> None:
     for workload, tokens in cases:
         case = run_case(workload, tokens)
         result["cases"].append(case)
-        write(out, result)
+        common.write(out, result)
         ours, stock, roof = case["ours_us"], case["stock_us"], case.get("roof_us")
         megabytes = [case[f"{name}_{what}_bytes"] / 1e6 for what in ("saved", "peak") for name in ("ours", "stock")]
         print(f"{workload:12} {tokens:6} {ours:9.0f} {stock:9.0f} {stock / ours:8.2f}x   ", end="")
@@ -81,7 +71,7 @@ def run_case(kernel, rate, workload, tokens) -> dict:
     weights = [w.requires_grad_() for w in expert_weights(hidden_dim, inter, experts, "cuda")]
     x, index, top_k_weights = routed_tokens(tokens, hidden_dim, experts, top_k, "cuda")
     inputs = (x.requires_grad_(), index, top_k_weights.requires_grad_(), *weights)
-    module = stock_module(hidden_dim, inter, experts, top_k, [w.detach() for w in weights])
+    module = common.stock_module(hidden_dim, inter, experts, top_k, [w.detach() for w in weights])
     module.gate_up_proj, module.down_proj = (torch.nn.Parameter(w) for w in weights)
     module.config._experts_implementation = "grouped_mm"
 
@@ -92,17 +82,17 @@ def run_case(kernel, rate, workload, tokens) -> dict:
 
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     layers = {"ours": (kernel.moe_experts, wanted), "stock": (stock, wanted)}
-    roof_us = 3 * forward_flops(workload, tokens) / rate * 1e6
+    roof_us = 3 * common.forward_flops(workload, tokens) / rate * 1e6
     measured = compare(f"{workload} T={tokens}", layers, inputs, torch.randn_like(x), allowed=2e-2)
     return {"workload": workload, "tokens": tokens, "roof_us": roof_us, **measured}
 
 
 def main() -> None:
-    args = argument_parser(__doc__, "docs/measurements/<gpu>-training.json").parse_args()
-    kernel = staged_kernel()
+    args = common.argument_parser(__doc__, "docs/measurements/<gpu>-training.json").parse_args()
+    kernel = common.staged_kernel()
     torch.manual_seed(0)
-    rate = matmul_rate()
-    run_cases(partial(run_case, kernel, rate), CASES, header(transformers, flops=rate), args.out)
+    rate = common.matmul_rate()
+    run_cases(partial(run_case, kernel, rate), CASES, common.header(transformers, flops=rate), args.out)
 
 
 if __name__ == "__main__":
