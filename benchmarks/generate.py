@@ -15,7 +15,6 @@ timed, and nothing is written unless they agree. A run adds its cases to those o
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -30,14 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 import transformers
-import triton
-from demo import DEVICE, REPO_ID, ROOT, Clock, moonlight_config, small_config
-from kernels import get_kernel
+from demo import DEVICE, Clock, moonlight_config, random_model, small_config
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers import DeepseekV3Config, LogitsProcessor, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from benchmark_moe import commit
+from common import argument_parser, header, staged_kernel, write
 
 PREFILL, PROMPT, NEW_TOKENS = (4096, 128, 64) if DEVICE == "cuda" else (64, 16, 4)
 ROUNDS = 3
@@ -47,6 +44,10 @@ GROUPED_MM = "grouped_mm_throughout"
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+def model_config() -> DeepseekV3Config:
+    return moonlight_config(torch.cuda.mem_get_info()[0]) if DEVICE == "cuda" else small_config()
+
+
 def build_models(kernel) -> dict[str, PreTrainedModel]:
     """One set of weights in three models.
 
@@ -54,10 +55,7 @@ def build_models(kernel) -> dict[str, PreTrainedModel]:
     grouped_mm: stock kept from that switch, which helps at batch 1 and hurts beyond.
     use_kernels: this kernel.
     """
-    config = moonlight_config(torch.cuda.mem_get_info()[0]) if DEVICE == "cuda" else small_config()
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        stock = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    stock = random_model(model_config())
     weights = {id(tensor): tensor for tensor in (*stock.parameters(), *stock.buffers())}
     # deepcopy takes what is in its memo for copied already.
     models = {name: copy.deepcopy(stock, dict(weights)) for name in ("grouped_mm", "use_kernels")}
@@ -195,13 +193,13 @@ def key(case: dict) -> tuple:
     return case["phase"], case["mode"], case["batch"]
 
 
-def earlier_cases(out: Path, header: dict) -> dict[tuple, dict]:
-    """Those in the file, if they were measured on the same machine, commit and versions."""
+def earlier_cases(out: Path, head: dict) -> dict[tuple, dict]:
+    """Those in the file, if they were measured on the same machine, commit and versions, be it on another day."""
     if not out.exists():
         return {}
     result = json.loads(out.read_text())
     cases = result.pop("cases")
-    return {key(case): case for case in cases} if result == header else {}
+    return {key(case): case for case in cases} if result | {"date": head["date"]} == head else {}
 
 
 def row(case: dict) -> str:
@@ -214,55 +212,53 @@ def row(case: dict) -> str:
     )
 
 
+def prefill_noise(models) -> tuple[float, float]:
+    """How far Transformers' own implementations are apart, with which ours has to keep up before anything is timed."""
+    tokens = random_tokens(1, PREFILL, models["stock"].config.vocab_size)
+    expected = prefill_logits(models["stock"], tokens)
+    noise = bf16_noise(models["stock"], tokens, expected)
+    check_logits("prefill", compare(prefill_logits(models["use_kernels"], tokens), expected), noise)
+    return noise
+
+
+def plan(models, modes, batches) -> list[tuple]:
+    """(models, phase, mode, batch) of each case."""
+    # Prefill is grouped_mm anyway, and for one token batched_mm is the faster.
+    both = {name: models[name] for name in ("stock", "use_kernels")}
+    todo = [("prefill", "eager", 1)] if "eager" in modes else []
+    todo += [("decode", mode, batch) for mode in modes for batch in batches]
+    return [(models if batch > 1 else both, phase, mode, batch) for phase, mode, batch in todo]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "benchmarks/results/<gpu>-generate.json")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], help="sequences decoded at once")
     parser.add_argument("--modes", nargs="+", choices=("eager", "static"), default=["eager", "static"])
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-generate.json")
     args = parser.parse_args()
 
-    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
-    kernel = get_kernel(REPO_ID, version=1)
-    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    out = args.out or ROOT / "benchmarks/results" / f"{gpu.replace(' ', '-')}-generate.json"
+    kernel = staged_kernel()
     models = build_models(kernel)
     check_models(models, kernel)
     stock = models["stock"]
-    header = {
-        "gpu": gpu,
-        "commit": commit(),
-        "versions": {m.__name__: m.__version__ for m in (torch, triton, transformers)},
-        "layers": stock.config.num_hidden_layers,
-        "parameters": sum(weight.numel() for weight in stock.parameters()),
-    }
-    cases = earlier_cases(out, header)
-
-    tokens = random_tokens(1, PREFILL, stock.config.vocab_size)
-    expected = prefill_logits(stock, tokens)
-    noise = bf16_noise(stock, tokens, expected)
-    check_logits("prefill", compare(prefill_logits(models["use_kernels"], tokens), expected), noise)
-    del expected
-
-    # Prefill is grouped_mm anyway, and for one token batched_mm is the faster.
-    both = {name: models[name] for name in ("stock", "use_kernels")}
-    todo = [("prefill", "eager", 1)] if "eager" in args.modes else []
-    todo += [("decode", mode, batch) for mode in args.modes for batch in args.batches]
-    todo = [(models if batch > 1 else both, phase, mode, batch) for phase, mode, batch in todo]
+    parameters = sum(weight.numel() for weight in stock.parameters())
+    head = header(transformers, layers=stock.config.num_hidden_layers, parameters=parameters)
+    cases = earlier_cases(args.out, head)
+    noise = prefill_noise(models)
+    todo = plan(models, args.modes, args.batches)
     total = sum((1 + ROUNDS) * len(m) * (2 if phase == "prefill" else 2 + NEW_TOKENS) for m, phase, *_ in todo)
     with tqdm(total=total, unit="token") as progress:
         for case_models, phase, mode, batch in todo:
             case = run_case(case_models, phase, mode, batch, noise, progress)
             cases[key(case)] = case
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({**header, "cases": list(cases.values())}, indent=1) + "\n")
+            write(args.out, {**head, "cases": list(cases.values())})
 
-    print(f"{gpu}, {header['parameters'] / 1e9:.1f}B parameters; Transformers' own experts differ by {noise[0]:.2g}")
+    print(f"{head['gpu']}, {parameters / 1e9:.1f}B parameters; Transformers' own experts differ by {noise[0]:.2g}")
     print(f"{'':22} {'milliseconds':^32} {'tokens/s':^21}")
     print(f"{'phase':8} {'mode':7} {'batch':>5} {'generate':>10} {'best stock':>10} {'ours':>10}", end="")
     print(f" {'best stock':>10} {'ours':>10} {'speed-up':>9}")
     for case in cases.values():
         print(row(case))
-    print(out)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ the script runs). Logits are compared for each way and length before it is timed
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,14 +22,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))  # whi
 import torch
 import torch.distributed as dist
 import transformers
-import triton
-from demo import DEVICE, REPO_ID, ROOT, moonlight_config, small_config
-from kernels import get_kernel
-from transformers import AutoModelForCausalLM
+from demo import DEVICE, random_model
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from benchmark_moe import commit
-from generate import bf16_noise, check_logits, compare, prefill_logits, random_tokens
+from common import argument_parser, header, staged_kernel, write
+from generate import bf16_noise, check_logits, compare, model_config, prefill_logits, random_tokens
 
 LAYERS = 9
 TOKENS = (1024, 4096, 16384) if DEVICE == "cuda" else (64,)
@@ -49,13 +45,11 @@ def plans(ranks: int) -> dict[str, DistributedConfig]:
     }
 
 
-def build_model():
+def build_model() -> PreTrainedModel:
     """Whole, with the same weights on every rank."""
-    config = moonlight_config(torch.cuda.mem_get_info()[0]) if DEVICE == "cuda" else small_config()
+    config = model_config()
     config.num_hidden_layers = min(config.num_hidden_layers, LAYERS)
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return random_model(config)
 
 
 def shared(model, plan: DistributedConfig):
@@ -105,17 +99,11 @@ def run_case(model, way: str, length: int, noise: tuple[float, float]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default: docs/measurements/<GPUs>x-<gpu>-parallel.json")
-    args = parser.parse_args()
-
-    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
-    get_kernel(REPO_ID, version=1).register()
     ranks = int(os.environ["WORLD_SIZE"])
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    out = args.out or ROOT / "docs/measurements" / f"{ranks}x-{gpu.replace(' ', '-')}-parallel.json"
+    args = argument_parser(__doc__, f"docs/measurements/{ranks}x-<gpu>-parallel.json").parse_args()
+    staged_kernel().register()
     noise, cases = measure_noise(build_model()), []
     for way, plan in plans(ranks).items():
         model = shared(build_model(), plan)
@@ -128,11 +116,8 @@ def main() -> None:
         layers = model.config.num_hidden_layers
         del model
     if dist.get_rank() == 0:
-        versions = {m.__name__: m.__version__ for m in (torch, triton, transformers)}
-        result = {"gpu": gpu, "gpus": ranks, "commit": commit(), "versions": versions, "layers": layers, "cases": cases}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        print(out)
+        write(args.out, header(transformers, gpus=ranks, layers=layers, cases=cases))
+        print(args.out)
     dist.destroy_process_group()
 
 

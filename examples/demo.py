@@ -89,12 +89,17 @@ def default_model() -> str | DeepseekV3Config:
     return str(path)
 
 
+def random_model(config: DeepseekV3Config) -> PreTrainedModel:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
 def load(model: str | DeepseekV3Config, use_kernels: bool) -> PreTrainedModel:
     if isinstance(model, str):
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map=DEVICE, use_kernels=use_kernels)
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        loaded = AutoModelForCausalLM.from_config(copy.deepcopy(model), dtype=torch.bfloat16).eval()
+    loaded = random_model(copy.deepcopy(model))
     loaded.set_use_kernels(use_kernels)
     return loaded
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -102,9 +101,9 @@ def finish(source: Path, target: Path, names: list[str]) -> None:
             keys = set(file.keys())
             for key in sorted(keys):
                 weight_map[key] = name
-                view = file.get_slice(key)
-                total_size += math.prod(view.get_shape()) * _bytes(view.get_dtype())
-                is_matrix = len(view.get_shape()) == 2 and key.endswith(".weight")
+                tensor = file.get_tensor(key)  # mapped: its data stay on disk
+                total_size += tensor.nbytes
+                is_matrix = tensor.ndim == 2 and key.endswith(".weight")
                 if is_matrix and f"{key}_scale_inv" not in keys:
                     kept.add(key.removesuffix(".weight"))
     if (source / INDEX).exists():
@@ -123,11 +122,6 @@ def finish(source: Path, target: Path, names: list[str]) -> None:
     }
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / STATE).unlink()
-
-
-def _bytes(dtype: str) -> int:
-    """Of a number, from its name in safetensors, such as BF16 or F8_E4M3."""
-    return max(1, int(re.search(r"\d+", dtype)[0]) // 8) if dtype != "BOOL" else 1
 
 
 def main() -> None:

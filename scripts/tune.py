@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
-from benchmark_moe import WORKLOADS, commit, expert_weights  # noqa: E402
+from benchmark_moe import WORKLOADS, expert_weights  # noqa: E402
+from common import commit  # noqa: E402
 from tune_runs import Gpu, Layer, compile_ahead, kernels, launch_configs, one_line, tuning  # noqa: E402
 
 CONFIGS = ROOT / "torch-ext/moe_grouped_gemm/configs"

@@ -1,0 +1,186 @@
+"""What the benchmarks share: the staged kernel, stock's layer, checks, times on the GPU, ceilings, and result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from kernels import get_kernel
+from torch.utils.benchmark import Timer
+
+from benchmark_moe import WORKLOADS, routed_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+REPO_ID = "org/moe-grouped-gemm"
+
+
+def staged_kernel():
+    """The kernel as built here, unless LOCAL_KERNELS says otherwise."""
+    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
+    return get_kernel(REPO_ID, version=1)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def stock_module(hidden_dim, inter, experts, top_k, weights):
+    """Transformers' DeepseekV3Experts around these weights."""
+    from transformers.models.deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=hidden_dim,
+        moe_intermediate_size=inter,
+        n_routed_experts=experts,
+        num_experts_per_tok=top_k,
+        n_group=1,
+        topk_group=1,
+    )
+    with torch.device("meta"):
+        module = DeepseekV3MoE(config).experts
+    names = ("gate_up_proj", "down_proj")
+    module.load_state_dict(dict(zip(names, weights)), assign=True)
+    return module.requires_grad_(False)
+
+
+def input_sets(workload, tokens, zipf=False):
+    """Several for few tokens: the weights that one set reads would stay in the cache."""
+    hidden_dim, _, experts, top_k, _ = WORKLOADS[workload]
+    return [routed_tokens(tokens, hidden_dim, experts, top_k, "cuda", zipf) for _ in range(4 if tokens <= 64 else 1)]
+
+
+def check(what, out, expected, allowed) -> float:
+    """The relative error; whoever exceeds what is allowed is not timed."""
+    error = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not error < allowed:
+        raise SystemExit(f"{what}: relative error {error:.2g}: nothing is timed")
+    return error
+
+
+def forward_flops(workload, tokens) -> int:
+    hidden_dim, inter, _, top_k, _ = WORKLOADS[workload]
+    return 2 * tokens * top_k * 3 * hidden_dim * inter
+
+
+def roof(workload, tokens, experts_hit, rate, bandwidth, weight_bytes) -> float:
+    """Microseconds that the products take at least, or reading the weights of the experts hit, if that is more."""
+    hidden_dim, inter, *_ = WORKLOADS[workload]
+    read = experts_hit * 3 * hidden_dim * inter * weight_bytes
+    return max(forward_flops(workload, tokens) / rate, read / bandwidth) * 1e6
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def eager_time(calls) -> float:
+    """Microseconds a call, one after another without waiting: the host's time or the GPU's, whichever is longer.
+
+    The median of some blocks. Before them Timer looks for a block that outlasts its clock: the warm-up at full load,
+    under which the card's clock falls. Until November 2026: of seven batches between CUDA events, after 200 ms of load.
+    """
+
+    def run():
+        for call in calls:
+            call()
+
+    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=0.5).median * 1e6 / len(calls)
+
+
+def graph_time(calls) -> float:
+    """Microseconds a call when all are one CUDA graph: the GPU's time.
+
+    triton.testing.do_bench_cudagraph would put every repeat into the graph, hiding what lies between two replays, and
+    begins without a warm-up.
+    """
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return eager_time([graph.replay]) / len(calls)
+
+
+def graph_and_eager(name, calls) -> dict[str, float]:
+    return {f"{name}_graph_us": graph_time(calls), f"{name}_eager_us": eager_time(calls)}
+
+
+@triton.jit
+def _read_kernel(x_ptr, out_ptr, LOADS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * LOADS * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(LOADS):
+        acc += tl.load(x_ptr + offs + i * BLOCK)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(acc, axis=0))
+
+
+def read_bandwidth():
+    """Bytes per second of a kernel that streams 8 GiB once."""
+    x = torch.randn(2**31, device="cuda")
+    programs = x.numel() // (8 * 2048)
+    out = torch.empty(programs, device="cuda")
+    us = eager_time([lambda: _read_kernel[(programs,)](x, out, LOADS=8, BLOCK=2048, num_warps=4)])
+    return x.numel() * 4 / (us * 1e-6)
+
+
+def matmul_rate(matmul=torch.mm, dtype=torch.bfloat16) -> float:
+    """FLOP per second of back-to-back matmuls on random data, after a second of them."""
+    a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+    Timer("matmul(a, b)", globals={"matmul": matmul, "a": a, "b": b}).blocked_autorange(min_run_time=1)
+    return 2 * 8192**3 / (eager_time([lambda: matmul(a, b)]) * 1e-6)
+
+
+def measure_ceilings(**rates) -> dict[str, float]:
+    """What the hardware sustains a second: FLOP, by the functions given, and bytes read."""
+    torch.manual_seed(0)
+    ceilings = {**{name: rate() for name, rate in rates.items()}, "bytes": read_bandwidth()}
+    torch.cuda.empty_cache()
+    sustained = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in ceilings.items())
+    print(f"{gpu_name()}: {sustained} per second, sustained")
+    return ceilings
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def commit():
+    """$COMMIT, for a copy of the tree; or HEAD, marked if anything but results differs from it."""
+
+    def git(*args):
+        command = ["git", "-C", ROOT, *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changes else "")
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def header(*modules, **more) -> dict:
+    """What every result file begins with; modules: those besides torch and Triton whose versions matter."""
+    versions = {m.__name__: m.__version__ for m in (torch, triton, *modules)}
+    return {"gpu": gpu_name(), "commit": commit(), "date": date.today().isoformat(), "versions": versions, **more}
+
+
+def argument_parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """With --out; out: its default under the root, in which <gpu> stands for the card's name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ROOT / out.replace("<gpu>", gpu_name().replace(" ", "-"))
+    parser.add_argument("--out", type=Path, default=default, help=f"default: {out}")
+    return parser
+
+
+def write(out: Path, result: dict) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
