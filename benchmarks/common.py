@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -82,15 +83,19 @@ def roof(workload, tokens, experts_hit, rate, bandwidth, weight_bytes) -> float:
 def eager_time(calls) -> float:
     """Microseconds a call, one after another without waiting: the host's time or the GPU's, whichever is longer.
 
-    The median of some blocks. Before them Timer looks for a block that outlasts its clock: the warm-up at full load,
-    under which the card's clock falls. Until November 2026: of seven batches between CUDA events, after 200 ms of load.
+    The median of seven batches, each long enough to outlast the clock and the wait at its end, after a warm-up at full
+    load, under which the card's clock falls.
     """
 
     def run():
         for call in calls:
             call()
 
-    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=0.5).median * 1e6 / len(calls)
+    timer = Timer("run()", globals={"run": run})
+    once = timer.timeit(1).mean
+    timer.timeit(max(1, round(0.2 / once)))
+    batches = [timer.timeit(max(1, round(0.03 / once))).mean for _ in range(7)]
+    return statistics.median(batches) * 1e6 / len(calls)
 
 
 def graph_time(calls) -> float:
