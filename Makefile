@@ -39,7 +39,7 @@ test: style
 	$(PYTHON) -m pytest -n auto --dist worksteal $(if $(FULL),,-m "not matrix") $(if $(SEED),--seed $(SEED))
 
 # Those that compare numbers with an oracle, on the CPU, each time with others.
-ORACLE_TESTS := $(addprefix tests/test_,moe_experts.py lora.py router.py building_blocks.py fp8.py)
+ORACLE_TESTS := $(addprefix tests/test_,moe_experts.py lora.py router.py building_blocks.py fp8.py training.py)
 repeats: build
 	for seed in $$(seq 50); do $(PYTHON) -m pytest -q -m "not gpu" -n auto --seed $$seed $(ORACLE_TESTS) || exit; done
 
