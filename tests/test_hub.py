@@ -111,17 +111,17 @@ def test_publish_again_replaces_the_version(checkout, hub):
     assert publish(checkout, hub, "--private").returncode == 0
     repo = hub.repos[REPO_ID]
     assert repo.visibility == "private"
-    assert "build/torch-cpu/reference.py" in repo.commits[repo.branches["v1"]]
+    assert "build/torch-cpu/reference/gate.py" in repo.commits[repo.branches["v1"]]
 
-    (checkout / "torch-ext/moe_grouped_gemm/reference.py").unlink()
+    (checkout / "torch-ext/moe_grouped_gemm/reference/gate.py").unlink()
     (checkout / "benchmarks/benchmark_test.py").unlink()
     commit(checkout)
     build(checkout)
     result = publish(checkout, hub)
     assert result.returncode == 0, result.stderr
     v1 = repo.commits[repo.branches["v1"]]
-    assert "build/torch-cpu/reference.py" not in v1 and "benchmarks/benchmark_test.py" not in v1
-    assert "reference.py" not in json.loads(v1["build/torch-cpu/metadata.json"])["digest"]["files"]
+    assert "build/torch-cpu/reference/gate.py" not in v1 and "benchmarks/benchmark_test.py" not in v1
+    assert "reference/gate.py" not in json.loads(v1["build/torch-cpu/metadata.json"])["digest"]["files"]
 
 
 def test_a_signature_is_published(checkout, hub):
