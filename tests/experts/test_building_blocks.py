@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import COMPILE_BACKENDS
 from oracle import DTYPES, assert_as_good_as_torch, layer
+from suite import COMPILE_BACKENDS
 
 
 @pytest.mark.parametrize("ids", ["distinct", "any", "one", "zipf", "sentinels"])

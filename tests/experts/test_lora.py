@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cases import in_turn
+from low_rank import SCALINGS, adapters, low_rank
 from oracle import assert_as_good_as_torch, in_fp64, layer
 
 CASES = [  # T, E, top_k, H, I, ids, ranks for gate_up, ranks for down
@@ -25,26 +26,6 @@ CASE = "tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks"
 @pytest.fixture(scope="module")
 def lora(kernel):
     return import_module(f"{kernel.__name__}.lora")
-
-
-def adapters(weight, ranks, seed):
-    """In turn A (E, R, K) and B (N, R, E), each pair about as large as the weight; B lies as PEFT's does."""
-    generator = torch.Generator().manual_seed(seed)
-    experts, rows, columns = weight.shape
-    for rank in ranks:
-        yield torch.randn(experts, rank, columns, generator=generator).to(weight) / columns**0.5
-        yield torch.randn(rows, rank, experts, generator=generator).to(weight) / rank**0.5
-
-
-SCALINGS = [0.7, 2.0, -1.3]
-
-
-def low_rank(lora, args, up, down):
-    factors = [
-        tuple(lora.LoraFactors(A, B.permute(2, 0, 1), s) for A, B, s in zip(ts[::2], ts[1::2], SCALINGS))
-        for ts in (up, down)
-    ]
-    return lora.moe_experts_lora(*args, *factors)
 
 
 def merged(reference, args, up, down):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import library
 
-from conftest import COMPILE_BACKENDS
 from oracle import ROUTERS, assert_routes, decided, in_fp64, route_by_hand, router
+from suite import COMPILE_BACKENDS
 from tiny_models import stock_router
 
 CASE = "experts, num_group, topk_group, top_k, norm"

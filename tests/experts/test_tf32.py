@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from conftest import REPO_ID, ROOT
+from suite import HELPERS, REPO_ID
 
 NEW = "torch.backends.cuda.matmul.fp32_precision = "
 ALL = "torch.backends.fp32_precision = "
@@ -101,7 +101,7 @@ for begin, end in ((0, 2), *((i, i + 4) for i in range(2, len(settings), 4))):
 
 
 def results(device):
-    command = [sys.executable, "-c", PARENT, REPO_ID, ROOT / "tests", device, json.dumps(list(SETTINGS))]
+    command = [sys.executable, "-c", PARENT, REPO_ID, HELPERS, device, json.dumps(list(SETTINGS))]
     # Variables that set the switch as well.
     env = {name: value for name, value in os.environ.items() if "TF32" not in name}
     run = subprocess.run(command, env=env, capture_output=True, text=True)

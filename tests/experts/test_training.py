@@ -8,8 +8,8 @@ from torch._functorch import config as functorch_config
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from conftest import COMPILE_BACKENDS
 from oracle import layer
+from suite import COMPILE_BACKENDS
 from tiny_models import WAYS, prompt, tiny_model
 from two_processes import run_two_processes
 

@@ -15,13 +15,14 @@ import sys
 from functools import partial
 from importlib import import_module
 from itertools import chain, product
-from pathlib import Path
 
 import torch
 from kernels import get_kernel
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from suite import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
 from compile_only import compile_only, registers_and_stack  # noqa: E402
 
 # Target -> shared memory that a block may use, in KiB (CUDA C++ programming guide; CDNA3 and CDNA4 ISA guides).

@@ -1,4 +1,4 @@
-"""Running the tests of a file again under Triton's interpreter, in processes of their own.
+"""Tests of kernels: on a GPU or, in processes of their own, under Triton's interpreter.
 
 It is chosen when Triton is imported, and torch.compile does not work beside it.
 """
@@ -11,6 +11,14 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter multiplies the raw bits of bf16. On a GPU either 16-bit type shows what the other would.
+DTYPES = [torch.float16 if INTERPRETED else torch.bfloat16, torch.float32]
+ROWS_FIRST = {"BLOCK_M": 128, "MIN_M": 64, "num_warps": 8}  # tall tiles in 4 warps take twice as long to compile
+
+
+def on_triton(test):
+    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 def under_the_interpreter(file, parts=1):

@@ -1,5 +1,6 @@
 """Random layers, and how far from the fp64 result a right answer may be."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -197,6 +198,13 @@ def fp8_layer(kernel, *args, e8m0=False, split=False, **kwargs):
     if e8m0:
         scales = [(2.0 ** scale.log2().round()).to(torch.float8_e8m0fnu) for scale in scales]
     return inputs, [gate_up_proj, down_proj], scales
+
+
+# Of the scales, for fp8_layer.
+FORMS = [
+    pytest.param({}, id="fp32-scales"),
+    pytest.param({"e8m0": True, "split": True}, id="e8m0-split-scales"),
+]
 
 
 def fp8_weights_in_fp64(weights, scales):

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from suite import REPO_ID
+
 NUM_MOE_LAYERS = 2
-WAYS = ["use_kernels", "moe_grouped_gemm"]
+INTERFACE = "moe_grouped_gemm"
+HUB_NAME = f"{REPO_ID}:MoEExperts"
+WAYS = ["use_kernels", INTERFACE]
+# The same as arguments of from_pretrained.
+BY_NAME = {"experts_implementation": INTERFACE}
+LOADING_WAYS = [
+    pytest.param({"use_kernels": True}, id="use_kernels"),
+    pytest.param(BY_NAME, id="experts_implementation"),
+]
 
 
 def deepseek_v3_config() -> DeepseekV3Config:
@@ -42,6 +53,10 @@ def save_deepseek_v3(path) -> None:
     AutoModelForCausalLM.from_config(deepseek_v3_config()).save_pretrained(path)
 
 
+def load(path, dtype=torch.float32, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+
 def experts_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     experts = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
     assert len(experts) == NUM_MOE_LAYERS
@@ -52,6 +67,10 @@ def is_switched_on(kernel, module) -> bool:
     return kernel.integration.switching.is_switched_on(module)
 
 
+def is_kernelized(model, kernel):
+    return all(is_switched_on(kernel, experts) for experts in experts_of(model))
+
+
 def tiny_model(device, kernel=None, way=None):
     """Stock without a way; the weights are the same every time."""
     torch.manual_seed(0)
@@ -60,7 +79,7 @@ def tiny_model(device, kernel=None, way=None):
         kernel.register()
     if way == "use_kernels":
         model.set_use_kernels(True)
-        assert all(is_switched_on(kernel, experts) for experts in experts_of(model))
+        assert is_kernelized(model, kernel)
     elif way is not None:
         model.set_experts_implementation(way)
     return model
@@ -68,6 +87,25 @@ def tiny_model(device, kernel=None, way=None):
 
 def prompt(vocab_size: int = 128) -> torch.Tensor:
     return torch.randint(0, vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model):
+    # Not model.device: accelerate leaves an offloaded model on "meta", yet takes its input from the CPU.
+    device = "cuda" if model.device.type == "cuda" else "cpu"
+    return model(prompt().to(device)).logits
+
+
+def assert_runs_on_kernel(model, reference, calls):
+    calls.clear()
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    assert len(calls) == NUM_MOE_LAYERS
+
+
+def gradients(model):
+    model.zero_grad()
+    model(prompt().to(model.device)).logits.square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def stock_router(weight, bias, top_k, num_group, topk_group, norm, scaling):

@@ -13,10 +13,9 @@ import pytest
 import torch
 from kernels._rust import Backend, Build, Digest, DigestAlgorithm, Metadata
 
-from conftest import REPO_ID, ROOT
+from suite import PACKAGE, REPO_ID, ROOT
 
 BUILD = runpy.run_path(str(ROOT / "scripts/build.py"))
-PACKAGE = ROOT / "torch-ext/moe_grouped_gemm"
 VARIANTS = {"torch-cpu": Backend.CPU, "torch-cuda": Backend.CUDA}
 
 

@@ -11,8 +11,8 @@ import pytest
 from kernels._rust import Digest, Metadata
 from kernels.verify import VerificationResult, verify_variant
 
-from conftest import REPO_ID, ROOT
 from hub_server import HubServer, Repo
+from suite import REPO_ID, ROOT
 
 PULL_AND_RUN = """
 import torch

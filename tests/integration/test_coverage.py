@@ -9,9 +9,9 @@ from kernels import Mode, kernelize
 from peft import LoraConfig, get_peft_model
 
 from cases import covering
-from conftest import ROOT
 from moe_models import ALONE, experts_classes, tiny_model, tiny_module
 from oracle import assert_as_good_as_torch
+from suite import ROOT
 from tiny_models import is_switched_on
 
 EXPERTS = [pytest.param(entry, id=entry.name) for entry in experts_classes()]

@@ -1,114 +1,29 @@
 """Stock PEFT on models that run on this kernel, against PEFT's own way on stock models."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from importlib import import_module
 
-import accelerate
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, KernelConfig
 
-from tiny_models import NUM_MOE_LAYERS, prompt
-
-GATE_UP, DOWN = TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-WAYS = [
-    pytest.param({"use_kernels": True}, id="use_kernels"),
-    pytest.param({"experts_implementation": "moe_grouped_gemm"}, id="experts_implementation"),
-]
-BY_NAME = WAYS[1].values[0]
+from peft_models import DOWN, GATE_UP, TARGETS, adapted, assert_equal, config, experts_of, gradients
+from tiny_models import BY_NAME, LOADING_WAYS, NUM_MOE_LAYERS, load, logits, prompt
 
 # In this order: what is registered is ours alone.
 pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered")
 
 
-@pytest.fixture(scope="module")
-def lora(kernel):
-    return import_module(f"{kernel.__name__}.lora")
-
-
 @pytest.fixture
-def calls(lora, record):
+def calls(kernel, record):
     """The arguments of every call of `moe_experts_lora`: what proves that an adapter is computed here."""
-    return record(lora, "moe_experts_lora")
+    return record(kernel.lora, "moe_experts_lora")
 
 
-def load(path, dtype=torch.float32, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-
-
-def config(**options):
-    return LoraConfig(**{"target_parameters": TARGETS, "r": 3, "lora_alpha": 6, **options})
-
-
-def adapted(model, **configs):
-    """`model` with these adapters, all of them random: PEFT's B = 0 would hide every error."""
-    configs = configs or {"default": config()}
-    for name, options in configs.items():
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, options)
-        else:
-            model = get_peft_model(model, options, adapter_name=name)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = (torch.randn(parameter.shape, generator=generator) / 8).to(parameter.dtype)
-    return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(prompt()).logits
-
-
-def gradients(model):
-    """Of A and B, in the order of their names; nothing else has any."""
-    model.zero_grad()
-    model(prompt()).logits.square().mean().backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert grads and all("lora_" in name for name in grads)
-    return grads
-
-
-def assert_equal(ours, stock, calls, expected_calls=NUM_MOE_LAYERS):
-    """Outputs and, where an adapter may learn, gradients."""
-    expected = logits(stock)
-    assert not calls
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
-    assert len(calls) == expected_calls
-    if any(parameter.requires_grad for parameter in stock.parameters()):
-        expected = gradients(stock)
-        grads = gradients(ours)
-        assert grads.keys() == expected.keys()
-        for name, grad in grads.items():
-            scale = expected[name].abs().max()
-            assert scale > 1e-5
-            torch.testing.assert_close(grad / scale, expected[name] / scale, rtol=0, atol=1e-5)
-        assert len(calls) == 2 * expected_calls
-    calls.clear()
-
-
-@pytest.fixture
-def pair(checkpoint):
-    """(ours, stock), with the same adapters."""
-
-    def pair(way=BY_NAME, **configs):
-        return adapted(load(checkpoint, **way), **configs), adapted(load(checkpoint), **configs)
-
-    return pair
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -157,7 +72,7 @@ def test_autocast(pair, calls):
         assert (grad - grads[name]).norm() <= 2 * (stock_grads[name] - grads[name]).norm(), name
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 def test_several_adapters(pair, calls, way):
     """Of different ranks: both at once, each alone, none; as PEFT switches them."""
     ours, stock = pair(way, first=config(r=3), second=config(r=16, use_rslora=True))
@@ -194,7 +109,7 @@ def test_merge(pair, calls):
     assert not calls
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 def test_save_and_load(checkpoint, pair, calls, tmp_path, way):
     ours, stock = pair(way)
     ours.save_pretrained(tmp_path)
@@ -204,7 +119,7 @@ def test_save_and_load(checkpoint, pair, calls, tmp_path, way):
     torch.testing.assert_close(logits(PeftModel.from_pretrained(load(checkpoint), tmp_path)), logits(stock))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 def test_generate(pair, calls, way):
     ours, stock = pair(way)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -213,7 +128,7 @@ def test_generate(pair, calls, way):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 def test_gradient_checkpointing(pair, calls, way, use_reentrant):
     ours, stock = pair(way)
     expected = gradients(stock.train())
@@ -225,7 +140,7 @@ def test_gradient_checkpointing(pair, calls, way, use_reentrant):
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 def test_torch_compile(pair, calls, way):
     ours, _ = pair(way)
     wrapper = ours.get_submodule("base_model.model.model.layers.1.mlp.experts")
@@ -252,7 +167,7 @@ def test_torch_compile_once(pair):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 @pytest.mark.parametrize("compiled", ["experts", "wrapper"])
 def test_one_of_wrapper_and_experts_is_compiled(pair, way, compiled):
     """As a graph break between the two has it: adapters that one notes reach the other."""
@@ -271,7 +186,7 @@ def test_one_of_wrapper_and_experts_is_compiled(pair, way, compiled):
         torch.testing.assert_close(wrapper(*args), expected)
 
 
-def test_adapters_of_several_threads(pair, kernel, lora):
+def test_adapters_of_several_threads(pair, kernel):
     """Each thread's forwards take its own adapters, as far as PEFT, whose switches are the model's, lets them."""
     ours, _ = pair()
     experts = experts_of(ours)[0]
@@ -280,7 +195,7 @@ def test_adapters_of_several_threads(pair, kernel, lora):
     for seed in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed)
         A, B = (torch.randn(8, *shape, generator=generator) for shape in ((3, 64), (64, 3)))
-        adapters.append([lora.LoraFactors(A, B, 1.0)])
+        adapters.append([kernel.lora.LoraFactors(A, B, 1.0)])
     activated = kernel.integration.adapters.activated
     together = threading.Barrier(len(adapters))
 
@@ -328,7 +243,7 @@ def largest_tensor(model):
     return max(largest.numel, allocated // 4)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADING_WAYS)
 @pytest.mark.parametrize("active", [["first"], ["first", "second"]], ids=len)
 def test_nothing_of_a_weight_s_size_is_made(pair, way, active):
     ours, stock = pair(way, first=config(), second=config())
@@ -357,144 +272,3 @@ def test_the_base_weights_themselves_are_saved(pair):
     large = {pointer for pointer, numel in saved.items() if numel > min(weights.values()) / 2}
     # The first layer's gate_up_proj is not: no gradient goes further down.
     assert len(large) == 2 * NUM_MOE_LAYERS - 1 and large <= weights.keys()
-
-
-# Whatever we do not know keeps PEFT's own way
-
-
-def experts_of(model):
-    experts = [module.get_base_layer() for name, module in model.named_modules() if name.endswith(".mlp.experts")]
-    assert len(experts) == NUM_MOE_LAYERS
-    return experts
-
-
-@pytest.fixture
-def unmet(kernel, monkeypatch):
-    """As if this process had not met PEFT yet."""
-    monkeypatch.setattr(ParamWrapper, "_activate_lora", ParamWrapper._activate_lora.__wrapped__)
-    kernel.integration.peft.meet_peft.cache_clear()
-    kernel.integration.peft._warn.cache_clear()
-    yield kernel
-    kernel.integration.peft._warn.cache_clear()
-
-
-@pytest.mark.usefixtures("loadable_by_kernel_config", "cpu_in_kernel_config")
-def test_kernel_config(pair, unmet, calls):
-    """Way 1 meets PEFT without register(), while Transformers builds the model; here on a CPU."""
-    mapping = KernelConfig({"DeepseekV3Experts": "org/moe-grouped-gemm:MoEExperts"})
-    ours, stock = pair({"use_kernels": True, "kernel_config": mapping})
-    for training in (False, True):
-        assert_equal(ours.train(training), stock.train(training), calls)
-
-
-IMPORTED_LATER = """
-import sys, kernels, torch
-kernel = kernels.get_kernel("org/moe-grouped-gemm", version=1)
-assert "peft" not in sys.modules
-kernel.register()
-
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="moe_grouped_gemm")
-model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.down_proj"]))
-lora = kernel.lora
-lora.moe_experts_lora = lambda x, *_: print("served") or x
-model(torch.ones(1, 3, dtype=torch.int64))
-"""
-
-
-def test_peft_imported_after_register(checkpoint):
-    command = [sys.executable, "-c", IMPORTED_LATER, checkpoint]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["served"] * NUM_MOE_LAYERS
-
-
-def test_without_peft(unmet, monkeypatch, recwarn):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    unmet.register()
-    assert not recwarn
-
-
-def test_register_meets_peft_once(kernel):
-    activate_lora = ParamWrapper._activate_lora
-    kernel.register()
-    assert ParamWrapper._activate_lora is activate_lora
-
-
-def assert_warns_once(ours, stock, calls, expected_calls=0):
-    with pytest.warns(UserWarning, match="cannot take adapters on expert weights from PEFT") as warnings:
-        assert_equal(ours, stock, calls, expected_calls)
-    assert len(warnings) == 1
-
-
-def test_peft_that_does_something_else(pair, unmet, calls, monkeypatch):
-    activate_lora = ParamWrapper._activate_lora
-
-    @contextmanager
-    def halved(self, active_adapters):
-        scaling = dict(self.scaling)
-        self.scaling.update({name: value / 2 for name, value in scaling.items()})
-        with activate_lora(self, active_adapters):
-            self.scaling.update(scaling)
-            yield
-
-    monkeypatch.setattr(ParamWrapper, "_activate_lora", halved)
-    with pytest.warns(UserWarning, match="cannot take adapters on expert weights from PEFT"):
-        unmet.register()
-    assert ParamWrapper._activate_lora is halved
-    assert_equal(*pair(), calls, 0)
-
-
-def test_peft_without_factors(pair, unmet, calls, monkeypatch):
-    """Two adapters: PEFT itself reads factors only where one is alone."""
-    models = pair(first=config(), second=config())
-    for model in models:
-        model.base_model.set_adapter(["first", "second"])
-    unmet.register()
-    monkeypatch.delattr(ParamWrapper, "get_delta_factors")
-    assert_warns_once(*models, calls)
-
-
-@pytest.mark.parametrize("targets", [TARGETS, [GATE_UP], [DOWN]], ids=["both", "gate_up", "down"])
-def test_adapter_of_a_kind_to_come(pair, unmet, calls, targets):
-    """On one of the weights alone, the other is still served."""
-    unmet.register()
-    ours, stock = pair()
-    for module in ours.modules():
-        if isinstance(module, ParamWrapper) and f"mlp.experts.{module.parameter_name}" in targets:
-            module.lora_variant["default"] = object()
-    assert_warns_once(ours, stock, calls, 0 if targets is TARGETS else NUM_MOE_LAYERS)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_weights_that_we_do_not_serve(checkpoint, calls, recwarn, way):
-    eager = {"experts_implementation": "eager"}  # which takes fp64
-    ours, stock = (adapted(load(checkpoint, torch.float64, **{**eager, **kwargs})) for kwargs in (way, {}))
-    assert_equal(ours, stock, calls, 0)
-    assert not [warning for warning in recwarn if "cannot take adapters" in str(warning.message)]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_other_forwards(pair, calls, way):
-    """What a forward of somebody else does with the weights is not known; below accelerate's hooks it is our own."""
-    ours, stock = pair(way)
-    for experts in experts_of(ours):
-        accelerate.hooks.add_hook_to_module(experts, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
-    assert_equal(ours, stock, calls)
-    for experts in experts_of(ours):
-        accelerate.hooks.remove_hook_from_module(experts)
-        experts.forward = partial(experts.forward)
-    assert_equal(ours, stock, calls, 0)
-
-
-def test_failing_forward_leaves_nothing_behind(pair, lora, calls, monkeypatch):
-    ours, stock = pair()
-    with monkeypatch.context() as patch:
-        patch.setattr(lora, "moe_experts_lora", None)
-        with pytest.raises(TypeError):
-            logits(ours)
-    assert_equal(ours, stock, calls)
-    with ours.disable_adapter(), stock.disable_adapter():
-        torch.testing.assert_close(logits(ours), logits(stock), rtol=1e-5, atol=1e-5)
-    assert not calls

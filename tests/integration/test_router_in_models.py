@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.monkey_patching import register_patch_mapping
 
-from conftest import COMPILE_BACKENDS
 from oracle import in_fp64, router
+from suite import COMPILE_BACKENDS
 from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, is_switched_on, prompt, stock_router
 
 HUB_NAME = "org/moe-grouped-gemm:DeepseekV3TopkRouter"

@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 
 from cases import covering
-from conftest import COMPILE_BACKENDS
 from oracle import layer
+from suite import COMPILE_BACKENDS
 from tiny_models import NUM_MOE_LAYERS, WAYS, prompt, tiny_model
 
 NUMBERS = [

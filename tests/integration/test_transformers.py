@@ -1,86 +1,35 @@
 """DeepSeek-V3 in Transformers, end to end: every way in, every mode, and everything that wraps a module's forward."""
 
 import copy
-import re
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import accelerate
 import pytest
-import tokenizers
 import torch
 import transformers
 from kernels import Mode, kernelize
 from safetensors import safe_open
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.integrations import finegrained_fp8, moe
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
-from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
 
-from conftest import COMPILE_BACKENDS
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, experts_of, is_switched_on, prompt
-
-HUB_NAME = "org/moe-grouped-gemm:MoEExperts"
-INTERFACE = "moe_grouped_gemm"
+from suite import COMPILE_BACKENDS
+from tiny_models import (
+    INTERFACE,
+    LOADING_WAYS,
+    NUM_MOE_LAYERS,
+    assert_runs_on_kernel,
+    experts_of,
+    gradients,
+    is_kernelized,
+    is_switched_on,
+    load,
+    logits,
+    prompt,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
-
-
-@pytest.fixture
-def unregistered(monkeypatch):
-    """As in a process that never called register()."""
-    monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Experts, "kernel_layer_name", raising=False)
-    monkeypatch.delitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, INTERFACE, raising=False)
-
-
-@pytest.fixture
-def calls(kernel, record):
-    """The arguments of every call of `moe_experts`: what proves that a model runs on this kernel."""
-    return record(kernel.functional, "moe_experts")
-
-
-@pytest.fixture
-def kernel_config(unregistered, kernel, loadable_by_kernel_config):
-    """A KernelConfig as users write it."""
-    return KernelConfig({"DeepseekV3Experts": HUB_NAME})
-
-
-@pytest.fixture
-def layout(kernel):
-    """What is left of a KernelConfig load in the process: models are built with the stand-in."""
-    register_patch_mapping({"DeepseekV3Experts": kernel.layers.MoEExpertsLayout})
-    yield kernel.layers.MoEExpertsLayout
-    clear_patch_mapping()
-
-
-def load(path, dtype=torch.float32, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-
-
-@torch.no_grad()
-def logits(model):
-    # Not model.device: accelerate leaves an offloaded model on "meta", yet takes its input from the CPU.
-    device = "cuda" if model.device.type == "cuda" else "cpu"
-    return model(prompt().to(device)).logits
-
-
-def is_kernelized(model, kernel):
-    return all(is_switched_on(kernel, experts) for experts in experts_of(model))
-
-
-def assert_runs_on_kernel(model, reference, calls):
-    calls.clear()
-    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
-    assert len(calls) == NUM_MOE_LAYERS
-
-
-def gradients(model):
-    model.zero_grad()
-    model(prompt().to(model.device)).logits.square().mean().backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 # The checkpoint
@@ -99,20 +48,15 @@ def test_checkpoint_has_one_tensor_per_expert(checkpoint):
 
 # Ways 2 and 3
 
-WAYS = [
-    pytest.param({"use_kernels": True}, id="use_kernels"),
-    pytest.param({"experts_implementation": INTERFACE}, id="experts_implementation"),
-]
 
-
-@pytest.mark.parametrize("kwargs", WAYS)
+@pytest.mark.parametrize("kwargs", LOADING_WAYS)
 def test_logits_fp32(checkpoint, registered, calls, device, kwargs):
     model = load(checkpoint, device_map=device, **kwargs)
     assert is_kernelized(model, registered) == ("use_kernels" in kwargs)
     assert_runs_on_kernel(model, logits(load(checkpoint, device_map=device)), calls)
 
 
-@pytest.mark.parametrize("kwargs", WAYS)
+@pytest.mark.parametrize("kwargs", LOADING_WAYS)
 def test_logits_bf16(checkpoint, registered, calls, device, kwargs):
     stock = load(checkpoint, torch.bfloat16, device_map=device)
     stock_logits = logits(stock).float()
@@ -123,7 +67,7 @@ def test_logits_bf16(checkpoint, registered, calls, device, kwargs):
     assert (kernel_logits.float() - exact).abs().max() <= 2 * stock_error
 
 
-@pytest.mark.parametrize("kwargs", WAYS)
+@pytest.mark.parametrize("kwargs", LOADING_WAYS)
 def test_greedy_tokens(checkpoint, registered, calls, device, kwargs):
     generate = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     expected = load(checkpoint, device_map=device).generate(prompt().to(device), **generate)
@@ -133,7 +77,7 @@ def test_greedy_tokens(checkpoint, registered, calls, device, kwargs):
     assert len(calls) == 12 * NUM_MOE_LAYERS
 
 
-@pytest.mark.parametrize("kwargs", WAYS)
+@pytest.mark.parametrize("kwargs", LOADING_WAYS)
 def test_broken_kernel_breaks_logits(checkpoint, registered, monkeypatch, kwargs):
     monkeypatch.setattr(registered.functional, "moe_experts", lambda hidden_states, *_, **__: hidden_states)
     assert (logits(load(checkpoint, **kwargs)) - logits(load(checkpoint))).abs().max() > 0.1
@@ -168,7 +112,7 @@ def test_torch_compile(checkpoint, registered, device):
     """One graph around each kind of entry: the instance's forward and the class's dispatch."""
     x, ids, weights = torch.randn(5, 64), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
     arguments = [tensor.to(device) for tensor in (x, ids, weights)]
-    for way in WAYS:
+    for way in LOADING_WAYS:
         experts = experts_of(load(checkpoint, device_map=device, **way.values[0]))[0]
         compiled = torch.compile(experts, fullgraph=True, backend=COMPILE_BACKENDS[device])
         torch.testing.assert_close(compiled(*arguments), experts(*arguments))
@@ -205,7 +149,7 @@ def test_autocast_norms_hand_over_fp32(checkpoint, registered, calls):
 # Wrapped forwards
 
 
-@pytest.mark.parametrize("kwargs", [pytest.param({}, id="stock"), *WAYS])
+@pytest.mark.parametrize("kwargs", [pytest.param({}, id="stock"), *LOADING_WAYS])
 def test_offload_hooks_survive_kernelize(checkpoint, registered, calls, kwargs):
     """Experts only: `kernelize` itself drops the hooks of Transformers' own layers, RMSNorm first."""
     reference = logits(load(checkpoint))
@@ -217,7 +161,7 @@ def test_offload_hooks_survive_kernelize(checkpoint, registered, calls, kwargs):
         assert_runs_on_kernel(model, reference, calls)
 
 
-@pytest.mark.parametrize("kwargs", WAYS)
+@pytest.mark.parametrize("kwargs", LOADING_WAYS)
 def test_device_map_with_disk(checkpoint, registered, calls, tmp_path, kwargs):
     reference = logits(load(checkpoint))
     names = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0", "model.layers.1"]
@@ -225,83 +169,6 @@ def test_device_map_with_disk(checkpoint, registered, calls, tmp_path, kwargs):
     model = load(checkpoint, device_map=device_map, offload_folder=tmp_path, **kwargs)
     assert experts_of(model)[1].gate_up_proj.is_meta
     assert_runs_on_kernel(model, reference, calls)
-
-
-# Way 1
-
-
-def test_kernel_config_refuses_cpu(checkpoint, kernel_config, kernel):
-    """Transformers' KernelConfig knows no cpu; the stand-in that it leaves behind is harmless."""
-    reference = logits(load(checkpoint))
-    with pytest.raises(ValueError, match="Only devices in .* are supported, got: cpu"):
-        load(checkpoint, use_kernels=True, kernel_config=kernel_config)
-    assert torch.equal(logits(load(checkpoint)), reference)
-
-
-@pytest.mark.usefixtures("cpu_in_kernel_config")
-def test_kernel_config(checkpoint, kernel_config, kernel, calls, device):
-    """A KernelConfig maps inference only, so that `kernelize` finds nothing for training: what it finds stays on."""
-    stock = load(checkpoint, device_map=device)
-    reference = logits(stock)
-    model = load(checkpoint, device_map=device, use_kernels=True, kernel_config=kernel_config)
-    assert is_kernelized(model, kernel)
-    assert_runs_on_kernel(model, reference, calls)
-    model.train()
-    assert_runs_on_kernel(model, reference, calls)
-    torch.testing.assert_close(gradients(model), gradients(stock.train()), rtol=1e-3, atol=1e-6)
-    model.eval()
-    assert is_kernelized(model, kernel)
-
-    calls.clear()
-    assert torch.equal(logits(load(checkpoint, device_map=device)), reference) and not calls  # stock again
-
-
-def test_layout_is_the_stock_module(checkpoint, layout, calls):
-    stock_class = type(experts_of(load(checkpoint))[0])
-    clear_patch_mapping()
-    stock = load(checkpoint)
-    register_patch_mapping({"DeepseekV3Experts": layout})
-    model = load(checkpoint)
-
-    assert stock_class is modeling_deepseek_v3.DeepseekV3Experts
-    for experts, stock_experts in zip(experts_of(model), experts_of(stock)):
-        assert isinstance(experts, layout) and vars(experts).keys() == vars(stock_experts).keys()
-    assert model.state_dict().keys() == stock.state_dict().keys()
-    assert torch.equal(logits(model), logits(stock))
-    assert torch.equal(logits(copy.deepcopy(model)), logits(stock))
-    assert not calls
-
-
-def test_layout_saves_and_loads(checkpoint, layout, tmp_path):
-    load(checkpoint).save_pretrained(tmp_path)
-    with safe_open(checkpoint / "model.safetensors", "pt") as a, safe_open(tmp_path / "model.safetensors", "pt") as b:
-        assert set(a.keys()) == set(b.keys())
-        assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())
-    assert torch.equal(logits(load(tmp_path)), logits(load(checkpoint)))
-
-
-def test_layout_is_initialised(checkpoint, layout):
-    """By `_init_weights`, which asks isinstance(module, DeepseekV3Experts): with the stand-in in place, and without."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepseek_v3_config())
-    state = {key: weight for key, weight in model.state_dict().items() if ".experts." not in key}
-    missing = type(model).from_pretrained(None, config=deepseek_v3_config(), state_dict=state)
-    for experts in experts_of(model) + experts_of(missing):
-        assert abs(experts.gate_up_proj.std().item() - 0.1) < 0.01
-        assert abs(experts.down_proj.std().item() - 0.1) < 0.01
-
-
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", INTERFACE])
-def test_layout_experts_implementation(checkpoint, layout, calls, implementation):
-    reference = logits(load(checkpoint))
-    model = load(checkpoint, experts_implementation=implementation)
-    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
-    assert len(calls) == (NUM_MOE_LAYERS if implementation == INTERFACE else 0)
-
-
-def test_layout_without_a_model(kernel):
-    with pytest.raises(TypeError, match="LlamaConfig"):
-        kernel.layers.MoEExpertsLayout(transformers.LlamaConfig())
 
 
 # Other models
@@ -407,34 +274,3 @@ def test_transformers_without_the_interface(kernel, monkeypatch):
     monkeypatch.delattr(moe, "_default_apply_gate")
     with pytest.raises(ImportError, match="needs transformers >= 5.17 .*_default_apply_gate"):
         kernel.register()
-
-
-# Examples
-
-
-@pytest.fixture(scope="module")
-def checkpoint_with_tokenizer(checkpoint):
-    words = tokenizers.models.WordLevel({"[UNK]": 0, "layers": 1}, unk_token="[UNK]")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(checkpoint)
-    return checkpoint
-
-
-def run_example(name, *arguments, monkeypatch):
-    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
-    runpy.run_path(Path(__file__).parent.parent / "examples" / name, run_name="__main__")
-
-
-@pytest.mark.usefixtures("cpu_in_kernel_config", "kernel_config")
-@pytest.mark.parametrize("way", ["use_kernels", "experts_implementation", "kernel_config"])
-def test_generate_example(checkpoint_with_tokenizer, calls, monkeypatch, way):
-    run_example("generate.py", checkpoint_with_tokenizer, way, monkeypatch=monkeypatch)
-    assert len(calls) == 32 * NUM_MOE_LAYERS
-
-
-def test_demo(checkpoint, calls, monkeypatch, capsys):
-    run_example("demo.py", "--model", checkpoint, monkeypatch=monkeypatch)
-    output = capsys.readouterr().out
-    assert "replaced  2 layers: model.layers.1.mlp.experts model.layers.2.mlp.experts\n" in output
-    assert float(re.search("max difference ([^;]+);", output)[1]) < 1e-4
-    assert calls
-    assert re.search(r"prefill +stock .* use_kernels .*x\)\ndecode +stock .* use_kernels .*x\)", output)

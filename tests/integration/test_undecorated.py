@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
 
 from cases import covering
-from conftest import COMPILE_BACKENDS
 from moe_models import UNDECORATED, stacked_without_decorator, tiny_undecorated_model
 from oracle import assert_as_good_as_torch
+from suite import COMPILE_BACKENDS
 
 NAMES = {
     "dbrx": "DbrxExperts",

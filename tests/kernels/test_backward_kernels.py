@@ -1,14 +1,12 @@
 """The kernels of the backward against the fp64 gradients, in small tiles and odd sizes; see test_kernels.py."""
 
-from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
 
-from interpreted import under_the_interpreter
+from interpreted import DEVICE, DTYPES, on_triton, under_the_interpreter
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
-from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
 
 test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
 
@@ -21,18 +19,6 @@ CASES = [  # T, E, top_k, H, I, ids
     pytest.param(20, 3, 1, 47, 33, "sentinels", id="one-slot-a-token"),
 ]
 NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-
-
-@pytest.fixture(params=[False, True], ids=["loads", "tma"])
-def path(kernel, monkeypatch, request):
-    """training.py, with small tiles, run on what is there."""
-    training, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("training", "gpu", "tuning"))
-    config = tuning.GemmConfig(16, 16, 64, 32, 2, 4, 2, USE_TMA=request.param)
-    monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    return training
 
 
 def gradients(training, backward, dout, args, kwargs, gate, needed=range(6)):
@@ -97,7 +83,7 @@ def test_only_what_is_needed(kernel, path):
 
 
 @on_triton
-def test_work_follows_the_rows_of_this_rank(kernel, path, launch, monkeypatch):  # noqa: F811
+def test_work_follows_the_rows_of_this_rank(kernel, path, launch, monkeypatch):
     """7 of 8 slots belong to other ranks: every GEMM gets the tiles of the rest, and no other row is written."""
     args = list(layer(50, 4, 8, 32, 16, torch.float32, DEVICE, "any"))
     args[1] = torch.randint(0, 32, (50, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -133,7 +119,7 @@ def test_work_follows_the_rows_of_this_rank(kernel, path, launch, monkeypatch): 
 
 
 @on_triton
-def test_an_expert_without_rows_has_a_zero_gradient(kernel, launch):  # noqa: F811
+def test_an_expert_without_rows_has_a_zero_gradient(kernel, launch):
     config = import_module(f"{kernel.__name__}.tuning").GemmConfig(16, 16, 32, 32, 2, 4, 2, False)
     offsets = torch.tensor([0, 0, 20, 20], dtype=torch.int32, device=DEVICE)
     p, q = (torch.randn(25, n, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (33, 40))
@@ -154,7 +140,7 @@ def test_an_expert_without_rows_has_a_zero_gradient(kernel, launch):  # noqa: F8
         pytest.param(3000, 16, 4, 512, 1024, "zipf", id="more-tiles-than-programs"),
     ],
 )
-def test_warp_specialized_wgrad(kernel, launch, tokens, experts, top_k, M, N, ids, dtype):  # noqa: F811
+def test_warp_specialized_wgrad(kernel, launch, tokens, experts, top_k, M, N, ids, dtype):
     """As the plain kernel, and bitwise the same each time; rows of nobody at the end hold anything."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("for Hopper")
@@ -176,7 +162,7 @@ def test_warp_specialized_wgrad(kernel, launch, tokens, experts, top_k, M, N, id
 
 
 @on_triton
-def test_padded_order(launch):  # noqa: F811
+def test_padded_order(launch):
     index = torch.tensor([[2, 0], [2, 7], [5, 2], [2, 5]], dtype=torch.int32, device=DEVICE)  # of 6 experts
     offsets, slots, positions, _ = launch.route(index, 6, 16)
     padded_offsets, padded_slots, padded_positions = launch.pad(offsets, slots)
@@ -189,7 +175,7 @@ def test_padded_order(launch):  # noqa: F811
 
 @on_triton
 @pytest.mark.parametrize("tokens, experts, top_k, ids", [(7, 3, 3, "sentinels"), (5, 2, 1, "any"), (4, 4, 2, "one")])
-def test_rows_that_are_not_padded(kernel, launch, tokens, experts, top_k, ids):  # noqa: F811
+def test_rows_that_are_not_padded(kernel, launch, tokens, experts, top_k, ids):
     """`gather` and `glu` in the order of `route`: a number of rows without divisors, those of nobody left alone."""
     x, index, *_ = layer(tokens, experts, top_k, 72, 40, DTYPES[0], DEVICE, ids)
     offsets, slots, _, _ = launch.route(index, experts, 16)

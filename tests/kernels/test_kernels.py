@@ -1,4 +1,5 @@
-"""Each launcher by itself against torch, in small tiles and odd sizes: on a GPU, or under TRITON_INTERPRET=1.
+"""The launchers of routing and of the forward, each by itself against torch, in small tiles and odd sizes: on a GPU, or
+under TRITON_INTERPRET=1.
 
 Without a GPU `test_under_the_interpreter` runs this file again in processes of their own.
 """
@@ -9,42 +10,10 @@ import pytest
 import torch
 
 from cases import covering
-from interpreted import INTERPRETED, under_the_interpreter
-from oracle import (
-    ROUTERS,
-    VARIANTS,
-    assert_as_good_as_torch,
-    assert_routes,
-    decided,
-    gate_of,
-    in_fp64,
-    layer,
-    route_by_hand,
-    router,
-    variant_of,
-)
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter multiplies the raw bits of bf16. On a GPU either 16-bit type shows what the other would.
-DTYPES = [torch.float16 if INTERPRETED else torch.bfloat16, torch.float32]
-
+from interpreted import DEVICE, DTYPES, INTERPRETED, ROWS_FIRST, on_triton, under_the_interpreter
+from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 
 test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
-
-
-@pytest.fixture(scope="module")
-def launch(kernel):
-    return import_module(f"{kernel.__name__}.kernels")
-
-
-@pytest.fixture(scope="module")
-def config(kernel):
-    GemmConfig = import_module(f"{kernel.__name__}.tuning").GemmConfig
-    return lambda **changes: GemmConfig(16, 16, 64, 32, 2, 4, 2, False)._replace(**changes)
-
-
-def on_triton(test):
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 ROUTES = [  # T, E, top_k, ids
@@ -93,7 +62,6 @@ LAYERS = [  # T, E, top_k, H, I, ids
     pytest.param(100, 2, 2, 72, 136, "any", id="several-tiles-of-M-and-N"),
 ]
 CASE = "tokens, experts, top_k, hidden_dim, inter, ids"
-ROWS_FIRST = {"BLOCK_M": 128, "MIN_M": 64, "num_warps": 8}  # tall tiles in 4 warps take twice as long to compile
 CONFIGS = [
     pytest.param({}, id="loads"),
     pytest.param({"BLOCK_M": 32, "MIN_M": 32, "GROUP_M": 1}, id="loads-ungrouped"),
@@ -394,86 +362,3 @@ def test_offsets_that_promise_too_many_rows_stay_in_memory(launch):
     offsets = torch.tensor([0, 18, 90], dtype=torch.int32, device=DEVICE)
     schedule = launch.tile_schedule(offsets, 40, 16)
     assert_schedules(schedule, [0, 18, 40], 16)
-
-
-SMALL_ROUTER_CONFIGS = [(16, 16, 32, 4, 2), (32, 64, 64, 4, 3)]
-
-
-@on_triton
-@pytest.mark.parametrize(
-    "tokens, experts, hidden_dim, is_split, config, x_dtype, weight_dtype",
-    covering(
-        [
-            pytest.param(1, 40, 64, False, id="one-token"),
-            pytest.param(45, 7, 50, False, id="tails-everywhere"),
-            pytest.param(45, 70, 584, True, id="splits-with-tails"),
-            pytest.param(3, 16, 2100, True, id="splits-of-which-some-are-empty"),
-        ],
-        SMALL_ROUTER_CONFIGS,
-        DTYPES,
-        DTYPES,
-    ),
-)
-def test_router_logits(kernel, launch, config, tokens, experts, hidden_dim, is_split, x_dtype, weight_dtype):
-    config = import_module(f"{kernel.__name__}.tuning").RouterConfig(*config)
-    x, weight, _ = router(tokens, experts, hidden_dim, x_dtype, weight_dtype, DEVICE)
-    partials = launch.router_logits(x, weight, config)
-    assert (partials.shape[0] > 1) == is_split
-    # Products of 16-bit numbers are exact in fp32: there is nothing but the rounding of sums.
-    torch.testing.assert_close(partials.double().sum(0), x.double() @ weight.double().T, rtol=2e-6, atol=2e-6)
-
-
-@on_triton
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
-def test_router_topk(launch, experts, num_group, topk_group, top_k, norm, splits):
-    x, weight, bias = router(9, experts, 16 * splits)  # a token is a program: more of them show nothing
-    args = (top_k, num_group, topk_group, norm, 2.5)
-    x = decided(x, weight, bias, *args)
-    parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
-    assert_routes(launch.router_topk(parts.to(DEVICE), bias.to(DEVICE), *args), route_by_hand(x, weight, bias, *args))
-
-
-@on_triton
-@pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
-def test_router_topk_ties(launch, experts, num_group, topk_group, top_k, norm):
-    """Few different logits, all of them exact, and no bias: most choices are decided by the index.
-
-    None is negative: sigmoid(-1) + sigmoid(1) is sigmoid(0) + sigmoid(0) up to rounding, which is no tie.
-    """
-    x = torch.randint(0, 2, (9, 3), generator=torch.Generator().manual_seed(0)).float()
-    weight = torch.randint(0, 3, (experts, 3), generator=torch.Generator().manual_seed(1)).float()
-    x[0] = 0
-    bias = torch.zeros(experts)
-    args = (top_k, num_group, topk_group, norm, 1.0)
-    results = launch.router_topk((x @ weight.T)[None].to(DEVICE), bias.to(DEVICE), *args)
-    assert_routes(results, route_by_hand(x, weight, bias, *args))
-
-
-@on_triton
-@pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
-def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group, top_k, norm):
-    """NaN, infinities, biases far from any score: what torch's sort makes of them."""
-    x, weight, bias = router(8, experts, 16)
-    x[1], x[2, 3], x[3], x[4] = float("nan"), float("inf"), 1e30, -1e30
-    weight[experts // 2, 0], x[5, 0] = float("inf"), 0  # NaN for token 5
-    bias[0], bias[1], bias[2], bias[-1] = -1e30, 1e30, -torch.tensor(float("nan")), float("-inf")
-    args = (top_k, num_group, topk_group, norm, 1.0)
-    logits, weights, ids = launch.router_topk((x @ weight.T)[None].to(DEVICE), bias.to(DEVICE), *args)
-    expected_logits, expected_weights, expected_ids = kernel.reference.topk_router(x, weight, bias, *args)
-    assert torch.equal(ids.cpu(), expected_ids)
-    torch.testing.assert_close(logits.cpu(), expected_logits, equal_nan=True)
-    torch.testing.assert_close(weights.cpu(), expected_weights, equal_nan=True, rtol=4e-6, atol=1e-7)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_router.py runs this path")
-@pytest.mark.parametrize("tokens, hidden_dim", [(0, 64), (1, 600), (20, 97), (70, 64)])
-@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float16, torch.float16), (torch.float16, torch.float32)])
-def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dtype):
-    module = import_module(f"{kernel.__name__}.router")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: (9, 0))
-    x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
-    x = decided(x, weight, bias, 6, 4, 2)
-    args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)
-    assert_routes(module._router_gpu(*args), route_by_hand(*args))

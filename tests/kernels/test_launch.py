@@ -15,9 +15,9 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 import compile_kernels
-from conftest import ROOT
+from low_rank import adapters, low_rank
 from oracle import error, fp8_layer, layer
-from test_lora import adapters, low_rank
+from suite import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from compile_only import NoGPU  # noqa: E402

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from interpreted import INTERPRETED, under_the_interpreter
+from interpreted import DEVICE, DTYPES, INTERPRETED, on_triton, under_the_interpreter
+from low_rank import SCALINGS, adapters
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
-from test_kernels import DEVICE, DTYPES, launch, on_triton  # noqa: F401
-from test_lora import SCALINGS, adapters
 
 test_under_the_interpreter = under_the_interpreter(__file__)
 
@@ -127,7 +126,7 @@ def test_only_what_is_needed(kernel, lora, ops):
 
 
 @on_triton
-def test_row_sums_skip_padding_rows(launch):  # noqa: F811
+def test_row_sums_skip_padding_rows(launch):
     """What lies before the first token and its weight is read for no row."""
     index = torch.tensor([[1, 0], [1, 7], [1, 0]], device=DEVICE)
     dout, weights = torch.full((4, 16), float("nan"), device=DEVICE), torch.full((4, 2), 1e9, device=DEVICE)

@@ -18,7 +18,8 @@ def test_memcheck_finds_nothing(part):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     # Not the variants of the layer: the sanitizer is slow.
-    tests = [Path(__file__).with_name("test_kernels.py"), "-k", "float or route or offsets"]
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("kernels", "router_kernels")]
+    tests = [*files, "-k", "float or route or offsets"]
     pytest_part = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--part={part}/{PARTS}", *tests]
     run = subprocess.run(
         [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest_part],

@@ -4,30 +4,19 @@ Whatever has strides in each launcher. Under the interpreter only the pages that
 """
 
 import mmap
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
 import torch
 
-from test_kernels import DEVICE, INTERPRETED, config, launch, on_triton  # noqa: F401
+from interpreted import DEVICE, DTYPES, on_triton, under_the_interpreter
 
-DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 T, E, TOP_K, H, I = 5, 2, 2, 136, 24  # H: one step of 128, and then another
 FAR = 2**24  # between columns of a weight: H of them, or a step of BLOCK_K, are more than 2**31 apart
 ROWS_APART = 2**30
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.11 on
 
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
-def test_under_the_interpreter():
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+test_under_the_interpreter = under_the_interpreter(__file__)
 
 
 @pytest.fixture
@@ -55,7 +44,7 @@ def columns_apart(w):
 
 def randn(*shape):
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(DEVICE, DTYPE)
+    return torch.randn(shape, generator=generator).to(DEVICE, DTYPES[0])
 
 
 def codes(*shape):
@@ -66,7 +55,7 @@ def codes(*shape):
     return bits.to(DEVICE), scale.to(DEVICE) / 256
 
 
-def routing(launch, block_m):  # noqa: F811
+def routing(launch, block_m):
     index = torch.arange(T * TOP_K, device=DEVICE).view(T, TOP_K) % E
     return index, launch.route(index, E, block_m)
 
@@ -78,7 +67,7 @@ def assert_same(function, near, far):
 
 
 @on_triton
-def test_weights_in_decode(kernel, launch, spread):  # noqa: F811
+def test_weights_in_decode(kernel, launch, spread):
     gate, decode = kernel.reference.Gate(), import_module(f"{kernel.__name__}.tuning").DECODE_TRANSPOSED
     index, _ = routing(launch, 16)
     x, w = randn(T, H), randn(E, 2 * I, H)
@@ -92,7 +81,7 @@ def test_weights_in_decode(kernel, launch, spread):  # noqa: F811
 
 @on_triton
 @pytest.mark.parametrize("block_m", [16, 64], ids=["weights-first", "rows-first"])
-def test_weights_in_gemms(kernel, launch, config, spread, block_m):  # noqa: F811
+def test_weights_in_gemms(kernel, launch, config, spread, block_m):
     gate = kernel.reference.Gate()
     config = config(BLOCK_M=block_m, MIN_M=block_m, BLOCK_N=16, BLOCK_K=128)
     _, (_, slots, _, schedule) = routing(launch, block_m)
@@ -104,7 +93,7 @@ def test_weights_in_gemms(kernel, launch, config, spread, block_m):  # noqa: F81
 
 
 @on_triton
-def test_weights_in_fp8(kernel, launch, config, spread):  # noqa: F811
+def test_weights_in_fp8(kernel, launch, config, spread):
     gate = kernel.reference.Gate()
     config = config(BLOCK_N=16, BLOCK_K=128)
     _, (_, slots, _, schedule) = routing(launch, 16)
@@ -127,7 +116,7 @@ def test_weights_in_fp8(kernel, launch, config, spread):  # noqa: F811
 
 
 @on_triton
-def test_rows(kernel, launch, config, spread):  # noqa: F811
+def test_rows(kernel, launch, config, spread):
     gate, tuning = kernel.reference.Gate(), import_module(f"{kernel.__name__}.tuning")
     config = config(BLOCK_N=16)
     index, (offsets, slots, _, schedule) = routing(launch, 16)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernels.benchmark import Benchmark
 
-from conftest import ROOT
+from suite import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from suite import HELPERS, ROOT
 
 ONE_OF_EACH = [("3.6.0", "90"), ("3.9.0", "90"), ("3.6.0", "gfx942")]
 MATRIX = [("3.6.0", arch) for arch in ("80", "89", "90", "100", "120", "gfx942", "gfx950")] + [("3.9.0", "90")]
@@ -22,7 +22,7 @@ def compile_kernels(version, *arguments):
     triton = ROOT / f".venv/triton-{version}"
     assert triton.is_dir(), "`make venv` installs it"
     result = subprocess.run(
-        [sys.executable, ROOT / "tests/compile_kernels.py", *arguments],
+        [sys.executable, HELPERS / "compile_kernels.py", *arguments],
         env={**os.environ, "PYTHONPATH": str(triton)},
         capture_output=True,
         text=True,

@@ -7,14 +7,7 @@ import sys
 
 import pytest
 
-from conftest import REPO_ID, ROOT
-
-PACKAGE = ROOT / "torch-ext/moe_grouped_gemm"
-FILES = [
-    pytest.param(path, id=str(path.relative_to(PACKAGE)))
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "_ops.py"  # kernel-builder leaves it here
-]
+from suite import FILES, PACKAGE, REPO_ID, ROOT
 
 # From docs/design.md: an import points to the right, or to a neighbour.
 LEVELS = [

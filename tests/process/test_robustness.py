@@ -14,9 +14,11 @@ from threading import Barrier
 import pytest
 import torch
 
-from conftest import ROOT
 from oracle import layer
+from suite import HELPERS, ROOT
 from tiny_models import prompt, tiny_model
+
+HERE = [ROOT / "tests", ROOT / "tests/process"]  # for processes that run a function of this file as the suite runs it
 
 # Threads
 
@@ -30,10 +32,10 @@ def with_gradients(kernel, args):
 THREADED = """
 import sys
 import torch
-sys.path[:0] = sys.argv[1:2]
-import kernels
+sys.path[:0] = sys.argv[1:3]
+import conftest, kernels
 import test_robustness
-test_robustness.from_many_threads(kernels.get_kernel("org/moe-grouped-gemm", version=1), sys.argv[2])
+test_robustness.from_many_threads(kernels.get_kernel("org/moe-grouped-gemm", version=1), sys.argv[3])
 """
 
 
@@ -64,7 +66,7 @@ def from_many_threads(kernel, device):
 @pytest.mark.long  # on a GPU
 def test_many_threads(kernel, device):
     """In a fresh process: the first calls of all threads meet."""
-    command = [sys.executable, "-c", THREADED, str(ROOT / "tests"), device]
+    command = [sys.executable, "-c", THREADED, *HERE, device]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -142,7 +144,7 @@ def test_two_versions_side_by_side(tmp_path):
             (variant / "_ops.py").write_text(ops)
             metadata.pop("digest")
             (variant / "metadata.json").write_text(json.dumps({**metadata, "id": new_id, "version": version}))
-    command = [sys.executable, "-c", SIDE_BY_SIDE, str(ROOT / "tests"), tmp_path / "one", tmp_path / "two"]
+    command = [sys.executable, "-c", SIDE_BY_SIDE, HELPERS, tmp_path / "one", tmp_path / "two"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -155,7 +157,7 @@ def test_two_versions_side_by_side(tmp_path):
 @pytest.mark.parametrize("training", [False, True])
 def test_out_of_memory_in_the_middle_of_a_forward(training):
     """In a process of its own: what other tests left of the allocator's blocks would serve in place of new memory."""
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(ROOT / "tests"), str(int(training))]
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, *HERE, str(int(training))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -163,10 +165,10 @@ def test_out_of_memory_in_the_middle_of_a_forward(training):
 SHORT_OF_MEMORY = """
 import sys
 import torch
-sys.path[:0] = sys.argv[1:2]
-import kernels
+sys.path[:0] = sys.argv[1:3]
+import conftest, kernels
 import test_robustness
-test_robustness.run_short_of_memory(kernels.get_kernel("org/moe-grouped-gemm", version=1), sys.argv[2] == "1")
+test_robustness.run_short_of_memory(kernels.get_kernel("org/moe-grouped-gemm", version=1), sys.argv[3] == "1")
 """
 
 

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
-from test_layering import FILES
+from suite import FILES, ROOT
 
 # Imports are audited in test_layering.py: the standard library without network, processes and pickle; torch; triton.
 BUILTINS = {"open", "eval", "exec", "compile", "__import__", "breakpoint", "input"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from moe_models import experts_classes
+from suite import HELPERS, ROOT
 
 versions = runpy.run_path(str(ROOT / "scripts/versions.py"))
 
@@ -27,8 +27,7 @@ def start(version, *args):
 
 
 def run(version, folder, kernels_are):
-    worker = ROOT / "tests/versions_worker.py"
-    return start(version, worker, version, versions["VERSIONS"][version], folder, kernels_are)
+    return start(version, HELPERS / "versions_worker.py", version, versions["VERSIONS"][version], folder, kernels_are)
 
 
 def assert_runs(*args):
@@ -60,7 +59,7 @@ def test_the_table_is_of_the_newest_and_its_new_experts_are_tested():
     assert f"classes of transformers {newest}:" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
     new = {entry.name for entry in experts_classes(Path(where).parent)} - {entry.name for entry in experts_classes()}
     tests = " or ".join(["test_table", "(undecorated and (test_all or test_model))", *new])
-    files = [ROOT / "tests/test_coverage.py", ROOT / "tests/test_undecorated.py"]
+    files = [ROOT / f"tests/integration/test_{name}.py" for name in ("coverage", "undecorated")]
     result = start(newest, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *files, "-k", tests)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from interpreted import INTERPRETED, under_the_interpreter
 from oracle import experts_densely
-from test_backward_kernels import path  # noqa: F401
 
 CPU_CASES, INTERPRETED_CASES, GPU_CASES = 470, 30, 5000
 GPU_PARTS = 4  # of each dtype, for as many workers
@@ -194,7 +193,7 @@ test_under_the_interpreter = under_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the test below does more")
-def test_interpreted(kernel, path, monkeypatch):  # noqa: F811
+def test_interpreted(kernel, path, monkeypatch):
     """Tokens that fill few tiles of 16, and tails everywhere."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "device_name", lambda device: "")
