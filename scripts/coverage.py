@@ -2,7 +2,7 @@
 """Write docs/models.md: how each experts class of the Transformers that runs this is served.
 
 What is fused is asked of the kernel itself, about tiny experts of each model whose activation is the default config's;
-what is tested is what tests/test_coverage.py runs.
+what is tested is what tests/integration/test_coverage.py runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={ROOT}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/helpers"))
 
 import transformers  # noqa: E402
 from kernels import get_kernel  # noqa: E402

@@ -3,7 +3,7 @@
 
 .venv-transformers-<version>/ holds that Transformers, the oldest `kernels` that it accepts (the newest there is, if it
 asks for one that is not out yet) and what these two need in another version; all else, torch above all, is read from
-the environment of this script. tests/test_versions.py runs in each environment that it finds.
+the environment of this script. tests/process/test_versions.py runs in each environment that it finds.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import sys
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-REPO_ID = "org/moe-grouped-gemm"
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+from suite import REPO_ID, ROOT  # noqa: E402
 
 # All of this comes before anything imports huggingface_hub or torch, which read their environment once.
 BUILD_SCRIPT = ROOT / "scripts/build.py"
@@ -26,9 +26,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they start, share t
 import kernels  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-# Of torch.compile. No C++ compiler is needed on the CPU; on a GPU it is the default.
-COMPILE_BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
 
 # Fills torch.empty with NaN: an output row that no kernel writes shows.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -144,35 +141,7 @@ def record(monkeypatch):
     return record
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from tiny_models import save_deepseek_v3
-
-    path = tmp_path_factory.mktemp("deepseek-v3")
-    save_deepseek_v3(path)
-    return path
-
-
 @pytest.fixture
 def registered(kernel):
     kernel.register()
     return kernel
-
-
-@pytest.fixture
-def loadable_by_kernel_config(monkeypatch):
-    """The Hub, unreachable here, would resolve the version to its branch. What a load leaves behind is taken back."""
-    from transformers.monkey_patching import clear_patch_mapping
-
-    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
-    yield
-    clear_patch_mapping()
-
-
-@pytest.fixture
-def cpu_in_kernel_config(monkeypatch):
-    """Lets way 1 run on a CPU, too: Transformers refuses it by this list alone."""
-    from transformers.utils import kernel_config
-
-    devices = [*kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
-    monkeypatch.setattr(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)

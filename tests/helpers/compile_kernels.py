@@ -1,0 +1,328 @@
+"""Compiles every kernel in every dtype and shipped configuration for GPUs that need not be here; see test_compile.py.
+
+The real launchers run, on CPU tensors, with a driver that only names the target (see scripts/compile_only.py): Triton
+specialises the kernels as it would on that GPU, compiles them, and launches nothing. Prints one line a kernel; exits
+with 1 if any check failed. What has not changed comes from Triton's cache.
+
+    compile_kernels.py 90 gfx942               # for these GPUs, by default for all
+    compile_kernels.py --one-of-each 90        # of each launcher, dtype and way of reading one configuration
+"""
+
+import argparse
+import json
+import re
+import sys
+from functools import partial
+from importlib import import_module
+from itertools import chain, product
+
+import torch
+from kernels import get_kernel
+from triton.backends.compiler import GPUTarget
+
+from suite import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from compile_only import compile_only, registers_and_stack  # noqa: E402
+
+# Target -> shared memory that a block may use, in KiB (CUDA C++ programming guide; CDNA3 and CDNA4 ISA guides).
+TARGETS = {
+    GPUTarget("cuda", 80, 32): 163,
+    GPUTarget("cuda", 89, 32): 99,
+    GPUTarget("cuda", 90, 32): 227,
+    GPUTarget("cuda", 100, 32): 227,
+    GPUTarget("cuda", 120, 32): 99,
+    GPUTarget("hip", "gfx942", 64): 64,
+    GPUTarget("hip", "gfx950", 64): 160,
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
+EXPERTS, HIDDEN, INTER = 8, 2048, 768
+GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with biases and transposed weights
+
+
+def check(target, name, kernel, dtype, config) -> bool:
+    faults = []
+    shared = kernel.metadata.shared
+    if shared > TARGETS[target] * 1024:
+        faults.append("too much shared memory")
+    usage = ""
+    if target.backend == "cuda":
+        registers, stack = registers_and_stack(kernel.asm["cubin"])
+        usage = f"{registers} registers, {stack} B stack, "
+        # Less is a value or two put aside outside the loop. With fp8 activations the assembler begins the second
+        # product while it scales the first, and pays with some registers.
+        if stack > (128 if dtype == FP8 else 16):
+            faults.append("spills")
+        if (
+            target.arch == 90
+            and ("gemm" in name or "grad" in name or name == "_gate_up_kernel")
+            and dtype != torch.float32
+        ):
+            if "wgmma.mma_async" not in kernel.asm["ptx"] and has_room_for_wgmma(name, config):
+                faults.append("no wgmma")
+        if name == "_router_logits_kernel" and not re.search(r"\badd(\.rn)?\.f32", kernel.asm["ptx"]):
+            faults.append("sums in the tensor cores alone")
+    label = f"{target.backend}:{target.arch} {name} {str(dtype).removeprefix('torch.')} {config or ''}"
+    print(f"{'FAULT: ' + ', '.join(faults) if faults else 'ok'}  {label}  {usage}{shared} B shared", flush=True)
+    return not faults
+
+
+def has_room_for_wgmma(name, config) -> bool:
+    """wgmma wants 64 rows: of the weight in a GEMM of low tiles, of p in wgrad. A rank may be less."""
+    first = config.BLOCK_M if "grad" in name or config.MIN_M >= 64 else config.BLOCK_N
+    return first >= 64 or config.WARP_SPECIALIZED
+
+
+def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inter, has_variants):
+    """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory."""
+
+    kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, a, w1, w2 = empty(96, hidden), empty(96, inter), empty(experts, 2 * inter, hidden), empty(experts, hidden, inter)
+    slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
+    for up in ways(config.gate_up):
+        for z in (None, empty(96, 2 * inter)):
+            yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, Gate(), precision, up, z)
+    for down in ways(config.down):
+        yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+        args = (empty(96, hidden), slots, empty(96, dtype=torch.float32))
+        yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, *args)
+    if not has_variants:
+        return
+    # Transposed weights, interleaved and not, with biases.
+    w1, w2 = empty(experts, hidden, 2 * inter).mT, empty(experts, inter, hidden).mT
+    b1, b2, z = empty(experts, 2 * inter), empty(experts, hidden), empty(96, 2 * inter)
+    for up in ways(config.gate_up):
+        for gate in (Gate(**GPT_OSS), Gate()):
+            if gate.interleaved or not up.USE_TMA:
+                yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, gate, precision, up, z, b1)
+    for down in ways(config.down):
+        yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
+        if not down.WARP_SPECIALIZED:
+            yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, bias=b2)
+
+
+def backward_launches(package, ways, dtype, configs, precisions):
+    """As `launches`, for what only the backward runs."""
+
+    kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, a, z = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER)
+    weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
+    offsets = empty(EXPERTS + 1, dtype=torch.int32)
+    yield dtype, None, partial(kernels.gather, x, slots, offsets, 6)
+    for needs_a, gate in product((True, False), (Gate(), Gate(**GPT_OSS))):
+        yield dtype, None, partial(kernels.glu_backward, a, z, weights, slots, slots, offsets, gate, needs_a)
+    for (_, config), precision in product(configs, precisions):
+        for way in ways(config):
+            yield dtype, way, partial(kernels.wgrad, z, a, offsets, precision, way)
+    yield dtype, None, partial(kernels.row_sums, z, slots, offsets)
+    yield dtype, None, partial(kernels.row_sums, x, slots, offsets, weights.view(16, 6))
+
+
+def fp8_launches(package, capability, multiplies_fp8, precisions):
+    """As `launches`, for fp8 weights: as bytes where the target does not know the type."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
+    ways = import_module(f"{package}.launch_configs").ways
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = FP8 if multiplies_fp8 else torch.uint8
+    w1, w2 = empty(EXPERTS, 2 * INTER, HIDDEN, dtype=codes), empty(EXPERTS, HIDDEN, INTER, dtype=codes)
+    blocks = HIDDEN // 128, INTER // 128
+    slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
+    weights, index = empty(16, 6), empty(16, 6, dtype=torch.int64)
+    for dtype, scale in [(d, torch.float32) for d in ((FP8,) if multiplies_fp8 else ()) + DTYPES] + [
+        (FP8 if multiplies_fp8 else torch.bfloat16, torch.uint8)
+    ]:
+        s1, s2 = empty(EXPERTS, 2 * blocks[1], blocks[0], dtype=scale), empty(EXPERTS, *blocks, dtype=scale)
+        out = torch.bfloat16 if dtype == FP8 else dtype
+        x, a, y = empty(16, HIDDEN, dtype=dtype), empty(96, INTER, dtype=dtype), empty(96, HIDDEN, dtype=out)
+        x_scale, a_scale = (empty(16, blocks[0]), empty(96, blocks[1])) if dtype == FP8 else (None, None)
+        z = None if dtype == FP8 else empty(96, 2 * INTER, dtype=dtype)
+        for (_, config), precision in product(tuning.fp8_configs(dtype, capability), precisions[dtype]):
+            for up in ways(config.gate_up):
+                for z_or_none in {id(t): t for t in (None, z)}.values():
+                    args = (x, x_scale, w1, s1, slots, schedule, 6, Gate(), precision, up, z_or_none)
+                    yield dtype, up, partial(kernels.gate_up_fp8, *args)
+            if dtype == FP8 and config.down.WARP_SPECIALIZED:
+                rows, row_scales = empty(96, HIDDEN, dtype=FP8), [empty(n, 96) for n in blocks]
+                args = (rows, row_scales[0], w1, s1, schedule, Gate(), config.gate_up)
+                yield dtype, config.down, partial(kernels.gate_up_fp8_hopper, *args)
+                for out in (y, y.float()):
+                    args = (a, row_scales[1], w2, s2, schedule, config.down, out)
+                    yield dtype, config.down, partial(kernels.grouped_gemm_fp8_hopper, *args)
+            elif config.down.WARP_SPECIALIZED:
+                args = (empty(96, HIDDEN, dtype=dtype), w1, s1, schedule, config.down, z)
+                yield dtype, config.down, partial(kernels.fp8_weights_gemm_hopper, *args)
+            for down in ways(config.down._replace(WARP_SPECIALIZED=False)):
+                args = (a, a_scale, w2, s2, schedule, precision, down, y)
+                yield dtype, down, partial(kernels.grouped_gemm_fp8, *args)
+        if dtype == FP8:
+            continue
+        config = tuning.fp8_dgrad_config(dtype, capability)
+        for precision in precisions[dtype]:
+            yield dtype, config, partial(kernels.dgrad_fp8, y, w2, s2, schedule, precision, config)
+            yield dtype, config, partial(kernels.dgrad_fp8, z, w1, s1, schedule, precision, config)
+            if config.WARP_SPECIALIZED:
+                yield dtype, config, partial(kernels.fp8_weights_gemm_hopper, z, w1, s1, schedule, config, y, True)
+        up, down = tuning.DECODE_FP8
+        yield dtype, up, partial(kernels.gate_up_decode_fp8, x, w1, s1, index, Gate(), up)
+        yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down)
+        if multiplies_fp8:
+            yield dtype, None, partial(kernels.quantize_rows, x)
+            yield dtype, None, partial(kernels.quantize_slots, x, slots)
+
+
+def lora_launches(package, dtype, capability, precisions):
+    """As `launches`, for an adapter's products and what lies between them."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
+    ways = import_module(f"{package}.launch_configs").ways
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    slots, offsets = empty(128, dtype=torch.int32), empty(EXPERTS + 1, dtype=torch.int32)
+    schedule, weights, x = empty(5, 96, dtype=torch.int32), empty(96, dtype=torch.float32), empty(128, HIDDEN)
+    for gate in (Gate(), Gate(**GPT_OSS)):
+        yield dtype, None, partial(kernels.glu, empty(128, 2 * INTER), slots, offsets, gate)
+    for rank in (16, 128):
+        u = empty(128, rank)
+        yield dtype, None, partial(kernels.scale_rows, u, weights, slots, offsets)
+        A, B, weight = (empty(EXPERTS, *shape) for shape in ((rank, HIDDEN), (HIDDEN, rank), (HIDDEN, HIDDEN)))
+        first, *_, last = (config.down for config in tuning.all_configs(dtype, capability))
+        for config, precision in product((first, last), precisions):
+            thin = tuning.thin_config(config, rank, dtype, capability)
+            for factor in (A, B.mT):
+                yield dtype, thin, partial(kernels.grouped_gemm, x, factor, schedule, precision, thin)
+            for way, w in product(ways(config), (weight, weight.mT)):
+                args = (x, w, schedule, precision, way)
+                yield dtype, way, partial(kernels.grouped_gemm, *args, low_rank=(u, B))
+        for (p, q), precision in product(((x, u), (u, x)), precisions):
+            config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], dtype, capability)
+            yield dtype, config, partial(kernels.wgrad, p, q, offsets, precision, config)
+
+
+def launches(package, target):
+    """(dtype, config, launch) for all that can be launched on the target."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
+    ways = import_module(f"{package}.launch_configs").ways
+    for ids in (torch.int32, torch.int64):
+        for tokens in (1, 1000):  # counted in place, and by a launch of its own
+            index = torch.zeros(tokens, 6, dtype=ids)
+            yield ids, None, partial(kernels.route, index, EXPERTS, 64)
+    offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+    yield torch.int32, None, partial(kernels.tile_schedule, offsets, 100, 64)
+    yield torch.int32, None, partial(kernels.pad, offsets, torch.zeros(96, dtype=torch.int32))
+    slots = torch.zeros(96, dtype=torch.int32)
+    capability = (target.arch // 10, 0) if target.backend == "cuda" else (0, 0)
+    # What one GPU of a kind shows others would, and so would fp16 what bf16 shows: time is short.
+    has_variants = target.arch in (80, 90, "gfx942")
+    for dtype in DTYPES if target.arch == 90 else (torch.bfloat16, torch.float32):
+        x, a, y = (torch.empty(96, n, dtype=dtype) for n in (HIDDEN, INTER, HIDDEN))
+        w1, w2 = (torch.empty(EXPERTS, n, k, dtype=dtype) for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)))
+        weights = torch.empty(16, 6)
+        yield dtype, None, partial(kernels.combine, y, slots, weights)
+        yield dtype, None, partial(kernels.zero_skipped, y, slots)
+        yield dtype, None, partial(kernels.zero_tail, y, offsets)
+        index = torch.zeros(16, 6, dtype=torch.int64)
+        for gate, transposed in ((Gate(), False), (Gate(), True), (Gate(**GPT_OSS), True)):
+            up, down = tuning.decode_config(dtype, transposed)
+            v1, v2 = (w.mT.contiguous().mT if transposed else w for w in (w1, w2))
+            b1, b2 = (torch.empty(EXPERTS, n, dtype=dtype) if gate.interleaved else None for n in (2 * INTER, HIDDEN))
+            yield dtype, up, partial(kernels.gate_up_decode, x, v1, index, gate, up, b1)
+            yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, b2)
+        # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
+        precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
+        for config, precision in product(tuning.all_configs(dtype, capability), precisions):
+            sizes = (EXPERTS, HIDDEN, INTER)
+            all_ways = has_variants and dtype != torch.float16
+            yield from gemm_launches(package, ways, dtype, config, precision, *sizes, all_ways)
+        yield from backward_launches(package, ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
+        if has_variants and dtype != torch.float16:
+            yield from lora_launches(package, dtype, capability, precisions)
+        for _, config in tuning.router_configs(dtype, capability):
+            yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
+    multiplies_fp8 = target.backend == "cuda" and target.arch >= 89
+    precisions = {dtype: ("ieee",) for dtype in (FP8, *DTYPES)}
+    if target.backend == "cuda":
+        precisions[torch.float32] = ("ieee", "tf32")
+    yield from fp8_launches(package, capability, multiplies_fp8, precisions)
+    for _, config in tuning.router_configs(torch.float32, capability):
+        x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
+        yield torch.float32, config, partial(kernels.router_logits, x, w, config)
+    for dtype, splits, num_group in product((torch.bfloat16, torch.float32), (1, 16), (1, 8)):
+        partials, bias = torch.empty(splits, 96, 256), torch.empty(256, dtype=dtype)
+        yield dtype, None, partial(kernels.router_topk, partials, bias, 8, num_group, 1, True, 2.5)
+
+
+def tuned_launches(package, target):
+    """As `launches`, for the tuned files of GPUs of the target's compute capability."""
+    tuned_files = import_module(f"{package}.tuned_files")
+    for path in sorted(tuned_files.CONFIGS.glob("*.json")):
+        capability = json.loads(path.read_text())["tuned_with"]["compute_capability"]
+        if target.backend != "cuda" or capability.replace(".", "") != str(target.arch):
+            continue
+        sizes = dict(part.split("=") for part in path.stem.split(","))
+        dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
+        configs = tuned_files.read_configs(path, dtype, tuple(map(int, capability.split("."))))
+        for config in dict.fromkeys(config for _, config in configs):
+            yield from gemm_launches(package, lambda config: {config}, dtype, config, "ieee", *shape, False)
+
+
+def one_of_each(launches):
+    """Of these launches the first of each launcher, with the same options, dtype and way of reading.
+
+    But for fp16, which shows what bf16 does.
+    """
+    kinds = set()
+    for dtype, config, launch in launches:
+        if dtype == torch.float16:
+            continue
+        reading = getattr(config, "USE_TMA", None), getattr(config, "WARP_SPECIALIZED", None)
+        kind = (launch.func.__name__, *launch.keywords, dtype, reading)
+        if kind not in kinds:
+            kinds.add(kind)
+            yield dtype, config, launch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archs", nargs="*", metavar="arch", help=", ".join(str(target.arch) for target in TARGETS))
+    parser.add_argument("--one-of-each", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.archs) - {str(target.arch) for target in TARGETS}:
+        parser.error(f"no such target: {', '.join(unknown)}")
+
+    package = get_kernel("org/moe-grouped-gemm", version=1).__name__
+    good = True
+    for device, target in enumerate(TARGETS):
+        if args.archs and str(target.arch) not in args.archs:
+            continue
+        compiled = compile_only(target, device)
+        import_module(f"{package}.kernels.launch").warp_size.cache_clear()  # "meta" stands for every target
+        wanted = chain(launches(package, target), tuned_launches(package, target))
+        checked = set()
+        for dtype, config, launch in one_of_each(wanted) if args.one_of_each else wanted:
+            compiled.clear()
+            launch()
+            for name, kernel in compiled:
+                if (kernel.hash, config) not in checked:
+                    checked.add((kernel.hash, config))
+                    good &= check(target, name, kernel, dtype, config)
+    return not good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

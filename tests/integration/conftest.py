@@ -1,0 +1,62 @@
+"""Models in Transformers: the ways in, and what a way leaves behind in a process."""
+
+import pytest
+from transformers import KernelConfig
+from transformers.integrations import moe
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.monkey_patching import clear_patch_mapping
+from transformers.utils import kernel_config as transformers_kernel_config
+
+from peft_models import adapted
+from tiny_models import BY_NAME, HUB_NAME, INTERFACE, load, save_deepseek_v3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("deepseek-v3")
+    save_deepseek_v3(path)
+    return path
+
+
+@pytest.fixture
+def calls(kernel, record):
+    """The arguments of every call of `moe_experts`: what proves that a model runs on this kernel."""
+    return record(kernel.functional, "moe_experts")
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """As in a process that never called register()."""
+    monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Experts, "kernel_layer_name", raising=False)
+    monkeypatch.delitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, INTERFACE, raising=False)
+
+
+@pytest.fixture
+def kernel_config(unregistered, kernel, loadable_by_kernel_config):
+    """A KernelConfig as users write it."""
+    return KernelConfig({"DeepseekV3Experts": HUB_NAME})
+
+
+@pytest.fixture
+def loadable_by_kernel_config(monkeypatch):
+    """The Hub, unreachable here, would resolve the version to its branch. What a load leaves behind is taken back."""
+    monkeypatch.setattr("kernels.layer.layer.select_revision_or_version", lambda **_: "v1")
+    yield
+    clear_patch_mapping()
+
+
+@pytest.fixture
+def cpu_in_kernel_config(monkeypatch):
+    """Lets way 1 run on a CPU, too: Transformers refuses it by this list alone."""
+    devices = [*transformers_kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
+    monkeypatch.setattr(transformers_kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", devices)
+
+
+@pytest.fixture
+def pair(checkpoint):
+    """(ours, stock), with the same adapters of PEFT."""
+
+    def pair(way=BY_NAME, **configs):
+        return adapted(load(checkpoint, **way), **configs), adapted(load(checkpoint), **configs)
+
+    return pair

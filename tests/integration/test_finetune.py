@@ -1,0 +1,73 @@
+"""examples/finetune_lora.py: Trainer and PEFT train on this kernel as they do on the stock model."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+import torch
+
+from suite import ROOT
+
+STEPS = 20
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """The example as a module, on the CPU and in fp32."""
+    spec = importlib.util.spec_from_file_location("finetune_lora", ROOT / "examples/finetune_lora.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv("USE_HUB_KERNELS", "NO")  # set by the module, and taken back with this
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ON_GPU", False)
+    monkeypatch.setattr(module, "CURVE", tmp_path / "curve.png")
+    return module
+
+
+@pytest.fixture
+def calls(kernel, record):
+    """The arguments of every experts module that is computed here: what proves that a model runs on this kernel."""
+    return record(kernel.integration.modules, "_experts")
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_loss_follows_stock_step_by_step(kernel, example, calls, full):
+    stock, _ = example.train(example.build(use_kernels=False, full=full), full, STEPS, logging_steps=1)
+    assert not calls
+    kernel.register()
+    ours, _ = example.train(example.build(use_kernels=True, full=full), full, STEPS, logging_steps=1)
+    assert len(calls) == STEPS * (example.config().num_hidden_layers - 1)
+    assert list(ours) == list(stock) == list(range(1, STEPS + 1))
+    assert ours == pytest.approx(stock, rel=0, abs=1e-4)
+    assert ours[STEPS] < ours[1] - 1
+
+
+def test_adapters_under_gradient_checkpointing(kernel, example):
+    """PEFT's wrapper comes and goes around each forward, the recomputed one too."""
+    kernel.register()
+    model = example.build(use_kernels=True, full=False).train()
+    batch = {name: tensor[None] for name, tensor in example.dataset(32)[0].items()}
+
+    def gradients():
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    got = gradients()
+    assert any(grad.any() for grad in got.values())
+    assert all(torch.equal(got[name], grad) for name, grad in expected.items())
+
+
+def test_main(example, calls, monkeypatch, capsys):
+    train = example.train
+    monkeypatch.setattr(example, "train", lambda model, full, steps, logging_steps: train(model, full, 4, 2))
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py"])
+    example.main()
+    output = capsys.readouterr().out
+    assert calls
+    assert re.search(r"speed +[0-9.]+ steps/s\nloss +[0-9.]+ over the first ten steps, [0-9.]+ over the last", output)
+    assert example.CURVE.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,223 @@
+"""Tuned configurations: which one a call gets, what a bad file leads to, how a file is written."""
+
+import json
+import math
+import os
+import re
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+from suite import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import tune  # noqa: E402
+
+SHAPE = (8, 64, 32)  # E, H, I
+BF16, SM90, GPU = torch.bfloat16, (9, 0), "NVIDIA Test/GPU"
+SHIPPED = sorted((ROOT / "torch-ext/moe_grouped_gemm/configs").glob("*.json"))
+
+
+def entry(rows, block_m=64, **changes):
+    gemm = {"BLOCK_M": block_m, "MIN_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP_M": 8}
+    gemm = {**gemm, "num_warps": 4, "num_stages": 3, "USE_TMA": True}
+    return {"rows": rows, "gate_up": {**gemm, **changes}, "down": dict(gemm)}
+
+
+def of_both(**changes):
+    """An entry in which both GEMMs have these."""
+    both = entry(64, **changes)
+    return {**both, "down": dict(both["gate_up"])}
+
+
+def specialized(**changes):
+    """An entry for the warp-specialized kernel, but for these changes."""
+    down = {"MIN_M": 64, "BLOCK_N": 256, "num_warps": 8, "USE_TMA": True, "WARP_SPECIALIZED": True, **changes}
+    both = {field: {"BLOCK_M": 128, "MIN_M": 64, **changes}[field] for field in ("BLOCK_M", "MIN_M")}
+    whole = entry(64, **both)
+    return {**whole, "down": {**whole["down"], **down, **both}}
+
+
+def content(*entries):
+    return {"tuned_with": {"triton": "3.6.0"}, "entries": list(entries)}
+
+
+def put(tuning, text):
+    path = tuning.config_path(SHAPE, BF16, GPU)
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def test_the_nearest_in_log_rows_is_taken(tuning):
+    tuned_for = {64: 16, 1024: 32, 4096: 64}  # rows -> BLOCK_M, by which to tell the entries apart
+    put(tuning, content(*(entry(rows, block_m) for rows, block_m in tuned_for.items())))
+    for rows in (1, 63, 64, 200, 255, 257, 1024, 2047, 2049, 4096, 10**7):
+        nearest = min(tuned_for, key=lambda tuned: abs(math.log(rows / tuned)))
+        up, down = tuning.experts_config(rows, SHAPE, BF16, SM90, GPU)
+        assert up.BLOCK_M == down.BLOCK_M == tuned_for[nearest], rows
+
+
+def test_a_file_is_for_one_layer_dtype_and_gpu(tuning):
+    put(tuning, content(entry(64, GROUP_M=1)))
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up.GROUP_M == 1
+    heuristic = tuning.experts_config(64, SHAPE, BF16, SM90, "")
+    assert heuristic in tuning.all_configs(BF16, SM90)
+    for other in (((4, 64, 32), BF16, GPU), (SHAPE, torch.float16, GPU), (SHAPE, BF16, "NVIDIA Other GPU")):
+        assert tuning.experts_config(64 * other[0][0] // 8, *other[:2], SM90, other[2]) == heuristic
+
+
+def test_without_a_file_the_heuristics_serve(tuning, recwarn):
+    path = put(tuning, content(entry(64, GROUP_M=1)))
+    path.rename(path.with_suffix(".hidden"))
+    for rows in (1, 64, 4096):
+        assert tuning.experts_config(rows, SHAPE, BF16, SM90, GPU) == tuning.experts_config(rows, SHAPE, BF16, SM90, "")
+    assert not recwarn
+
+
+def test_a_file_is_read_once(tuning, monkeypatch):
+    put(tuning, content(entry(64)))
+    reads = []
+    read = tuning.read_configs
+    monkeypatch.setattr(tuning, "read_configs", lambda *args: reads.append(args) or read(*args))
+    for rows in range(1, 100):
+        tuning.experts_config(rows, SHAPE, BF16, SM90, GPU)
+    assert len(reads) == 1
+
+
+def test_fields_with_a_default_may_be_missing(tuning):
+    put(tuning, content(entry(64)))
+    written = tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up
+    assert written == tuning.GemmConfig(**entry(64)["gate_up"])
+    # Every field is understood, those with a default too.
+    put(tuning, content({"rows": 64, "gate_up": written._asdict(), "down": written._asdict()}))
+    tuning.experts_table.cache_clear()
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down == written
+
+
+BAD = [
+    pytest.param("", "Expecting value", id="empty"),
+    pytest.param(json.dumps(content(entry(64)))[:-20], "delimiter|Unterminated|Expecting", id="truncated"),
+    pytest.param("\0\1garbage", "Expecting value", id="garbage"),
+    pytest.param([], "the file: expected an object, got list", id="no-object"),
+    pytest.param({"entries": [entry(64)]}, "the file: expected the fields tuned_with, entries", id="no-origin"),
+    pytest.param(content(), "entries: expected a list of at least one", id="no-entries"),
+    pytest.param({**content(), "entries": {}}, "entries: expected a list", id="entries-no-list"),
+    pytest.param(content(None), "entry 0: expected an object, got NoneType", id="entry-no-object"),
+    pytest.param(content({**entry(64), "hints": 1}), "entry 0: expected the fields .*, hints", id="field-of-entry"),
+    pytest.param(content(entry("64")), "entry 0: rows: expected an integer above 0 .*, got '64'", id="rows-text"),
+    pytest.param(content(entry(64), entry(64)), "entry 1: rows: expected an integer above 64", id="rows-twice"),
+    pytest.param(content(entry(64, BLOCK_Q=4)), "entry 0: gate_up: expected the fields .*BLOCK_Q", id="unknown-field"),
+    pytest.param(content(entry(64, BLOCK_N=48)), "BLOCK_N: expected a power of two, 16 or more, got 48", id="no-power"),
+    pytest.param(content(entry(64, BLOCK_N=8)), "BLOCK_N: expected a power of two, 16 or more, got 8", id="too-small"),
+    pytest.param(content(entry(64, num_warps=-4)), "num_warps: expected a power of two, 1 or more", id="negative"),
+    pytest.param(content(entry(64, num_warps=4.0)), "num_warps: expected int, got 4.0", id="float"),
+    pytest.param(content(entry(64, num_stages=True)), "num_stages: expected int, got True", id="bool-for-int"),
+    pytest.param(content(entry(64, USE_TMA=1)), "USE_TMA: expected bool, got 1", id="int-for-bool"),
+    pytest.param(content(entry(64, MIN_M=128)), "MIN_M 128 exceeds BLOCK_M 64", id="min-above-block"),
+    pytest.param(content(entry(64, BLOCK_M=128)), "must share BLOCK_M and MIN_M", id="two-block-m"),
+    pytest.param(content(entry(64, MIN_M=64)), "must share BLOCK_M and MIN_M", id="two-min-m"),
+    pytest.param(content(entry(10**400)), "rows: expected an integer above 0 and below 2", id="rows-no-int32"),
+    pytest.param(content(entry(64, BLOCK_N=256)), "gate_up: BLOCK_N: 512 rows or columns are more", id="box-of-both"),
+    pytest.param(content(of_both(BLOCK_M=512)), "gate_up: BLOCK_M: 512 rows .* 256 that TMA", id="box-of-rows"),
+    pytest.param(content(of_both(BLOCK_M=2**20, USE_TMA=False)), "num_warps: 4 have no registers", id="huge-tile"),
+    pytest.param(content(entry(64, num_stages=64)), "num_stages: 64 of them need 1048576 bytes", id="too-many-stages"),
+    pytest.param(content(entry(64, num_warps=64)), "num_warps: expected at most 32, got 64", id="too-many-warps"),
+    pytest.param(content(entry(64, GROUP_M=2**30)), "GROUP_M: expected at most 32768", id="group-of-all"),
+    pytest.param(content(entry(64, WARP_SPECIALIZED=True)), "gate_up: WARP_SPECIALIZED: only", id="specialized-gate"),
+    pytest.param(content(specialized(USE_TMA=False)), "down: USE_TMA: expected true with", id="specialized-loads"),
+    pytest.param(content(specialized(num_stages=16)), "down: num_stages: 16 of them", id="specialized-stages"),
+    *(
+        pytest.param(content(specialized(**{field: size})), f"{field}: expected .* with WARP", id=f"{field}-{size}")
+        for field, size in (("BLOCK_M", 256), ("BLOCK_M", 64), ("MIN_M", 32), ("BLOCK_N", 128), ("BLOCK_K", 32))
+    ),
+]
+
+
+@pytest.mark.parametrize("text, reason", BAD)
+def test_a_bad_file_warns_once_and_leaves_the_heuristics(tuning, text, reason):
+    path = put(tuning, text)
+    with pytest.warns(UserWarning) as warnings:
+        got = [tuning.experts_config(rows, SHAPE, BF16, SM90, GPU) for rows in (64, 65)]
+    assert got == [tuning.experts_config(64, SHAPE, BF16, SM90, "")] * 2
+    (warning,) = warnings
+    assert str(warning.message).startswith(f"{path}: ") and "Heuristic" in str(warning.message)
+    assert re.search(reason, str(warning.message))
+
+
+def test_a_missing_field_is_named(tuning):
+    bad = entry(64)
+    del bad["down"]["BLOCK_K"]
+    put(tuning, content(bad))
+    with pytest.warns(UserWarning, match="entry 0: down: expected the fields .*BLOCK_K"):
+        tuning.experts_config(64, SHAPE, BF16, SM90, GPU)
+
+
+def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    put(tuning, content(entry(64, GROUP_M=1)))
+    monkeypatch.setattr(gpu, "capability", lambda device: SM90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    gpu.device_name.cache_clear()
+    down_proj = torch.empty(SHAPE, dtype=BF16, device="meta")
+    assert gpu.config(64, down_proj).gate_up.GROUP_M == 1
+    # A GPU that is run as an unknown one has no tuned files.
+    gpu.device_name.cache_clear()
+    monkeypatch.setattr(gpu, "capability", lambda device: (0, 0))
+    assert gpu.config(64, down_proj) in tuning.all_configs(BF16, (0, 0))
+    gpu.device_name.cache_clear()
+
+
+def test_what_can_work_is_accepted(tuning):
+    """The warp-specialized tile in a file, and every heuristic as if it were in one."""
+    put(tuning, content(specialized()))
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
+    for dtype, capability in ((BF16, SM90), (BF16, (8, 0)), (BF16, (12, 0)), (torch.float32, SM90)):
+        for up, down in tuning.all_configs(dtype, capability):
+            assert not tune.launch_configs.fault_of("gate_up", up, dtype, capability)
+            assert not tune.launch_configs.fault_of("down", down, dtype, capability)
+
+
+@pytest.mark.parametrize("dtype, capability", [(torch.float32, SM90), (BF16, (8, 0)), (BF16, (10, 0))], ids=str)
+def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, capability):
+    tuning.config_path(SHAPE, dtype, GPU).write_text(json.dumps(content(specialized())))
+    with pytest.warns(UserWarning, match="USE_TMA|WARP_SPECIALIZED"):
+        found = tuning.experts_config(64, SHAPE, dtype, capability, GPU)
+    assert found == tuning.experts_config(64, SHAPE, dtype, capability, "")
+
+
+def test_writing_is_atomic(tuning, monkeypatch, tmp_path):
+    path = tuning.config_path(SHAPE, BF16, GPU)
+    tune.write(path, {"triton": "3.6.0"}, [entry(1024), entry(64)], BF16, SM90)
+    assert [rows for rows, _ in tuning.read_configs(path, BF16, SM90)] == [64, 1024]
+    before = path.read_text()
+    assert len(before.splitlines()) == 7  # an entry a line
+    with pytest.raises(ValueError, match="share BLOCK_M"):
+        tune.write(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)], BF16, SM90)
+    assert path.read_text() == before and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files(kernel, path):
+    """Valid, and named as they are looked up. That their kernels compile is for test_compile.py to show."""
+    module = import_module(f"{kernel.__name__}.tuned_files")
+    sizes = dict(part.split("=") for part in path.stem.split(","))
+    shape = [int(sizes[letter]) for letter in "EHI"]
+    assert module.config_path(shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name
+    assert set(json.loads(path.read_text())["tuned_with"]) == {"compute_capability", "torch", "triton", "commit"}
+    capability = tuple(map(int, json.loads(path.read_text())["tuned_with"]["compute_capability"].split(".")))
+    assert len(module.read_configs(path, getattr(torch, sizes["dtype"]), capability)) > 5
+
+
+def test_an_amd_gpu_is_no_hopper(kernel, tuning, monkeypatch):
+    """torch has capability (9, 4) for an MI300."""
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    gpu.capability.cache_clear()
+    try:
+        assert tuning.router_configs(BF16, gpu.capability(0)) is tuning.ROUTER_PORTABLE
+        assert not import_module(f"{kernel.__name__}.fp8")._multiplies_fp8(0)
+    finally:
+        gpu.capability.cache_clear()

@@ -1,0 +1,341 @@
+"""`moe_experts` over fp8 weights, against fp64."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cases import in_turn
+from oracle import DTYPES, dequantized, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
+from suite import COMPILE_BACKENDS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CASES = [  # T, E, top_k, H, I, ids, form of the scales
+    pytest.param(0, 4, 2, 128, 128, "distinct", {}, id="no-tokens"),
+    pytest.param(1, 64, 8, 256, 128, "distinct", {}, id="decode"),
+    pytest.param(1, 4, 1, 97, 47, "distinct", {"e8m0": True}, id="decode-tails-e8m0"),
+    pytest.param(3, 100, 5, 272, 208, "sentinels", {}, id="decode-blocks-across-gate-and-up"),
+    pytest.param(3, 100, 5, 272, 176, "sentinels", {"split": True}, id="decode-split-scales"),
+    pytest.param(33, 4, 1, 256, 384, "distinct", {"e8m0": True}, id="top_k-1-e8m0"),
+    pytest.param(100, 7, 2, 97, 47, "any", {}, id="tails-everywhere"),
+    pytest.param(60, 9, 3, 272, 208, "zipf", {"e8m0": True}, id="blocks-across-gate-and-up-e8m0"),
+    pytest.param(60, 9, 3, 272, 176, "zipf", {"split": True}, id="split-scales"),
+    pytest.param(300, 5, 3, 256, 128, "one", {}, id="all-on-one-expert"),
+    pytest.param(300, 7, 6, 128, 64, "sentinels", {"split": True, "e8m0": True}, id="sentinels-split-e8m0-scales"),
+    pytest.param(500, 4, 4, 128, 256, "distinct", {}, id="every-expert-sees-every-token"),
+]
+CASE = "tokens, experts, top_k, hidden_dim, inter, ids, form"
+
+
+def run(kernel, inputs, weights, scales, **options):
+    return kernel.moe_experts(*inputs, *weights, gate_up_proj_scale=scales[0], down_proj_scale=scales[1], **options)
+
+
+def oracle(kernel, inputs, weights, scales, quantized):
+    """The exact result, and the error that is allowed.
+
+    quantized: whether activations may be, on a GPU: half as much again as exact sums of fp8 products would be off.
+    """
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
+    rounding = 2 * torch.finfo(inputs[0].dtype).eps + 2e-6
+    if not quantized or inputs[0].device.type == "cpu":
+        return exact, rounding
+    return exact, max(1.5 * error(w8a8(inputs, exact_weights, round_to_fp8), exact), rounding)
+
+
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES))
+def test_outputs(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
+    args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
+    inputs, weights, scales = fp8_layer(kernel, *args, **form)
+    for quantize_activations in (False, True):
+        exact, allowed = oracle(kernel, inputs, weights, scales, quantize_activations)
+        out = run(kernel, inputs, weights, scales, quantize_activations=quantize_activations)
+        assert out.dtype == dtype and out.shape == exact.shape
+        assert error(out, exact) <= allowed
+        assert torch.equal(out, run(kernel, inputs, weights, scales, quantize_activations=quantize_activations))
+
+
+@pytest.mark.parametrize("kind", ["outliers", "zeros", "tiny", "huge"])
+def test_activations_of_any_size(kernel, device, kind):
+    (x, *routed), weights, scales = fp8_layer(kernel, 80, 4, 2, 384, 256, torch.bfloat16, device, "sentinels")
+    if kind == "outliers":
+        x[:, torch.tensor([3, 130, 377], device=device)] *= 100
+    elif kind == "zeros":
+        x[::2], x[:, 128:256] = 0, 0
+    elif kind == "tiny":
+        x *= 1e-37
+        x[::3] *= 1e-3
+    else:
+        x *= 1e15
+    exact, allowed = oracle(kernel, (x, *routed), weights, scales, True)
+    out = run(kernel, (x, *routed), weights, scales)
+    assert out.isfinite().all()
+    if kind == "tiny":  # the result is less than any bf16
+        assert out.abs().max() < 1e-36
+    else:
+        assert error(out, exact) <= allowed
+
+
+def test_nan_stays_in_its_token(kernel, device):
+    for tokens in (2, 70):
+        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 64, 2, 128, 128, torch.bfloat16, device)
+        expected = run(kernel, (x, index, top_k_weights), weights, scales)
+        x[1] = float("nan")
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        assert out[1].isnan().all()
+        others = torch.arange(tokens, device=device) != 1
+        assert torch.equal(out[others], expected[others])
+
+
+def test_skipped_slots_contribute_nothing(kernel, device):
+    for tokens in (2, 70):
+        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 64, 2, 128, 128, torch.bfloat16, device)
+        index[0], top_k_weights[0], x[0] = torch.tensor([-1, 64]), float("nan"), float("nan")
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        assert not out[0].any() and out.isfinite().all()
+
+
+def test_strides(kernel, device):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
+    exact, allowed = oracle(kernel, (x, index, top_k_weights), weights, scales, True)
+
+    def strided(t):
+        return t.mT.contiguous().mT
+
+    for inputs in (
+        ((strided(x), strided(index), strided(top_k_weights)), weights, scales),
+        ((x, index, top_k_weights), weights, [strided(s) for s in scales]),
+        ((x, index, top_k_weights), [strided(w) for w in weights], scales),
+    ):
+        # Not bit by bit: a CPU's GEMM sums other layouts in another order.
+        assert error(run(kernel, *inputs), exact) <= allowed
+
+
+def test_autocast(kernel, device):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, run(kernel, (x.bfloat16(), index, top_k_weights), weights, scales))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(function, x, top_k_weights, dout):
+    x, top_k_weights = (t.detach().requires_grad_() for t in (x, top_k_weights))
+    out = function(x, top_k_weights)
+    return out, *torch.autograd.grad(out, (x, top_k_weights), dout.to(out.dtype))
+
+
+@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES[::-1]))  # backwards: of the 16-bit types each case's other
+def test_gradients(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
+    args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
+    top_k_weights[(index < 0) | (index >= experts)] = float("nan")
+    dout = layer(*args, seed=3)[0]
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = gradients(
+        lambda x, w: kernel.reference.moe_experts(x, index, w.nan_to_num(), *exact_weights),
+        x.double(),
+        top_k_weights.double(),
+        dout,
+    )
+    got = gradients(lambda x, w: run(kernel, (x, index, w), weights, scales), x, top_k_weights, dout)
+    tolerance = 4 * torch.finfo(dtype).eps + 4e-6
+    for of_rows, e in zip(got[:2], exact):
+        assert error(of_rows, e) <= tolerance
+    # <dout[t], y>: of a few slots the sum may be small beside its terms, which are what was rounded.
+    each_slot = x.double().repeat_interleave(top_k, 0), index.view(-1, 1), torch.ones_like(index.view(-1, 1)).double()
+    terms = dout.double().repeat_interleave(top_k, 0) * kernel.reference.moe_experts(*each_slot, *exact_weights)
+    assert (got[2] - exact[2]).norm() <= tolerance * terms.norm()
+
+
+@pytest.mark.parametrize("wanted", ["nothing", "hidden_states", "top_k_weights"])
+@pytest.mark.parametrize("as_op", [False, True], ids=["eager", "op"])
+def test_activations_that_require_gradients_are_not_quantised(kernel, monkeypatch, as_op, wanted):
+    """Under no_grad neither: so the first pass of reentrant checkpointing computes what the second does."""
+    fp8 = import_module(f"{kernel.__name__}.fp8")
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    x.requires_grad_(wanted == "hidden_states")
+    top_k_weights.requires_grad_(wanted == "top_k_weights")
+    forward = "_experts_op" if as_op else "_experts_forward"
+    quantized = []
+    original = getattr(fp8, forward)
+
+    def spy(*args):
+        quantized.append(args[-1])
+        return original(*args)
+
+    spy._opoverload = getattr(original, "_opoverload", None)
+    monkeypatch.setattr(fp8, forward, spy)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: as_op)
+    with torch.no_grad():
+        run(kernel, (x, index, top_k_weights), weights, scales)
+    assert quantized == [wanted == "nothing"]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("tokens", [3, 700])
+def test_checkpoint(kernel, device, tokens, use_reentrant):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 8, 2, 256, 128, torch.bfloat16, device)
+    x.requires_grad_()
+
+    def function(x):
+        return run(kernel, (x, index, top_k_weights), weights, scales)
+
+    plain, checkpointed = function(x), checkpoint(function, x, use_reentrant=use_reentrant)
+    grads = []
+    for out in (plain, checkpointed):
+        out.backward(torch.ones_like(out))
+        grads.append(x.grad)
+        x.grad = None
+    assert torch.equal(*grads)
+    # Few rows without gradients, of a reentrant first pass, sum in another order.
+    if tokens == 3 and use_reentrant:
+        assert error(checkpointed, plain.double()) <= 4 * torch.finfo(torch.bfloat16).eps
+    else:
+        assert torch.equal(checkpointed, plain)
+
+
+def test_frozen_weights_are_named(kernel):
+    inputs, weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    weights[1].requires_grad_()
+    with pytest.raises(ValueError, match="down_proj: fp8 weights are frozen, expected requires_grad=False"):
+        run(kernel, inputs, weights, scales)
+
+
+def test_second_derivatives_are_refused(kernel):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(run(kernel, (x, index, top_k_weights), weights, scales).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_torch_compile(kernel, device, requires_grad):
+    compiled = torch.compile(
+        lambda *args: run(kernel, args[:3], args[3:5], args[5:]), fullgraph=True, backend=COMPILE_BACKENDS[device]
+    )
+    for tokens in (5, 70):
+        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 8, 2, 128, 64, device=device)
+        results = []
+        for function in (lambda *args: run(kernel, args[:3], args[3:5], args[5:]), compiled):
+            x = x.detach().requires_grad_(requires_grad)
+            out = function(x, index, top_k_weights, *weights, *scales)
+            results.append([out, *(torch.autograd.grad(out.sum(), x) if requires_grad else ())])
+        for a, b in zip(*results):
+            assert torch.equal(a, b)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named(kernel):
+    inputs, (gate_up_proj, down_proj), (up_scale, down_scale) = fp8_layer(kernel, 4, 4, 2, 256, 192)
+
+    def call(gate_up_proj=gate_up_proj, down_proj=down_proj, up_scale=up_scale, down_scale=down_scale, **options):
+        return run(kernel, inputs, (gate_up_proj, down_proj), (up_scale, down_scale), **options)
+
+    for kind, message, changes in [
+        (ValueError, r"block_size: expected \(128, 128\), got \(1, 32\)", {"block_size": (1, 32)}),
+        (ValueError, "down_proj_scale: expected a scale for each block.*got None", {"down_scale": None}),
+        (TypeError, "gate_up_proj: expected torch.float8_e4m3fn", {"gate_up_proj": gate_up_proj.to(torch.float8_e5m2)}),
+        (TypeError, "down_proj: expected torch.float8_e4m3fn", {"down_proj": down_proj.float()}),
+        (TypeError, "down_proj_scale: expected torch.float32 or", {"down_scale": down_scale.half()}),
+        (
+            ValueError,
+            r"gate_up_proj_scale: expected \(4, 3, 2\) or, with blocks of gate and up apart, \(4, 4, 2\), got",
+            {"up_scale": up_scale[:, :1]},
+        ),
+        (ValueError, r"down_proj_scale: expected \(4, 2, 2\) to fit down_proj", {"down_scale": up_scale}),
+        (ValueError, "gate_up_proj: expected on cpu like hidden_states", {"gate_up_proj": gate_up_proj.to("meta")}),
+    ]:
+        with pytest.raises(kind, match=message):
+            call(**changes)
+
+
+def test_fp8_weights_without_scales(kernel):
+    inputs, weights, _ = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    with pytest.raises(TypeError, match="gate_up_proj: expected torch.float32 like hidden_states, got torch.float8"):
+        kernel.moe_experts(*inputs, *weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [300, 10, 500]], ids=str)
+def test_grouped_gemm(kernel, device, sizes, dtype):
+    """What adapters run over fp8 weights: rows of nobody, NaN here, are zero in the result and in the gradient."""
+    fp8 = import_module(f"{kernel.__name__}.fp8")
+    (x, *_), (weight, _), (scale, _) = fp8_layer(kernel, sum(sizes) + 40, 3, 1, 256, 128, dtype, device)
+    dy = layer(x.shape[0], 3, 1, 256, 128, dtype, device, seed=1)[0]
+    x[sum(sizes) :], dy[sum(sizes) :] = float("nan"), float("nan")
+    offsets = torch.tensor([0, *sizes], device=device).cumsum(0).int()
+    exact = dequantized(weight, scale)
+    y = fp8.grouped_gemm(x.requires_grad_(), weight, scale, offsets)
+    y.backward(dy)
+    assert not y[sum(sizes) :].any() and not x.grad[sum(sizes) :].any()
+    for expert, (begin, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):
+        for found, rows, w in ((y, x, exact[expert].T), (x.grad, dy, exact[expert])):
+            assert error(found[begin:end], rows[begin:end].double() @ w) <= 4 * torch.finfo(dtype).eps + 4e-6
+
+
+# --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize_activations", [True, False])
+def test_true_deepseek_v3_dimensions(kernel, quantize_activations):
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+    E, H, I = 256, 7168, 2048
+    weights = [torch.empty(E, *shape, dtype=torch.float8_e4m3fn, device="cuda") for shape in ((2 * I, H), (H, I))]
+    scales = [torch.empty(E, w.shape[1] // 128, w.shape[2] // 128, device="cuda") for w in weights]
+    for w, s in zip(weights, scales):
+        for expert in range(E):
+            dense = torch.empty(w.shape[1:], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+            w[expert], s[expert] = kernel.quantize_fp8(dense)
+    for tokens in (1, 33, 600, 40000):
+        x = torch.randn(tokens, H, dtype=torch.bfloat16, device="cuda")
+        index = torch.rand(tokens, E, device="cuda").topk(8)[1]
+        index[-1] = torch.arange(E - 8, E)
+        top_k_weights = torch.rand(tokens, 8, device="cuda")
+        out = run(kernel, (x, index, top_k_weights), weights, scales, quantize_activations=quantize_activations)
+        some = torch.tensor([0, tokens // 2, tokens - 1], device="cuda")
+        expected = kernel.reference.moe_experts(
+            *(t[some] for t in (x, index, top_k_weights)),
+            *weights,
+            gate_up_proj_scale=scales[0],
+            down_proj_scale=scales[1],
+        )
+        difference = (out[some].float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1)
+        assert difference.max() < (6e-2 if quantize_activations else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_no_host_sync_and_graphs(kernel, tokens):
+    inputs, weights, scales = fp8_layer(kernel, tokens, 16, 4, 256, 128, torch.bfloat16, "cuda", "sentinels")
+    run(kernel, inputs, weights, scales)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(kernel, inputs, weights, scales)
+    for seed in (1, 2):
+        fresh, _, _ = fp8_layer(kernel, tokens, 16, 4, 256, 128, torch.bfloat16, "cuda", "any", seed=seed)
+        for old, new in zip(inputs, fresh):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, run(kernel, inputs, weights, scales))
+
+
+@pytest.mark.gpu
+def test_as_on_a_gpu_without_fp8(kernel, monkeypatch):
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
+    for tokens in (1, 40, 600):
+        inputs, weights, scales = fp8_layer(kernel, tokens, 16, 4, 272, 208, torch.bfloat16, "cuda", "any")
+        exact, allowed = oracle(kernel, inputs, weights, scales, False)
+        assert error(run(kernel, inputs, weights, scales), exact) < allowed
