@@ -25,7 +25,7 @@ CASE = "tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks"
 
 @pytest.fixture(scope="module")
 def lora(kernel):
-    return import_module(f"{kernel.__name__}.lora")
+    return import_module(f"{kernel.__name__}.functional")
 
 
 def merged(reference, args, up, down):

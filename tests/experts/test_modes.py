@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-ONE_NODE = {"moe_experts": "moe_experts", "fp8": "moe_experts_fp8", "topk_router": "topk_router", "route": "route"}
+ONE_NODE = {"moe_experts": "moe_experts", "fp8": "moe_experts", "topk_router": "topk_router", "route": "route"}
 
 
 @pytest.mark.parametrize("name", ONE_NODE)
@@ -65,8 +65,8 @@ def test_a_mode_sees_forward_and_backward(kernel, device):
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], ids=str)
 def test_selective_checkpoint(kernel, device, record, policy):
     """Its policy is asked about the layer as one op, and obeyed."""
-    training = import_module(f"{kernel.__name__}.training")
-    forward = (kernel.reference, "moe_experts_training") if device == "cpu" else (training, "_training_gpu")
+    on_gpu = import_module(f"{kernel.__name__}.experts.forward")
+    forward = (kernel.reference, "moe_experts_training") if device == "cpu" else (on_gpu, "forward_and_save")
     expected = leaves(layer(*SHAPE, device=device), True)
     kernel.moe_experts(*expected).sum().backward()
     args, runs = leaves(layer(*SHAPE, device=device), True), record(*forward)
@@ -121,7 +121,7 @@ def test_subclasses(case, device, subclass, which):
 def test_parameters_are_plain(kernel, device, monkeypatch):
     """They do not make inference pay for an op."""
     x, index, top_k_weights, *weights = layer(*SHAPE, device=device)
-    monkeypatch.setattr(kernel.functional, "_moe_experts_op", None)
+    monkeypatch.setattr(kernel.functional.ops, "moe_experts", None)
     with torch.no_grad():
         kernel.moe_experts(x, index, top_k_weights, *map(torch.nn.Parameter, weights))
 

@@ -175,7 +175,7 @@ def test_transforms_are_refused(kernel, device, transform):
     offsets = torch.tensor([0, 3, 3, 9, 9], dtype=torch.int32, device=device)
     functions = {
         "moe_experts": lambda x: kernel.moe_experts(x, index, *rest),
-        "moe_experts_lora": lambda x: kernel.lora.moe_experts_lora(x, index, *rest, (), ()),
+        "moe_experts_lora": lambda x: kernel.functional.moe_experts_lora(x, index, *rest, (), ()),
         "grouped_gemm": lambda x: kernel.grouped_gemm(x, rest[1], offsets),
         "topk_router": lambda x: kernel.topk_router(x, rest[1][:, 0], rest[1][:, 0, 0], 2, 1, 1, True, 1.0)[1],
     }

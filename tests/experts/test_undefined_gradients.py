@@ -33,7 +33,7 @@ def factors(kernel, *weights, dtype):
     generator = torch.Generator().manual_seed(1)
     shapes = [((w.shape[0], 4, w.shape[2]), (w.shape[0], w.shape[1], 4)) for w in weights]
     pairs = [[torch.randn(s, generator=generator).to(weights[0].device, dtype) for s in pair] for pair in shapes]
-    return [(module(kernel, "lora").LoraFactors(*leaves(pair), 0.5),) for pair in pairs]
+    return [(module(kernel, "functional").LoraFactors(*leaves(pair), 0.5),) for pair in pairs]
 
 
 def linear(kernel, device):
@@ -62,7 +62,8 @@ def fp8(kernel, device):
 def lora(kernel, device, **kwargs):
     args = leaves(layer(*SHAPE, device=device))
     of = factors(kernel, *args[3:], dtype=torch.float32)
-    return module(kernel, "lora").moe_experts_lora(*args, *of, **kwargs), [*args, *(t for (f,) in of for t in f[:2])]
+    out = module(kernel, "functional").moe_experts_lora(*args, *of, **kwargs)
+    return out, [*args, *(t for (f,) in of for t in f[:2])]
 
 
 def lora_with_norm(kernel, device):
@@ -73,7 +74,7 @@ def lora_over_fp8(kernel, device):
     inputs, weights, scales = fp8_layer(kernel, *SHAPE, device=device)
     args, of = leaves(inputs), factors(kernel, *weights, dtype=torch.float32)
     scales = dict(zip(("gate_up_proj_scale", "down_proj_scale"), scales))
-    out = module(kernel, "lora").moe_experts_lora(*args, *weights, *of, **scales)
+    out = module(kernel, "functional").moe_experts_lora(*args, *weights, *of, **scales)
     return out, [*args, *(t for (f,) in of for t in f[:2])]
 
 

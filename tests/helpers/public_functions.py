@@ -30,7 +30,7 @@ def fp8(kernel):
 
 
 def lora(kernel, **kwargs):
-    module = import_module(f"{kernel.__name__}.lora")
+    module = import_module(f"{kernel.__name__}.functional")
 
     def function(x, index, top_k_weights, gate_up, down, *factors):
         pairs = [(module.LoraFactors(A, B, 0.5),) for A, B in (factors[:2], factors[2:])]

@@ -302,7 +302,7 @@ def test_adapters(kernel, record, name):
     ids = torch.randint(2, 120, (2, 7), generator=torch.Generator().manual_seed(1))
     model.base_model.model.set_experts_implementation("eager")
     expected, expected_gradients = loss_and_gradients(model, ids)
-    calls = record(import_module(f"{kernel.__name__}.lora"), "moe_experts_lora")
+    calls = record(import_module(f"{kernel.__name__}.functional"), "moe_experts_lora")
     model.base_model.model.set_experts_implementation(INTERFACE)
     out, gradients = loss_and_gradients(model, ids)
     assert calls and all(len(factors) == 1 for call in calls for factors in call[5:7])

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "register
 @pytest.fixture
 def calls(kernel, record):
     """The arguments of every call of `moe_experts_lora`: what proves that an adapter is computed here."""
-    return record(kernel.lora, "moe_experts_lora")
+    return record(kernel.functional, "moe_experts_lora")
 
 
 @pytest.mark.parametrize("way", LOADING_WAYS)
@@ -195,7 +195,7 @@ def test_adapters_of_several_threads(pair, kernel):
     for seed in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed)
         A, B = (torch.randn(8, *shape, generator=generator) for shape in ((3, 64), (64, 3)))
-        adapters.append([kernel.lora.LoraFactors(A, B, 1.0)])
+        adapters.append([kernel.functional.LoraFactors(A, B, 1.0)])
     activated = kernel.integration.adapters.activated
     together = threading.Barrier(len(adapters))
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "register
 @pytest.fixture
 def calls(kernel, record):
     """The arguments of every call of `moe_experts_lora`: what proves that an adapter is computed here."""
-    return record(kernel.lora, "moe_experts_lora")
+    return record(kernel.functional, "moe_experts_lora")
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="moe_grouped_gemm")
 model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.down_proj"]))
-lora = kernel.lora
-lora.moe_experts_lora = lambda x, *_: print("served") or x
+functional = kernel.functional
+functional.moe_experts_lora = lambda x, *_: print("served") or x
 model(torch.ones(1, 3, dtype=torch.int64))
 """
 
@@ -147,7 +147,7 @@ def test_other_forwards(pair, calls, way):
 def test_failing_forward_leaves_nothing_behind(pair, kernel, calls, monkeypatch):
     ours, stock = pair()
     with monkeypatch.context() as patch:
-        patch.setattr(kernel.lora, "moe_experts_lora", None)
+        patch.setattr(kernel.functional, "moe_experts_lora", None)
         with pytest.raises(TypeError):
             logits(ours)
     assert_equal(ours, stock, calls)

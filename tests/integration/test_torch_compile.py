@@ -100,7 +100,7 @@ def test_generate_with_a_static_cache(kernel, way):
         assert torch.equal(out, expected)
     (graph,) = graphs
     ops = [node.target for node in graph.graph.nodes]
-    assert ops.count(kernel.functional._moe_experts_op._opoverload) == NUM_MOE_LAYERS
+    assert ops.count(kernel.functional.ops.moe_experts._opoverload) == NUM_MOE_LAYERS
 
 
 @pytest.mark.gpu
@@ -115,13 +115,14 @@ def test_generate_compiles_by_itself(kernel, monkeypatch, way):
     expected = tiny_model("cuda").generate(tokens, **GENERATE)
     model = tiny_model("cuda", kernel, way)
     calls = []
-    experts_gpu = kernel.functional._experts_gpu
+    on_gpu = kernel.functional.ops.gpu_forward
+    forward = on_gpu.forward
 
-    def recording_experts_gpu(hidden_states, *rest):
+    def recording_forward(hidden_states, *rest):
         calls.append(hidden_states.shape[0])
-        return experts_gpu(hidden_states, *rest)
+        return forward(hidden_states, *rest)
 
-    monkeypatch.setattr(kernel.functional, "_experts_gpu", recording_experts_gpu)
+    monkeypatch.setattr(on_gpu, "forward", recording_forward)
     for _ in range(2):
         assert torch.equal(model.generate(tokens, cache_implementation="static", **GENERATE), expected)
     assert calls.count(tokens.numel()) == 2 * NUM_MOE_LAYERS  # prefill, never compiled

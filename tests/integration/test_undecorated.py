@@ -121,8 +121,8 @@ OPTIONS = [
 def ours(undecorated, monkeypatch):
     """Gets a name for every call of what computes here."""
     calls = []
-    for module, name in (("functional", "moe_experts"), ("functional", "grouped_gemm"), ("lora", "moe_experts_lora")):
-        owner = getattr(undecorated, module)
+    owner = undecorated.functional
+    for name in ("moe_experts", "grouped_gemm", "moe_experts_lora"):
         function = getattr(owner, name)
 
         def recorded(*args, function=function, name=name, **kwargs):

@@ -1,10 +1,12 @@
 """Launchers in small tiles, on a GPU or under the interpreter; tuned configurations in a folder of the test's."""
 
-from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
+
+from flat import OnGpu
+from interpreted import INTERPRETED
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +22,26 @@ def config(kernel):
 
 @pytest.fixture(params=[False, True], ids=["loads", "tma"])
 def path(kernel, monkeypatch, config, request):
-    """training.py, with small tiles, run on what is there."""
-    training, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in ("training", "gpu", "tuning"))
-    config = config(USE_TMA=request.param)
-    monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
+    """experts/ops.py for a GPU, with small tiles, run on what is there."""
+    return with_tiles(kernel, monkeypatch, config(USE_TMA=request.param))
+
+
+@pytest.fixture
+def path_with_adapters(kernel, monkeypatch, config):
+    """(use_tma=False) -> the same, with tiles for padded rows."""
+    tiles = config(BLOCK_M=64, num_warps=8)  # of more K or fewer warps, slow to compile
+    return lambda use_tma=False: with_tiles(kernel, monkeypatch, tiles._replace(USE_TMA=use_tma), kinds=10)
+
+
+def with_tiles(kernel, monkeypatch, config, kinds=6):
+    names = ("experts.ops", "weights.dense", "gpu", "tuning")
+    ops, dense, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in names)
+    monkeypatch.setattr(dense, "_experts_config", lambda *args: tuning.ExpertsConfig(config, config))
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    return training
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    return OnGpu(ops, kinds)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from flat import KINDS
 from interpreted import DEVICE, DTYPES, on_triton, under_the_interpreter
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 
@@ -18,7 +19,7 @@ CASES = [  # T, E, top_k, H, I, ids
     pytest.param(30, 3, 2, 40, 24, "one", id="all-on-one-expert"),
     pytest.param(20, 3, 1, 47, 33, "sentinels", id="one-slot-a-token"),
 ]
-NAMES = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+NAMES = list(KINDS)[:6]
 
 
 def gradients(training, backward, dout, args, kwargs, gate, needed=range(6)):
@@ -55,7 +56,7 @@ def test_gradients(kernel, path, tokens, experts, top_k, hidden_dim, inter, ids,
     args, kwargs = variant_of(variant, args) if variant in VARIANTS else (args, {"activation": variant})
     gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    ours = path._training_gpu, path._backward_gpu
+    ours = path.training, path.backward
     reference = kernel.reference.moe_experts_training, kernel.reference.moe_experts_backward
     out, grads = gradients(*ours, dout, args, kwargs, gate)
     expected_out, expected = gradients(*reference, dout, args, kwargs, gate)
@@ -74,7 +75,7 @@ def test_only_what_is_needed(kernel, path):
     args, kwargs = variant_of("gpt-oss", layer(20, 2, 2, 40, 24, torch.float32, DEVICE, "sentinels"))
     gate = gate_of(kernel.reference, kwargs)
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    ours = path._training_gpu, path._backward_gpu
+    ours = path.training, path.backward
     _, together = gradients(*ours, dout, args, kwargs, gate)
     for needed in range(6):
         _, alone = gradients(*ours, dout, args, kwargs, gate, [needed])
@@ -105,9 +106,9 @@ def test_work_follows_the_rows_of_this_rank(kernel, path, launch, monkeypatch):
     for name, schedule_at in {"gate_up": 3, "grouped_gemm": 2, "gather": None, "glu_backward": None}.items():
         record(name, schedule_at)
     dout = torch.ones(args[0].shape, device=DEVICE)
-    gradients(path._training_gpu, path._backward_gpu, dout, args, {}, kernel.reference.Gate())
-    forward, backward = ["gate_up", "grouped_gemm"], ["gather", "grouped_gemm", "glu_backward", "gather"]
-    assert [name for name, *_ in seen] == [*forward, *backward, "grouped_gemm"]
+    gradients(path.training, path.backward, dout, args, {}, kernel.reference.Gate())
+    forward, backward = ["gate_up", "grouped_gemm"], ["gather", "grouped_gemm", "glu_backward"]
+    assert [name for name, *_ in seen] == [*forward, *backward, "grouped_gemm", "gather"]
     for i, (name, schedule, results) in enumerate(seen):
         counts = rows if i < len(forward) else padded
         if schedule is not None:

@@ -7,11 +7,13 @@ assembly: `whole_interpreter` mends that with torch's own conversion.
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cases import covering
+from flat import OnGpu
 from interpreted import DEVICE, DTYPES, INTERPRETED, ROWS_FIRST, on_triton, under_the_interpreter
 from oracle import FORMS, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
 
@@ -57,7 +59,7 @@ ROWS = [
 def test_quantize_rows(kernel, launch, tokens, columns, dtype):
     x = layer(tokens, 1, 1, columns, 1)[0].to(DEVICE, dtype)
     codes, scale = launch.quantize_rows(x)
-    expected_codes, expected_scale = import_module(f"{kernel.__name__}.quant").quantize_rows(x)
+    expected_codes, expected_scale = import_module(f"{kernel.__name__}.weights.quantize").quantize_rows(x)
     torch.testing.assert_close(scale, expected_scale)
     # A quotient may be rounded to the other side of a tie.
     assert (codes.float() - expected_codes.float()).abs().max() <= 32
@@ -92,6 +94,8 @@ VARIANTS = [  # of the configuration, of the scales
     pytest.param({"USE_TMA": True}, {}, id="tma"),
     pytest.param({**ROWS_FIRST, "USE_TMA": True}, {}, id="tma-rows-first"),
 ]
+
+
 SILU = ("silu", None, 1.0, False)  # a Gate
 
 
@@ -253,15 +257,18 @@ WHOLE = [  # T, E, top_k, H, I, ids, form of the scales
 
 @pytest.fixture
 def whole(kernel, monkeypatch):
-    """fp8.py, with the configurations of Hopper, run on what is there."""
-    gpu, fp8 = (import_module(f"{kernel.__name__}.{name}") for name in ("gpu", "fp8"))
+    """The modules of the layer by name, with the configurations of Hopper, run on what is there."""
+    names = {"gpu": "gpu", "fp8": "weights.fp8", "forward": "experts.forward", "ops": "experts.ops"}
+    names |= {"blocks": "experts.blocks", "weights": "weights"}
+    modules = {name: import_module(f"{kernel.__name__}.{path}") for name, path in names.items()}
+    gpu, fp8 = modules["gpu"], modules["fp8"]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     if INTERPRETED:  # Gluon has no interpreter
         monkeypatch.setattr(fp8, "_can_specialize", lambda *_: False)
         monkeypatch.setattr(fp8.tuning, "is_decode", lambda *_: False)
-    return fp8
+    return SimpleNamespace(**modules)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_fp8.py runs this path")
@@ -271,9 +278,10 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
     inputs, weights, scales = fp8_layer(kernel, *args, **form)
     exact_weights = fp8_weights_in_fp64(weights, scales)
     exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
-    out = whole._experts_gpu(*inputs, *weights, *scales, "silu", True)
+    projections = [whole.weights.Projection(weight, None, scale) for weight, scale in zip(weights, scales)]
+    out = whole.forward.forward(*inputs, *projections, kernel.reference.Gate(), True)
     assert error(out, exact) <= 1.5 * error(w8a8(inputs, exact_weights, round_to_fp8), exact)
-    out = whole._experts_gpu(*inputs, *weights, *scales, "silu", False)
+    out = whole.forward.forward(*inputs, *projections, kernel.reference.Gate(), False)
     assert error(out, exact) <= 2e-3
 
 
@@ -286,13 +294,14 @@ def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_di
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
     top_k_weights[(index < 0) | (index >= experts)] = float("nan")
     dout = layer(*args, seed=3)[0]
-    out, z, *routing = whole._training_gpu(x, index, top_k_weights, *weights, *scales, "silu")
-    grads = whole._backward_gpu(dout, top_k_weights, *weights, *scales, z, *routing, "silu")
+    path, inputs = OnGpu(whole.ops, scales=scales), (top_k_weights, *weights, None, None)
+    out, *saved = path.training(x, index, *inputs, *SILU)
+    needs_grad = [True, True, False, False, False, False]
+    grads = path.backward(dout, None, *inputs, *saved, needs_grad, *SILU)[:2]
     exact_weights = fp8_weights_in_fp64(weights, scales)
     exact = kernel.reference.moe_experts_training(
         *in_fp64((x, index, top_k_weights)), *exact_weights, None, None, *SILU
     )
-    needs_grad = [True, True, False, False, False, False]
     exact_grads = kernel.reference.moe_experts_backward(
         dout.double(), x.double(), top_k_weights.double(), *exact_weights, None, None, *exact[1:], needs_grad, *SILU
     )
@@ -309,6 +318,7 @@ def test_grouped_gemm(kernel, whole, form, transposed):
     for weight, scale, exact in zip(weights, scales, fp8_weights_in_fp64(weights, scales)):
         exact = exact.mT if transposed else exact
         x = layer(40, 1, 1, exact.shape[2], 1)[0].to(DEVICE, DTYPES[0])
-        y = whole._grouped_gemm_forward(x, weight, scale, offsets, transposed)
+        projection = whole.weights.Projection(weight, None, scale)
+        y = whole.blocks._grouped_gemm_on_gpu(x, projection, offsets, transposed)
         expected = kernel.reference.grouped_gemm(x.double(), exact, offsets)
         assert error(y, expected) <= 4 * torch.finfo(DTYPES[0]).eps and not y[36:].any()

@@ -195,8 +195,9 @@ test_under_the_interpreter = under_the_interpreter(__file__)
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the test below does more")
 def test_interpreted(kernel, path, monkeypatch):
     """Tokens that fill few tiles of 16, and tails everywhere."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "device_name", lambda device: "")
+    forward = import_module(f"{kernel.__name__}.experts.forward").forward
+    Projection = import_module(f"{kernel.__name__}.weights").Projection
 
     @runs(INTERPRETED_CASES // 2)
     @given(
@@ -218,11 +219,11 @@ def test_interpreted(kernel, path, monkeypatch):
     def run(case):
         args, dout = draw_layer(case, "cpu")
         expected, plain = expect(case, args, dout), [t.detach() for t in args]
-        no_biases, gate = (None, None), (case.activation, None, 1.0, False)
-        check(case, args, [kernel.functional._experts_gpu(*plain, *no_biases, *gate)], expected)
-        out, *saved = path._training_gpu(*plain, *no_biases, *gate)
+        no_biases, gate = (None, None), kernel.reference.Gate(case.activation)
+        check(case, args, [forward(*plain[:3], *map(Projection, plain[3:]), gate, False)], expected)
+        out, *saved = path.training(*plain, *no_biases, *gate)
         x, _, *rest = plain
-        grads = path._backward_gpu(dout, x, *rest, *no_biases, *saved, [True] * 4 + [False] * 2, *gate)
+        grads = path.backward(dout, x, *rest, *no_biases, *saved, [True] * 4 + [False] * 2, *gate)
         check(case, args, [out, *grads[:4]], expected)
 
     run()

@@ -231,16 +231,18 @@ WHOLE = pytest.mark.parametrize(
 @pytest.mark.parametrize("variant", [None, "gpt-oss", "openai-privacy-filter"])
 @WHOLE
 def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, variant):
-    functional, gpu = (import_module(f"{kernel.__name__}.{name}") for name in ("functional", "gpu"))
+    names = ("experts.forward", "weights", "weights.dense", "gpu")
+    forward, weights, dense, gpu = (import_module(f"{kernel.__name__}.{name}") for name in names)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
-    readable = gpu.as_readable  # Gluon has no interpreter
-    monkeypatch.setattr(gpu, "as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
+    readable = dense.as_readable  # Gluon has no interpreter
+    monkeypatch.setattr(dense, "as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
     monkeypatch.setattr(gpu, "device_name", lambda device: "")
     args = layer(tokens, experts, top_k, hidden_dim, inter, torch.float16, DEVICE, ids)
     args, kwargs = variant_of(variant, args) if variant else (args, {})
     biases = kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias")
-    out = functional._experts_gpu(*args, *biases, *gate_of(kernel.reference, kwargs))
+    projections = map(weights.Projection, args[3:], biases)
+    out = forward.forward(*args[:3], *projections, gate_of(kernel.reference, kwargs), False)
     exact = kernel.reference.moe_experts(*in_fp64(args), **in_fp64(kwargs))
     assert_as_good_as_torch(out, kernel.reference.moe_experts(*args, **kwargs), exact)
 

@@ -229,7 +229,7 @@ def training_over_fp8(kernel, args):
 def training_of_adapters(kernel, args):
     *inputs, gate_up_proj, down_proj = layer(*args)
     factors = [*adapters(gate_up_proj, [64], 1), *adapters(down_proj, [64], 2)]
-    lora = import_module(f"{kernel.__name__}.lora")
+    lora = import_module(f"{kernel.__name__}.functional")
 
     def function(*tensors):
         *inputs, A1, B1, A2, B2 = tensors

@@ -1,12 +1,12 @@
 """The two ops of LoRA against the layer composed of grouped GEMMs, in fp64; see test_kernels.py."""
 
-from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
 import torch._dynamo.testing
 
+from flat import KINDS, OnGpu
 from interpreted import DEVICE, DTYPES, INTERPRETED, on_triton, under_the_interpreter
 from low_rank import SCALINGS, adapters
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
@@ -28,29 +28,11 @@ CASES = [  # T, E, top_k, H, I, ids, ranks for gate_up, ranks for down, variant,
     pytest.param(15, 3, 2, 40, 24, "sentinels", [3], [16], "openai-privacy-filter", F32, False, id="biases-and-limit"),
 ]
 CASE = "tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks, variant, dtype, use_tma"
-NAMES = "hidden_states top_k_weights gate_up_proj down_proj gate_up_bias down_bias A1 B1 A2 B2".split()
-
-
-@pytest.fixture
-def ops(kernel, monkeypatch):
-    """(use_tma=False) -> lora_ops.py, with small tiles, run on what is there."""
-
-    def ops(use_tma=False):
-        names = ("gpu", "tuning", "lora_ops")
-        gpu, tuning, ops = (import_module(f"{kernel.__name__}.{name}") for name in names)
-        config = tuning.GemmConfig(64, 16, 64, 32, 2, 8, 2, use_tma)  # of more K or fewer warps, slow to compile
-        monkeypatch.setattr(gpu, "config", lambda *args: tuning.ExpertsConfig(config, config))
-        monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
-        monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
-        monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-        return ops
-
-    return ops
 
 
 @pytest.fixture(scope="module")
 def lora(kernel):
-    return import_module(f"{kernel.__name__}.lora")
+    return import_module(f"{kernel.__name__}.experts.lora")
 
 
 def arguments(lora, args, kwargs, up_ranks, down_ranks):
@@ -59,7 +41,8 @@ def arguments(lora, args, kwargs, up_ranks, down_ranks):
     for weight, ranks, seed in ((args[3], up_ranks, 1), (args[4], down_ranks, 2)):
         ts = list(adapters(weight, ranks, seed))
         each = [lora.LoraFactors(A, B.permute(2, 0, 1), s) for A, B, s in zip(ts[::2], ts[1::2], SCALINGS)]
-        factors += lora._join("lora", each, weight, weight.dtype, import_module(lora.__name__ + "_ops").RANK_MULTIPLE)
+        projection = lora.Projection(weight)
+        factors += lora.adapted("lora", projection, each, weight.dtype, lora.RANK_MULTIPLE)[3:]
     return [*args, kwargs.get("gate_up_proj_bias"), kwargs.get("down_proj_bias"), *factors]
 
 
@@ -71,12 +54,13 @@ def gradients(function, inputs, dout):
     return [out.detach(), *(None if t is None else next(grads) for t in (inputs[0], *inputs[2:]))]
 
 
-def composed(lora, gate):
+def composed(kernel, gate):
     """The layer composed of grouped GEMMs, as a function of the op's arguments."""
+    functional = kernel.functional
 
     def function(*inputs):
-        factors = [() if A is None else (lora.LoraFactors(A, B, 1.0),) for A, B in (inputs[7:9], inputs[9:])]
-        return lora.moe_experts_lora(*inputs[:5], *factors, gate, *inputs[5:7])
+        factors = [() if A is None else (functional.LoraFactors(A, B, 1.0),) for A, B in (inputs[7:9], inputs[9:])]
+        return functional.moe_experts_lora(*inputs[:5], *factors, gate, *inputs[5:7])
 
     return function
 
@@ -92,18 +76,32 @@ def layer_of(kernel, lora, tokens, experts, top_k, hidden_dim, inter, ids, up_ra
 @on_triton
 @pytest.mark.parametrize(CASE, CASES)
 def test_gradients(
-    kernel, lora, ops, tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks, variant, dtype, use_tma
+    kernel,
+    lora,
+    path_with_adapters,
+    tokens,
+    experts,
+    top_k,
+    hidden_dim,
+    inter,
+    ids,
+    up_ranks,
+    down_ranks,
+    variant,
+    dtype,
+    use_tma,
 ):
     case = (tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks, variant)
     inputs, dout, gate = layer_of(kernel, lora, *case, dtype)
-    fused = ops(use_tma).moe_experts_lora
-    results = gradients(lambda *ts: fused(*ts, *gate), inputs, dout)
+    path, needs_grad = path_with_adapters(use_tma), [t is not None for t in (inputs[0], *inputs[2:])]
+    out, *saved = path.training(*inputs, *gate)
+    results = [out, *path.backward(dout, inputs[0], *inputs[2:], *saved, needs_grad, *gate)]
     on_cpu = [t if t is None else t.cpu() for t in inputs]
-    torch_results = gradients(composed(lora, gate), on_cpu, dout.cpu())
-    exact = gradients(composed(lora, gate), in_fp64(on_cpu), dout.cpu())
-    for name, got, of_torch, e in zip(("out", *NAMES), results, torch_results, exact):
+    torch_results = gradients(composed(kernel, gate), on_cpu, dout.cpu())
+    exact = gradients(composed(kernel, gate), in_fp64(on_cpu), dout.cpu())
+    for name, got, of_torch, e in zip(("out", *KINDS), results, torch_results, exact):
         if e is None:
-            assert got is None
+            assert got.numel() == 0
             continue
         try:
             assert_as_good_as_torch(got.cpu(), of_torch, e, dtype)
@@ -112,15 +110,15 @@ def test_gradients(
 
 
 @on_triton
-def test_only_what_is_needed(kernel, lora, ops):
+def test_only_what_is_needed(kernel, lora, path_with_adapters):
     """One gradient alone is what it is among all, bit by bit."""
     inputs, dout, gate = layer_of(kernel, lora, 6, 1, 2, 16, 16, "sentinels", [3], [3], "gpt-oss", torch.float32)
-    ops = ops()
-    _, *saved = ops._forward_gpu(*inputs, *gate)
+    path = path_with_adapters()
+    _, *saved = path.training(*inputs, *gate)
     args = (dout, inputs[0], *inputs[2:], *saved)
-    together = ops._backward_gpu(*args, [True] * 10, *gate)
+    together = path.backward(*args, [True] * 10, *gate)
     for needed in range(10):
-        alone = ops._backward_gpu(*args, [i == needed for i in range(10)], *gate)
+        alone = path.backward(*args, [i == needed for i in range(10)], *gate)
         for i in range(10):
             assert torch.equal(alone[i], together[i]) if i == needed else alone[i].numel() == 0
 
@@ -138,10 +136,10 @@ def test_row_sums_skip_padding_rows(launch):
 
 @on_triton
 @pytest.mark.parametrize("tokens, up_ranks, down_ranks", [(10, [3], [17]), (10, [], [3]), (0, [3], [3])])
-def test_fakes_are_of_the_results(kernel, lora, ops, tokens, up_ranks, down_ranks):
+def test_fakes_are_of_the_results(kernel, lora, path_with_adapters, tokens, up_ranks, down_ranks):
     case = (tokens, 2, 2, 16, 16, "any", up_ranks, down_ranks, "gpt-oss")
     inputs, dout, gate = layer_of(kernel, lora, *case, torch.float32)
-    ops = ops()
+    path = path_with_adapters()
 
     def meta(tensors):
         return [None if t is None else t.to("meta") for t in tensors]
@@ -149,23 +147,24 @@ def test_fakes_are_of_the_results(kernel, lora, ops, tokens, up_ranks, down_rank
     def layouts(tensors):
         return [(t.shape, t.stride(), t.dtype) for t in tensors]
 
-    outputs = ops._forward_gpu(*inputs, *gate)
-    assert layouts(ops._forward_fake(*meta(inputs), *gate)) == layouts(outputs)
+    outputs = path.training(*inputs, *gate)
+    assert layouts(path.training_fake(*meta(inputs), *gate)) == layouts(outputs)
     args = [dout, inputs[0], *inputs[2:], *outputs[1:]]
     for needs_grad in ([t is not None for t in args[1:11]], [False] * 10):
-        fakes = ops._backward_fake(*meta(args), needs_grad, *gate)
-        assert layouts(fakes) == layouts(ops._backward_gpu(*args, needs_grad, *gate))
+        fakes = path.backward_fake(*meta(args), needs_grad, *gate)
+        assert layouts(fakes) == layouts(path.backward(*args, needs_grad, *gate))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile does not work beside the interpreter")
 def test_compiles_once_for_all_numbers_of_tokens(kernel, lora):
     """On "meta", where the fakes stand in for the kernels."""
-    ops = import_module(f"{kernel.__name__}.lora_ops")
+    ops = import_module(f"{kernel.__name__}.experts.ops")
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=graphs, dynamic=True)
     def step(*inputs):
-        return ops.moe_experts_lora(*inputs, *kernel.reference.Gate())
+        x, index, *others = inputs
+        return ops.moe_experts_training(x, index, *OnGpu(ops, 10).flat(others), *kernel.reference.Gate())[0]
 
     counts = set()
     for tokens in (100, 37, 1000):

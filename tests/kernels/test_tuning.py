@@ -155,17 +155,17 @@ def test_a_missing_field_is_named(tuning):
 
 
 def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
-    gpu = import_module(f"{kernel.__name__}.gpu")
+    gpu, dense = (import_module(f"{kernel.__name__}.{name}") for name in ("gpu", "weights.dense"))
     put(tuning, content(entry(64, GROUP_M=1)))
     monkeypatch.setattr(gpu, "capability", lambda device: SM90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     gpu.device_name.cache_clear()
     down_proj = torch.empty(SHAPE, dtype=BF16, device="meta")
-    assert gpu.config(64, down_proj).gate_up.GROUP_M == 1
+    assert dense._experts_config(64, down_proj).gate_up.GROUP_M == 1
     # A GPU that is run as an unknown one has no tuned files.
     gpu.device_name.cache_clear()
     monkeypatch.setattr(gpu, "capability", lambda device: (0, 0))
-    assert gpu.config(64, down_proj) in tuning.all_configs(BF16, (0, 0))
+    assert dense._experts_config(64, down_proj) in tuning.all_configs(BF16, (0, 0))
     gpu.device_name.cache_clear()
 
 
@@ -218,6 +218,6 @@ def test_an_amd_gpu_is_no_hopper(kernel, tuning, monkeypatch):
     gpu.capability.cache_clear()
     try:
         assert tuning.router_configs(BF16, gpu.capability(0)) is tuning.ROUTER_PORTABLE
-        assert not import_module(f"{kernel.__name__}.fp8")._multiplies_fp8(0)
+        assert not import_module(f"{kernel.__name__}.weights.fp8")._multiplies_fp8(0)
     finally:
         gpu.capability.cache_clear()

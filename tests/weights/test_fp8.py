@@ -158,20 +158,20 @@ def test_gradients(kernel, device, tokens, experts, top_k, hidden_dim, inter, id
 @pytest.mark.parametrize("as_op", [False, True], ids=["eager", "op"])
 def test_activations_that_require_gradients_are_not_quantised(kernel, monkeypatch, as_op, wanted):
     """Under no_grad neither: so the first pass of reentrant checkpointing computes what the second does."""
-    fp8 = import_module(f"{kernel.__name__}.fp8")
+    ops = import_module(f"{kernel.__name__}.experts.ops")
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
     x.requires_grad_(wanted == "hidden_states")
     top_k_weights.requires_grad_(wanted == "top_k_weights")
-    forward = "_experts_op" if as_op else "_experts_forward"
+    forward = "moe_experts" if as_op else "forward"
     quantized = []
-    original = getattr(fp8, forward)
+    original = getattr(ops, forward)
 
     def spy(*args):
         quantized.append(args[-1])
         return original(*args)
 
     spy._opoverload = getattr(original, "_opoverload", None)
-    monkeypatch.setattr(fp8, forward, spy)
+    monkeypatch.setattr(ops, forward, spy)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: as_op)
     with torch.no_grad():
         run(kernel, (x, index, top_k_weights), weights, scales)
@@ -269,13 +269,13 @@ def test_fp8_weights_without_scales(kernel):
 @pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [300, 10, 500]], ids=str)
 def test_grouped_gemm(kernel, device, sizes, dtype):
     """What adapters run over fp8 weights: rows of nobody, NaN here, are zero in the result and in the gradient."""
-    fp8 = import_module(f"{kernel.__name__}.fp8")
+    blocks = import_module(f"{kernel.__name__}.experts.blocks")
     (x, *_), (weight, _), (scale, _) = fp8_layer(kernel, sum(sizes) + 40, 3, 1, 256, 128, dtype, device)
     dy = layer(x.shape[0], 3, 1, 256, 128, dtype, device, seed=1)[0]
     x[sum(sizes) :], dy[sum(sizes) :] = float("nan"), float("nan")
     offsets = torch.tensor([0, *sizes], device=device).cumsum(0).int()
     exact = dequantized(weight, scale)
-    y = fp8.grouped_gemm(x.requires_grad_(), weight, scale, offsets)
+    y = blocks.grouped_gemm(x.requires_grad_(), weight, None, scale, offsets, False)
     y.backward(dy)
     assert not y[sum(sizes) :].any() and not x.grad[sum(sizes) :].any()
     for expert, (begin, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):

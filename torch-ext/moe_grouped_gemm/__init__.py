@@ -7,9 +7,9 @@ from . import layers, reference
 from .functional import grouped_gemm, moe_experts, route
 from .integration.status import status
 from .layers import register
-from .quant import quantize_fp8
 from .router import topk_router
 from .routing import Routing
+from .weights.quantize import quantize_fp8
 
 __all__ = [
     "Routing",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import quant, reference
+from . import reference
+from .weights import quantize
 
 FLOATS = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
@@ -77,16 +78,16 @@ def check_fp8_experts(
     block_size,
 ) -> None:
     check_floats(hidden_states=hidden_states)
-    if tuple(block_size) != (quant.BLOCK, quant.BLOCK):
+    if tuple(block_size) != (quantize.BLOCK, quantize.BLOCK):
         raise ValueError(f"block_size: expected (128, 128), got {tuple(block_size)}")
     weights = {"gate_up_proj": (gate_up_proj, gate_up_scale), "down_proj": (down_proj, down_scale)}
     for name, (weight, scale) in weights.items():
         if scale is None:
             raise ValueError(f"{name}_scale: expected a scale for each block, as the other weight has, got None")
-        if weight.dtype != quant.FP8:
-            raise TypeError(f"{name}: expected {quant.FP8}, since {name}_scale is given, got {weight.dtype}")
-        if scale.dtype not in quant.SCALES:
-            raise TypeError(f"{name}_scale: expected {' or '.join(map(str, quant.SCALES))}, got {scale.dtype}")
+        if weight.dtype != quantize.FP8:
+            raise TypeError(f"{name}: expected {quantize.FP8}, since {name}_scale is given, got {weight.dtype}")
+        if scale.dtype not in quantize.SCALES:
+            raise TypeError(f"{name}_scale: expected {' or '.join(map(str, quantize.SCALES))}, got {scale.dtype}")
         if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
             raise ValueError(f"{name}: fp8 weights are frozen, expected requires_grad=False for it and its scale")
         for tensor_name, tensor in ((name, weight), (f"{name}_scale", scale)):
@@ -96,12 +97,12 @@ def check_fp8_experts(
                 )
     _check_layer(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, {}, None, True)
     experts, rows, hidden_dim = gate_up_proj.shape
-    expected = quant.scale_shape(*gate_up_proj.shape)
-    of_halves = (experts, 2 * quant.scale_shape(rows // 2, hidden_dim)[0], expected[2])
+    expected = quantize.scale_shape(*gate_up_proj.shape)
+    of_halves = (experts, 2 * quantize.scale_shape(rows // 2, hidden_dim)[0], expected[2])
     if gate_up_scale.shape not in (expected, of_halves):
         or_halves = "" if of_halves == expected else f" or, with blocks of gate and up apart, {of_halves}"
         raise ValueError(f"gate_up_proj_scale: expected {expected}{or_halves}, got {shape(gate_up_scale)}")
-    expected = quant.scale_shape(*down_proj.shape)
+    expected = quantize.scale_shape(*down_proj.shape)
     if down_scale.shape != expected:
         raise ValueError(f"down_proj_scale: expected {expected} to fit down_proj, got {shape(down_scale)}")
 

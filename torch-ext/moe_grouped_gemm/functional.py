@@ -1,22 +1,20 @@
-"""The public functions: checks and the choice of path; what the layer is made of, with its gradients."""
+"""The public functions: checks, and the choice of path."""
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 
-from . import fp8, gpu, reference, training, tuning
-from .checks import check_experts, check_floats, check_index, shape
-from .reference import Gate, is_transposed
-from .routing import Routing, route_fake, route_torch
-from .torch_ops import (
-    autocast,
-    needs_gradients,
-    needs_op,
-    refuse_dtensors,
-    register_autograd,
-    register_op,
-    rejects_transforms,
-)
+from .checks import check_experts, check_floats, check_fp8_experts, check_index, shape
+from .experts import blocks, composed, ops
+from .experts.lora import RANK_MULTIPLE, LoraFactors, adapted
+from .reference import Gate
+from .routing import Routing
+from .torch_ops import autocast, needs_gradients, needs_op, refuse_dtensors, rejects_transforms
+from .weights import Projection, is_adapted
+
+_SILU = Gate("silu")
 
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
@@ -78,78 +76,113 @@ def moe_experts(
 
     Under `torch.autocast` the three float operands of the GEMMs are cast first, as `torch.nn.functional.linear` does.
     """
-    if gate_up_proj_scale is not None or down_proj_scale is not None:
-        given = dict(gate_up_proj_bias=gate_up_proj_bias, down_proj_bias=down_proj_bias, limit=limit)
-        for name, value in {**given, "interleaved": interleaved or None}.items():
-            if value is not None:
-                got = shape(value) if isinstance(value, torch.Tensor) else value
-                raise ValueError(f"{name}: expected {None if name in given else False} with weights in fp8, got {got}")
-        inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-        scales = (gate_up_proj_scale, down_proj_scale)
-        return fp8.moe_experts(*inputs, *scales, activation, block_size, quantize_activations)
-    biases = gate_up_proj_bias, down_proj_bias
-    hidden_states, gate_up_proj, down_proj, *biases = autocast(hidden_states, gate_up_proj, down_proj, *biases)
-    check_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, *biases, limit)
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases)
     gate = Gate(activation, limit, alpha, interleaved)
-    # A custom op costs tens of microseconds of dispatch: only those who need its opacity or its gradient pay for it.
-    as_op = needs_op(_moe_experts_op, inputs)
-    if hidden_states.device.type == "cpu" and not as_op:
-        return reference.moe_experts(*inputs[:5], activation, *biases, *gate[1:])
+    gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
+    down = Projection(down_proj, down_proj_bias, down_proj_scale)
+    if _are_fp8(gate_up, down):
+        _refuse_with_fp8(limit=limit, interleaved=interleaved)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
+    return _experts(*_checked(*inputs, activation, limit, block_size=block_size), gate, quantize_activations)
+
+
+@rejects_transforms
+def moe_experts_lora(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    gate_up_lora: tuple[LoraFactors, ...],
+    down_lora: tuple[LoraFactors, ...],
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor] = _SILU,
+    gate_up_proj_bias: torch.Tensor | None = None,
+    down_proj_bias: torch.Tensor | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    gated: bool = True,
+    gate_up_proj_scale: torch.Tensor | None = None,
+    down_proj_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
+
+    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over weights in fp8 activations are
+    not quantised, and the weights get no gradient. Nothing of a weight's size is made, but for the gradient of a weight
+    that requires one, and the cast of one that has another dtype than autocast's.
+
+    gate: one of ours, or any function (S, 2I) -> (S, I); with gated=False (S, I) -> (S, I), and gate_up_proj is
+    (E, I, H). norm: a function of the rows (S, H) of the second product. Rows of skipped slots are zero in both.
+
+    Saved for backward, besides the inputs and the factors, joined: on a GPU with a gate of ours, gated and without a
+    norm, what `moe_experts` saves, gate and up (2I) of each routed slot, and the low-rank products (R of each adapted
+    weight), in rows padded to at most 63 more an expert. Else per routed slot the rows of both GEMMs (H + I), gate, up
+    and act(gate) (3I), the outputs (H) and the low-rank products.
+    """
+    is_ours = isinstance(gate, Gate)
+    gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
+    down = Projection(down_proj, down_proj_bias, down_proj_scale)
+    of_gate = (gate.activation, gate.limit) if is_ours else ("silu", None)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
+    hidden_states, *routing, gate_up, down = _checked(*inputs, *of_gate, gated)
+    on_gpu = hidden_states.device.type == "cuda"
+    join = (hidden_states.dtype, RANK_MULTIPLE if on_gpu else 1)
+    gate_up = adapted("gate_up_lora", gate_up, gate_up_lora, *join)
+    down = adapted("down_lora", down, down_lora, *join)
+    inputs = (hidden_states, *routing, gate_up, down)
+    if is_ours and gated and norm is None and (on_gpu or not is_adapted(gate_up, down)):
+        return _experts(*inputs, gate, quantize_activations=False)
+    refuse_dtensors(zip(ops.INPUT_NAMES, (*inputs[:3], *gate_up, *down)))
+    return composed.forward(*inputs, gate, norm)
+
+
+def _are_fp8(*projections):
+    return any(projection.scale is not None for projection in projections)
+
+
+def _refuse_with_fp8(**given):
+    for name, value in given.items():
+        if value is not None and value is not False:
+            got = shape(value) if isinstance(value, torch.Tensor) else value
+            raise ValueError(f"{name}: expected {False if value is True else None} with weights in fp8, got {got}")
+
+
+def _checked(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up,
+    down,
+    activation,
+    limit,
+    gated=True,
+    block_size=(128, 128),
+):
+    """The first five, checked, in the dtype that autocast asks for."""
+    if _are_fp8(gate_up, down):
+        _refuse_with_fp8(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
+        (hidden_states,) = autocast(hidden_states)
+        inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
+        check_fp8_experts(*inputs, gate_up.scale, down.scale, activation, block_size)
+        return hidden_states, top_k_index, top_k_weights, gate_up, down
+    operands = (hidden_states, gate_up.weight, down.weight, gate_up.bias, down.bias)
+    hidden_states, up, down, up_bias, down_bias = autocast(*operands)
+    inputs = (hidden_states, top_k_index, top_k_weights, up, down)
+    check_experts(*inputs, activation, up_bias, down_bias, limit, gated)
+    return hidden_states, top_k_index, top_k_weights, Projection(up, up_bias), Projection(down, down_bias)
+
+
+def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
+    """The layer: as an op only for those who need its opacity or its gradient, as its dispatch takes a while."""
+    inputs = (hidden_states, top_k_index, top_k_weights, *gate_up, *down)
+    as_op = needs_op(ops.moe_experts, inputs)
+    if not as_op and gate_up.scale is None and hidden_states.device.type == "cpu":
+        return ops.forward(*inputs[:3], gate_up, down, gate, False)  # plain torch, with torch's gradients
     if needs_gradients(inputs):
-        return training.training_op(*inputs, *gate)[0]
-    return (_moe_experts_op if as_op else _experts_gpu)(*inputs, *gate)
-
-
-def _experts_gpu(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate):
-    """Few slots: two launches. Else four or five: route, gate_up GEMM with the activation, down GEMM, combine."""
-    rows, num_experts = top_k_index.numel(), gate_up_proj.shape[0]
-    if rows == 0 or hidden_states.numel() == 0:
-        return hidden_states.new_zeros(hidden_states.shape)
-    device = hidden_states.device.index
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _experts_gpu(
-                hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, *gate
-            )
-    kernels = gpu.launchers()
-    gate, up_bias, down_bias = Gate(*gate), gpu.contiguous(up_bias), gpu.contiguous(down_bias)
-    if hidden_states.stride(1) != 1:
-        hidden_states = hidden_states.contiguous()
-    top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    expert_bytes = 3 * down_proj.stride(0) * down_proj.element_size()
-    is_decode = tuning.is_decode(rows, top_k_index.shape[0], num_experts, expert_bytes)
-    transposed = is_transposed(gate_up_proj) and is_transposed(down_proj)
-    if is_decode and (transposed or gate_up_proj.stride(2) == down_proj.stride(2) == 1):
-        up_config, down_config = tuning.decode_config(hidden_states.dtype, transposed)
-        a = kernels.gate_up_decode(hidden_states, gate_up_proj, top_k_index, gate, up_config, up_bias)
-        return kernels.down_decode(a, down_proj, top_k_index, top_k_weights, down_config, down_bias)
-    precision = gpu.input_precision(hidden_states.dtype)
-    up_config, down_config = gpu.config(rows, down_proj)
-    _, sorted_slots, slot_positions, schedule = kernels.route(top_k_index, num_experts, up_config.BLOCK_M)
-    up_config = gpu.as_readable_gate(up_config, gate_up_proj, gate)
-    top_k = top_k_index.shape[1]
-    inputs = (hidden_states, gate_up_proj, sorted_slots, schedule, top_k)
-    a = kernels.gate_up(*inputs, gate, precision, up_config, bias=up_bias)
-    return gpu.down_and_combine(
-        a, down_proj, down_bias, sorted_slots, slot_positions, schedule, top_k_weights, precision, down_config
-    )
-
-
-def _experts_forward(x, top_k_index, top_k_weights, gate_up_proj, down_proj, up_bias, down_bias, activation, *gate):
-    inputs = (x, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    if x.device.type == "cpu":
-        return reference.moe_experts(*inputs, activation, up_bias, down_bias, *gate)
-    return _experts_gpu(*inputs, up_bias, down_bias, activation, *gate)
-
-
-_moe_experts_op = register_op(
-    "moe_experts",
-    f"({training.INPUTS}, {training.GATE}) -> Tensor",
-    _experts_forward,
-    fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-    flops=training.experts_flops,
-)
+        return ops.moe_experts_training(*inputs, *gate)[0]
+    if hidden_states.requires_grad or top_k_weights.requires_grad:
+        # Reentrant checkpointing, say, whose second pass is with gradients.
+        quantize_activations = False
+    if as_op:
+        return ops.moe_experts(*inputs, *gate, quantize_activations)
+    return ops.forward(*inputs[:3], gate_up, down, gate, quantize_activations)
 
 
 # --- building blocks --------------------------------------------------------------------------------------------------
@@ -168,19 +201,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
     refuse_dtensors([("top_k_index", top_k_index)])
-    return Routing(*_route_op(top_k_index, num_experts))
-
-
-def _route_forward(top_k_index, num_experts):
-    if top_k_index.device.type == "cpu" or top_k_index.numel() == 0:
-        return route_torch(top_k_index, num_experts)
-    with torch.cuda.device_of(top_k_index):
-        return gpu.launchers().route(top_k_index.contiguous(), num_experts, block_m=128)[:3]
-
-
-_route_op = register_op(
-    "route", "(Tensor top_k_index, int num_experts) -> (Tensor, Tensor, Tensor)", _route_forward, fake=route_fake
-)
+    return Routing(*blocks.route(top_k_index, num_experts))
 
 
 @rejects_transforms
@@ -221,87 +242,4 @@ def grouped_gemm(
         if bias.shape != weight.shape[:2]:
             raise ValueError(f"bias: expected {shape(weight)[:2]} to fit weight {shape(weight)}, got {shape(bias)}")
     refuse_dtensors([("x", x), ("weight", weight), ("expert_offsets", expert_offsets), ("bias", bias)])
-    return _grouped_gemm_op(x, weight, expert_offsets, bias)
-
-
-def _grouped_gemm_forward(x, weight, expert_offsets, bias):
-    if x.device.type == "cpu":
-        return reference.grouped_gemm(x, weight, expert_offsets, bias)
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    if y.numel() == 0 or (x.shape[1] == 0 and bias is None):
-        return y.zero_()
-    kernels = gpu.launchers()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    with torch.cuda.device_of(x):
-        kernels.zero_tail(y, expert_offsets)
-        config = gpu.config(x.shape[0], weight).down
-        schedule = kernels.tile_schedule(expert_offsets, x.shape[0], config.BLOCK_M)
-        precision = gpu.input_precision(x.dtype)
-        return gpu.launch_grouped_gemm(x, weight, schedule, precision, config, y, bias=gpu.contiguous(bias))
-
-
-_grouped_gemm_op = register_op(
-    "grouped_gemm",
-    "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
-    _grouped_gemm_forward,
-    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]),
-    flops=lambda x, weight, *_, **__: 2 * x[0] * weight[1] * weight[2],
-)
-
-
-def _grouped_gemm_dw(dy, x, expert_offsets):
-    if x.device.type == "cpu":
-        return reference.grouped_gemm_dw(dy, x, expert_offsets)
-    experts = expert_offsets.shape[0] - 1
-    if x.numel() == 0 or dy.numel() == 0:
-        return x.new_zeros(experts, dy.shape[1], x.shape[1])
-    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
-    with torch.cuda.device_of(x):
-        config = tuning.wgrad_config(x.shape[0], experts, x.dtype, gpu.capability(x.device.index))
-        config = config._replace(WARP_SPECIALIZED=False)  # these rows are not padded
-        return gpu.launchers().wgrad(dy, x, expert_offsets, gpu.input_precision(x.dtype), config)
-
-
-_grouped_gemm_dw_op = register_op(
-    "grouped_gemm_dw",
-    "(Tensor dy, Tensor x, Tensor expert_offsets) -> Tensor",
-    _grouped_gemm_dw,
-    fake=lambda dy, x, expert_offsets: x.new_empty(expert_offsets.shape[0] - 1, dy.shape[1], x.shape[1]),
-    flops=lambda dy, x, *_, **__: 2 * x[0] * dy[1] * x[1],
-)
-
-
-def _row_sums(y, expert_offsets):
-    if y.device.type == "cpu" or y.numel() == 0:
-        return reference.row_sums(y, expert_offsets)
-    with torch.cuda.device_of(y):
-        return gpu.launchers().row_sums(y if y.stride(1) == 1 else y.contiguous(), expert_offsets, expert_offsets)
-
-
-_row_sums_op = register_op(
-    "row_sums",
-    "(Tensor y, Tensor expert_offsets) -> Tensor",
-    _row_sums,
-    fake=lambda y, expert_offsets: y.new_empty(expert_offsets.shape[0] - 1, y.shape[1]),
-)
-
-
-def _grouped_gemm_backward(ctx, dy):
-    x, weight, expert_offsets = ctx.saved_tensors
-    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
-    # The transposed weight is read in place; no copy is made.
-    dx = _grouped_gemm_op(dy, weight.transpose(1, 2), expert_offsets, None) if needs_x else None
-    dweight = None
-    if needs_weight and is_transposed(weight):
-        dweight = _grouped_gemm_dw_op(x, dy, expert_offsets).mT
-    elif needs_weight:
-        dweight = _grouped_gemm_dw_op(dy, x, expert_offsets)
-    return dx, dweight, None, _row_sums_op(dy, expert_offsets) if needs_bias else None
-
-
-register_autograd(
-    _grouped_gemm_op,
-    _grouped_gemm_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]),
-)
+    return blocks.grouped_gemm(x, weight, bias, None, expert_offsets, False)

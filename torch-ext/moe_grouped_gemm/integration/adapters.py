@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from ..lora import LoraFactors
+from ..experts.lora import LoraFactors
 
 # (thread, module, name of a weight, factors) of each. By context: threads that share a model have their own adapters.
 _active: ContextVar[tuple] = ContextVar("moe_grouped_gemm_adapters", default=())

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .. import functional, gpu, lora, quant
+from .. import functional, gpu
+from ..experts.lora import LoraFactors
 from ..reference import Gate
+from ..weights import Projection, quantize
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
@@ -32,14 +34,12 @@ _NONE = (None, None)
 class Weights(NamedTuple):
     """(E, N, K) of both projections as the module's own layout has them, their biases and, if they are fp8, scales."""
 
-    up: torch.Tensor
-    down: torch.Tensor
-    biases: tuple[torch.Tensor | None, torch.Tensor | None]
-    scales: tuple[torch.Tensor | None, torch.Tensor | None]
+    gate_up: Projection
+    down: Projection
 
     @property
     def are_fp8(self) -> bool:
-        return any(scale is not None for scale in self.scales)
+        return any(projection.scale is not None for projection in self)
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -103,12 +103,12 @@ def read(module: nn.Module, get: Callable = getattr) -> Weights:
         biases = tuple(getattr(module, f"{name}_bias") for name in names)
     if is_fp8_experts(module) and not (_is_dense(up) or _is_dense(down)):  # of dense ones no blocks could be cut
         scales = tuple(getattr(module, f"{name}_scale_inv", None) for name in names)
-    return Weights(up, down, biases, scales)
+    return Weights(*map(Projection, (up, down), biases, scales))
 
 
 def obstacle(module: nn.Module, weights: Weights) -> str | None:
     """Why we do not compute this module; None if we do."""
-    for name, weight in zip(weight_names(module), weights[:2]):
+    for name, (weight, *_) in zip(weight_names(module), weights):
         if weight is None:
             return f"it has no {name}"
         if weight.ndim != 3:
@@ -118,7 +118,7 @@ def obstacle(module: nn.Module, weights: Weights) -> str | None:
             reason = weight.dtype
         if reason is not None:
             return f"{name} is {reason}"
-    reason = _missing_triton(weights.up)
+    reason = _missing_triton(weights.down.weight)
     return _obstacle_fp8(module, weights) if reason is None and weights.are_fp8 else reason
 
 
@@ -127,16 +127,16 @@ def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
         return "its fp8 experts have no gate"
     if module.activation_scheme != "dynamic":
         return f"activation_scheme={module.activation_scheme!r}"
-    for name, weight in zip(weight_names(module), weights[:2]):
-        if weight.dtype != quant.FP8:
+    for name, (weight, *_) in zip(weight_names(module), weights):
+        if weight.dtype != quantize.FP8:
             return f"{name} is {weight.dtype}"
-    if module.block_size is None or tuple(module.block_size) != (quant.BLOCK, quant.BLOCK):
+    if module.block_size is None or tuple(module.block_size) != (quantize.BLOCK, quantize.BLOCK):
         return f"block_size={module.block_size}"
-    inter = weights.down.shape[2]
-    if inter % quant.BLOCK > quant.BLOCK // 2:
+    inter = weights.down.weight.shape[2]
+    if inter % quantize.BLOCK > quantize.BLOCK // 2:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
-    if any(bias is not None for bias in weights.biases):
+    if any(projection.bias is not None for projection in weights):
         return "its fp8 experts have biases"
     return None
 
@@ -190,9 +190,7 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
     weights, adapters = read(module), adapters_of(module)
     reason = obstacle(module, weights)
     if reason is None:
-        # In the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
-        compute = _experts_fp8 if weights.are_fp8 else _experts
-        return compute(module, weights, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
+        return _compute(module, weights, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
     if adapters:
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
     if not torch.compiler.is_compiling():
@@ -221,42 +219,36 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
     return inspect.unwrap(type(module).forward)(module, *args)
 
 
-def _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
-    """(T, H) -> (T, H) with dense weights, in their dtype.
+def _compute(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
+    """(T, H) -> (T, H), in the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
 
     adapters: (name of a weight, factors of an adapter of it in the weight's own layout).
     """
-    projections = weights[:2]
-    biases = tuple(bias if bias is None else bias.to(w.dtype) for bias, w in zip(weights.biases, projections))
-    factors = _factors_of(module, adapters)
+    gate_up, down = weights
+    factors = [tuple(factors for name, factors in adapters if name == weight) for weight in weight_names(module)]
+    if weights.are_fp8:
+        # They get no gradient, as in Transformers, whatever their `requires_grad` says.
+        gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in weights)
+    else:
+        hidden_states = hidden_states.to(gate_up.weight.dtype)
+        gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(p.weight.dtype)) for p in weights)
     if getattr(module, "is_transposed", False):
-        projections = [weight.mT for weight in projections]
-        factors = [tuple(lora.LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in fs) for fs in factors]
-    inputs = (hidden_states.to(weights.up.dtype), top_k_index, top_k_weights, *projections)
+        gate_up, down = (p._replace(weight=p.weight.mT) for p in (gate_up, down))
+        factors = [tuple(LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in fs) for fs in factors]
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
+    others = dict(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
+    others.update(gate_up_proj_scale=gate_up.scale, down_proj_scale=down.scale)
     gated = getattr(module, "has_gate", True)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     gate = gate_of(module) if gated else None
-    if gate is not None and norm is None and not adapters:
+    if gate is not None and norm is None and not adapters and (not weights.are_fp8 or gate == Gate(gate.activation)):
         activation, limit, alpha, interleaved = gate
-        return functional.moe_experts(*inputs, activation, *biases, limit=limit, alpha=alpha, interleaved=interleaved)
+        # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
+        others["quantize_activations"] = not module.training
+        return functional.moe_experts(*inputs, activation, limit=limit, alpha=alpha, interleaved=interleaved, **others)
     if gate is None:
         gate = module._apply_gate if gated else module.act_fn
-    return lora.moe_experts_lora(*inputs, *factors, gate, *biases, norm, gated)
-
-
-def _experts_fp8(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
-    """(T, H) -> (T, H). The weights get no gradient, as in Transformers, whatever their `requires_grad` says."""
-    inputs = (hidden_states, top_k_index, top_k_weights, *(weight.detach() for weight in weights[:2]))
-    scales = {f"{name}_scale": scale.detach() for name, scale in zip(weight_names(module), weights.scales)}
-    gate = gate_of(module)
-    if gate is not None and gate == Gate(gate.activation) and not adapters:
-        # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
-        return functional.moe_experts(*inputs, gate.activation, **scales, quantize_activations=not module.training)
-    return lora.moe_experts_lora(*inputs, *_factors_of(module, adapters), gate or module._apply_gate, **scales)
-
-
-def _factors_of(module, adapters):
-    return [tuple(factors for name, factors in adapters if name == weight) for weight in weight_names(module)]
+    return functional.moe_experts_lora(*inputs, *factors, gate, norm=norm, gated=gated, **others)
 
 
 def runs_composed(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .. import lora, quant
+from ..experts.lora import LoraFactors
+from ..weights import quantize
 from . import modules, switching
 from .adapters import activated
 
@@ -83,7 +84,7 @@ def _check_peft() -> None:
                 torch.testing.assert_close(module.weight, expected)
 
 
-def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.LoraFactors] | None:
+def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[LoraFactors] | None:
     """The factors of the adapters that PEFT would add to the wrapped weight; None if they are not as expected.
 
     In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast. Over an
@@ -97,7 +98,7 @@ def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.LoraFa
         for adapter in active_adapters:
             if adapter not in wrapper.lora_A:
                 continue
-            if wrapper.get_param().dtype == quant.FP8:
+            if wrapper.get_param().dtype == quantize.FP8:
                 uncast = _UncastFactors(wrapper, adapter)
                 B, A, scaling = type(wrapper).get_delta_factors(uncast, adapter)
             else:
@@ -105,7 +106,7 @@ def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[lora.LoraFa
             rank = A.shape[1]
             if (A.shape, B.shape) != ((experts, rank, columns), (experts, rows, rank)) or wrapper.lora_variant:
                 raise TypeError("an adapter is not the product of two plain factors")
-            factors.append(lora.LoraFactors(A, B, scaling))
+            factors.append(LoraFactors(A, B, scaling))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         return _warn(f"{type(error).__name__}: {error}")
     return factors

@@ -17,7 +17,8 @@ from typing import Callable
 import torch
 from torch import nn
 
-from .. import functional, lora
+from .. import functional
+from ..experts import blocks
 from ..torch_ops import autocast
 from . import switching
 from .gates import activation_name
@@ -54,7 +55,7 @@ def _gated(module, hidden_states, top_k_index, top_k_weights, gate_up_proj, down
         gate, up = z.chunk(2, dim=-1)
         return module.act_fn(gate) * up
 
-    return lora.moe_experts_lora(*inputs, (), (), gate)
+    return functional.moe_experts_lora(*inputs, (), (), gate)
 
 
 # `self` is the Transformers module.
@@ -79,11 +80,11 @@ class DbrxExperts(nn.Module):
         x, gate, up, down = autocast(x, gate, up, down)
         offsets, slots, positions = functional.route(top_k_index, self.num_experts)
         positions = positions.view(top_k_index.shape)
-        rows = lora.gather(x, slots, positions)
+        rows = blocks.gather(x, slots, positions)
         # A product each: joined into one weight, gate and up would be copied in every call.
         a = self.mlp.activation_fn(functional.grouped_gemm(rows, gate, offsets))
         a = a * functional.grouped_gemm(rows, up, offsets)
-        out = lora.combine(functional.grouped_gemm(a, down.mT, offsets), top_k_weights, slots, positions)
+        out = blocks.combine(functional.grouped_gemm(a, down.mT, offsets), top_k_weights, slots, positions)
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
 
@@ -153,7 +154,10 @@ class Step3p7Experts(nn.Module):
     ) -> torch.Tensor:
         """(T, H) hidden states, (T, top_k) expert ids, (T, top_k) weights -> (T, H)."""
         inputs = (hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
-        out = _gated(self, *inputs) if self.limit == inf else lora.moe_experts_lora(*inputs, (), (), self._apply_gate)
+        if self.limit == inf:
+            out = _gated(self, *inputs)
+        else:
+            out = functional.moe_experts_lora(*inputs, (), (), self._apply_gate)
         return out.to(hidden_states.dtype)
 
 

@@ -1,7 +1,7 @@
 """Rows sorted by expert: the order, the GEMMs over it, and back to tokens.
 
-A weight is (E, N, K), with a scale one in float8_e4m3fn (see quant.py), of which only one expert's is dequantised at a
-time.
+A weight is (E, N, K), with a scale one in float8_e4m3fn (see weights/quantize.py), of which only one expert's is
+dequantised at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..quant import dequantize
+from ..weights.layout import is_transposed
+from ..weights.quantize import dequantize
 
 # Before 2.11 torch's grouped_mm asked for aligned memory on the CPU, which a mapped checkpoint does not give.
 _HAS_GROUPED_MM = torch.__version__ >= (2, 11)
@@ -25,11 +26,6 @@ def empty_gradient(weight: torch.Tensor) -> torch.Tensor:
     if is_transposed(weight):
         return weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1]).mT
     return weight.new_empty(weight.shape)
-
-
-def is_transposed(weight: torch.Tensor) -> bool:
-    """Whether (E, N, K) is a view of (E, K, N), as experts with `is_transposed` have it."""
-    return weight.stride(1) == 1 and weight.stride(2) != 1
 
 
 def sort_slots(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,11 +52,14 @@ def grouped_linear(
     expert_offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; every row belongs to one."""
+    if transposed and scale is None:
+        return grouped_linear(x, weight.mT, expert_offsets, bias)
     if bias is not None:
         experts = torch.repeat_interleave(expert_offsets.diff(), output_size=x.shape[0])
-        return grouped_linear(x, weight, expert_offsets, scale=scale) + bias.index_select(0, experts)
+        return grouped_linear(x, weight, expert_offsets, None, scale, transposed) + bias.index_select(0, experts)
     needs_grad = scale is None and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if scale is None and not needs_grad and _grouped_mm_can_read(x, weight):
         return F.grouped_mm(x, weight.mT, offs=expert_offsets[1:])
@@ -69,10 +68,11 @@ def grouped_linear(
         # unbind: the gradient of indexing one expert would be as large as the whole stack, for each expert. Experts
         # without rows stay in: the result must depend on x and weight even if no row is left.
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight.unbind())])
-    y = x.new_empty(x.shape[0], weight.shape[1])
+    y = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
     for expert, (rows, out) in enumerate(zip(x.split(counts), y.split(counts))):
         if rows.shape[0]:
-            torch.mm(rows, matrix(weight, scale, expert, x.dtype).t(), out=out)
+            w = matrix(weight, scale, expert, x.dtype)
+            torch.mm(rows, w if transposed else w.t(), out=out)
     return y
 
 
@@ -90,23 +90,15 @@ def grouped_gemm(
     expert_offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; rows that belong to no expert are zero.
 
-    Arguments and result as `moe_grouped_gemm.grouped_gemm`; differentiable, but for weights in fp8.
+    Arguments and result as `moe_grouped_gemm.grouped_gemm`; differentiable, but for weights in fp8. transposed: of
+    weight[e]^T.
     """
-    y = grouped_linear(x[: int(expert_offsets[-1])], weight, expert_offsets, bias, scale)
+    y = grouped_linear(x[: int(expert_offsets[-1])], weight, expert_offsets, bias, scale, transposed)
     return torch.cat([y, y.new_zeros(x.shape[0] - y.shape[0], y.shape[1])])
-
-
-def grouped_gemm_transposed(x, weight, expert_offsets, scale):
-    """y[r] = weight[e]^T @ x[r] for the rows r of expert e, of a weight in fp8; other rows are zero."""
-    y = x.new_zeros(x.shape[0], weight.shape[2])
-    bounds = expert_offsets.tolist()
-    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        if begin < end:
-            torch.mm(x[begin:end], matrix(weight, scale, expert, x.dtype), out=y[begin:end])
-    return y
 
 
 def combine(y: torch.Tensor, slot_positions: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""The forward: a few rows by decode's two launches, else
+
+    route    z = x[t] W1^T + bias1 + u1 B1^T    a = act(gate) * up    y = a W2^T + bias2 + u2 B2^T    combine
+             u1 = x[t] A1^T                     [gate; up] = z        u2 = a A2^T
+
+of the rows of expert e, t the token of a row. A1, B1, A2, B2: adapters, if there are any. Then rows are padded, z and a
+are made by a launch each, and GEMMs read rows one after another; else the first GEMM gathers rows and applies the gate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import gpu
+from ..weights import format_of, is_adapted
+from ..weights.layout import by_rows
+from .lora import product
+from .rows import PAD, Rows, route
+
+
+class Result(NamedTuple):
+    """What a forward makes; all but `out` is for the backward."""
+
+    out: torch.Tensor  # (T, H)
+    z: torch.Tensor | None  # (S, 2I) before the gate, of `rows`
+    u1: torch.Tensor | None  # (S, R) of each adapted weight
+    u2: torch.Tensor | None
+    rows: Rows
+
+
+@gpu.on_its_device
+def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
+    """(T, H) -> (T, H)."""
+    if top_k_index.numel() == 0 or hidden_states.numel() == 0:
+        return hidden_states.new_zeros(hidden_states.shape)
+    inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
+    if not is_adapted(gate_up, down):
+        out = format_of(gate_up).decode(*inputs)
+        if out is not None:
+            return out
+    return _of_many_rows(*inputs, quantize_activations, save=False).out
+
+
+@gpu.on_its_device
+def forward_and_save(hidden_states, top_k_index, top_k_weights, gate_up, down, gate) -> Result:
+    """`forward` of inputs that are not empty, with what the backward reads."""
+    inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
+    return _of_many_rows(*inputs, quantize_activations=False, save=True)
+
+
+def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save):
+    weights, (experts, rows_of_z, _) = format_of(gate_up), gate_up.weight.shape
+    slots = top_k_index.numel()
+    if is_adapted(gate_up, down):
+        rows = route(top_k_index, top_k_weights, experts, PAD).padded()
+        # Every expert with rows has PAD at least, so tiles are chosen by padded rows.
+        config = weights.row_config(rows.slots.numel(), down.weight, x.dtype)
+        return _of_gathered_rows(x, rows.scheduled(config.BLOCK_M), gate_up, down, gate, config)
+    plan = weights.plan(slots, gate_up, down, gate, x.dtype, quantize_activations)
+    rows = route(top_k_index, top_k_weights, experts, plan.gate_up.BLOCK_M)
+    if plan.gathered:
+        return _of_gathered_rows(x, rows, gate_up, down, gate, plan.down)
+    z = x.new_empty(slots, rows_of_z) if save else None
+    a = weights.first_gemm(x, gate_up, rows, gate, plan, z)
+    return Result(weights.second_gemm(a, down, rows, plan), z, None, None, rows)
+
+
+def _of_gathered_rows(x, rows, gate_up, down, gate, config):
+    gathered = rows.gather(x)
+    z, u1 = product(gathered, gate_up, rows, config)
+    a = gpu.launchers().glu(z, rows.slots, rows.offsets, gate)
+    y, u2 = product(a, down, rows, config, out=gathered)  # as large, and read for the last time
+    return Result(rows.combine(y), z, u1, u2, rows)

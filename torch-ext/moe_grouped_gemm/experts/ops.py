@@ -1,0 +1,201 @@
+"""The layer as three torch ops, with fakes and FLOPs. Here, and only here, its inputs are a flat list."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import reference
+from ..reference import Gate
+from ..torch_ops import register_autograd, register_op
+from ..weights import Projection
+from ..weights.layout import is_transposed
+from . import forward as gpu_forward
+from .backward import Differentiable, backward
+from .rows import padded_size
+
+
+def _projection(name: str) -> str:
+    return f"Tensor {name}_proj, " + ", ".join(f"Tensor? {name}_proj_{field}" for field in Projection._fields[1:])
+
+
+_WEIGHTS = f"Tensor top_k_weights, {_projection('gate_up')}, {_projection('down')}"
+_INPUTS = f"Tensor hidden_states, Tensor top_k_index, {_WEIGHTS}"
+_GATE = "str activation, float? limit, float alpha, bool interleaved"
+# Of _INPUTS, without their types.
+INPUT_NAMES = [argument.split()[1] for argument in _INPUTS.split(", ")]
+_TENSORS = len(INPUT_NAMES)
+
+
+def _on_cpu(inputs: Differentiable) -> tuple[tuple, dict]:
+    """Tensors and scales as reference/ takes them; adapters on a CPU are composed.py's."""
+    gate_up, down = inputs.gate_up, inputs.down
+    return (gate_up.weight, down.weight, gate_up.bias, down.bias), dict(scales=(gate_up.scale, down.scale))
+
+
+def _is_empty(hidden_states, top_k_weights, down):
+    return top_k_weights.numel() == 0 or hidden_states.numel() == 0 or down.weight.numel() == 0
+
+
+# --- moe_experts ------------------------------------------------------------------------------------------------------
+
+
+def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
+    """(T, H) -> (T, H), on any device."""
+    if hidden_states.device.type == "cpu":
+        inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
+        return reference.moe_experts(*inputs, gate[0], gate_up.bias, down.bias, *gate[1:], gate_up.scale, down.scale)
+    return gpu_forward.forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations)
+
+
+def _by_device(on_cpu, on_gpu):
+    """Tensors on meta come to the fakes."""
+
+    def implementation(first, *args):
+        return (on_cpu if first.device.type == "cpu" else on_gpu)(first, *args)
+
+    return implementation
+
+
+def _forward(hidden_states, top_k_index, *args):
+    (top_k_weights, gate_up, down), gate = Differentiable.of((None, *args[:11]))[1:], Gate(*args[11:15])
+    return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, *args[15:])
+
+
+def _forward_flops(*args, **_):
+    """Of shapes: two for each product of each slot, skipped or not, which only the device knows."""
+    _, _, gate_up, down = Differentiable.of((args[0], *args[2:_TENSORS]))
+    return 2 * math.prod(args[1]) * sum(_size(p.weight) + _size(p.A) + _size(p.B) for p in (gate_up, down))
+
+
+def _size(weight) -> int:
+    """Of an expert's part, given the shape of all; of None, nothing."""
+    return 0 if weight is None else math.prod(weight[1:])
+
+
+moe_experts = register_op(
+    "moe_experts",
+    f"({_INPUTS}, {_GATE}, bool quantize_activations) -> Tensor",
+    _forward,
+    fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+    flops=_forward_flops,
+)
+
+# --- moe_experts_training: also what the backward reads ---------------------------------------------------------------
+
+
+def _training_on_cpu(hidden_states, top_k_index, *args):
+    inputs, gate = Differentiable.of((hidden_states, *args[:11])), Gate(*args[11:])
+    weights, scales = _on_cpu(inputs)
+    x = (hidden_states, top_k_index, inputs.top_k_weights)
+    out, z, *routing = reference.moe_experts_training(*x, *weights, *gate, **scales)
+    return out, z, out.new_empty(0), out.new_empty(0), *routing
+
+
+def _training_on_gpu(hidden_states, top_k_index, *args):
+    inputs, gate = Differentiable.of((hidden_states, *args[:11])), Gate(*args[11:])
+    if _is_empty(hidden_states, inputs.top_k_weights, inputs.down):
+        return tuple(t.zero_() for t in _training_fake(hidden_states, top_k_index, *args))
+    out, z, u1, u2, rows = gpu_forward.forward_and_save(hidden_states, top_k_index, *inputs[1:], gate)
+    u1, u2 = (out.new_empty(0) if u is None else u for u in (u1, u2))
+    return out, z, u1, u2, *rows[:3]
+
+
+def _training_fake(hidden_states, top_k_index, *args):
+    _, _, gate_up, down = Differentiable.of((hidden_states, *args[:11]))
+    (experts, N, _), slots = gate_up.weight.shape, top_k_index.numel()
+    is_adapted = gate_up.A is not None or down.A is not None
+    rows = padded_size(slots, experts) if is_adapted else slots
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    u1, u2 = (out.new_empty(0) if p.A is None else out.new_empty(rows, p.A.shape[1]) for p in (gate_up, down))
+    routing = (top_k_index.new_empty(n, dtype=torch.int32) for n in (experts + 1, rows, slots))
+    return out, out.new_empty(rows, N), u1, u2, *routing
+
+
+moe_experts_training = register_op(
+    "moe_experts_training",
+    f"({_INPUTS}, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _by_device(_training_on_cpu, _training_on_gpu),
+    fake=_training_fake,
+    flops=_forward_flops,
+)
+
+# --- moe_experts_backward ---------------------------------------------------------------------------------------------
+
+
+def _backward_args(args):
+    """Inputs, what the forward saved, what needs gradients, and the gate."""
+    return Differentiable.of(args[:12]), args[12:18], Differentiable.of(args[18]), Gate(*args[19:])
+
+
+def _backward_on_gpu(dout, *args):
+    inputs, (z, u1, u2, *routing), needs, gate = _backward_args(args)
+    if _is_empty(dout, inputs.top_k_weights, inputs.down):
+        return tuple(t.zero_() for t in _backward_fake(dout, *args))
+    grads = backward(dout, inputs, z, u1, u2, routing, needs, gate)
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in grads.flat())
+
+
+def _backward_on_cpu(dout, *args):
+    inputs, (z, _, _, *routing), needs, gate = _backward_args(args)
+    weights, scales = _on_cpu(inputs)
+    x = dout if inputs.hidden_states is None else inputs.hidden_states
+    needed, _ = _on_cpu(needs)
+    args = (dout, x, inputs.top_k_weights, *weights, z, *routing, [*needs[:2], *needed])
+    dx, dweights, dgate_up, ddown, *dbiases = reference.moe_experts_backward(*args, *gate, **scales)
+    projections = (Projection(grad, bias) for grad, bias in zip((dgate_up, ddown), dbiases))
+    flat = Differentiable(dx, dweights, *projections).flat()
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in flat)
+
+
+def _backward_fake(dout, *args):
+    """Of each input's size, in the order of a weight's own memory; of size 0 where no gradient is needed."""
+    inputs, _, needs, _ = _backward_args(args)
+    like = inputs._replace(hidden_states=dout)
+    return tuple(_empty(t) if needed else dout.new_empty(0) for t, needed in zip(like.flat(), needs.flat()))
+
+
+def _empty(t):
+    return reference.empty_gradient(t) if t.ndim == 3 and is_transposed(t) else t.new_empty(t.shape)
+
+
+def _backward_flops(dout, *args, **_):
+    inputs, _, needs, _ = _backward_args(args)
+    (gate_up, A1, B1), (down, A2, B2) = (
+        (_size(p.weight), _size(p.A), _size(p.B)) for p in (inputs.gate_up, inputs.down)
+    )
+    products = down + B2 + A2  # b and v2
+    products += needs.down.weight * down + needs.down.A * A2 + needs.down.B * B2
+    products += needs.hidden_states * (gate_up + A1) + (needs.hidden_states or needs.gate_up.A) * B1
+    products += needs.gate_up.weight * gate_up + needs.gate_up.A * A1 + needs.gate_up.B * B1
+    return 2 * math.prod(inputs.top_k_weights) * products
+
+
+moe_experts_backward = register_op(
+    "moe_experts_backward",
+    f"(Tensor dout, Tensor? hidden_states, {_WEIGHTS}, Tensor z, Tensor u1, Tensor u2, Tensor expert_offsets,"
+    f" Tensor sorted_slots, Tensor slot_positions, bool[] needs_grad, {_GATE}) -> ({', '.join(['Tensor'] * 12)})",
+    _by_device(_backward_on_cpu, _backward_on_gpu),
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden_states, _, *others = inputs[:_TENSORS]
+    needs_x, _, *needs_others = ctx.needs_input_grad[:_TENSORS]
+    ctx.needs = [needs_x, *needs_others]
+    ctx.gate = inputs[_TENSORS:]
+    needs = Differentiable.of(ctx.needs)
+    is_read = needs.gate_up.weight or needs.gate_up.A
+    ctx.save_for_backward(hidden_states if is_read else None, *others, *output[1:])
+
+
+def _training_backward(ctx, dout, *_):
+    grads = moe_experts_backward(dout, *ctx.saved_tensors, ctx.needs, *ctx.gate)
+    dx, *others = (grad if needed else None for grad, needed in zip(grads, ctx.needs))
+    return dx, None, *others, *(None for _ in ctx.gate)
+
+
+register_autograd(moe_experts_training, _training_backward, _setup_context)

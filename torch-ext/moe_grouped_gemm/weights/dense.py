@@ -1,0 +1,87 @@
+"""Weights in the dtype of the activations, (E, N, K) or, without a copy, a view of (E, K, N)."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import gpu, tuning
+from .layout import as_readable, is_transposed
+from .projection import Plan
+
+
+def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
+    rows, experts = top_k_index.numel(), down.weight.shape[0]
+    expert_bytes = 3 * down.weight.stride(0) * down.weight.element_size()
+    if not tuning.is_decode(rows, top_k_index.shape[0], experts, expert_bytes):
+        return None
+    transposed = is_transposed(gate_up.weight) and is_transposed(down.weight)
+    if not transposed and not gate_up.weight.stride(2) == down.weight.stride(2) == 1:
+        return None
+    kernels = gpu.launchers()
+    up_config, down_config = tuning.decode_config(x.dtype, transposed)
+    a = kernels.gate_up_decode(x, gate_up.weight, top_k_index, gate, up_config, _contiguous(gate_up.bias))
+    return kernels.down_decode(a, down.weight, top_k_index, top_k_weights, down_config, _contiguous(down.bias))
+
+
+def plan(slots, gate_up, down, gate, dtype, quantize_activations):
+    up_config, down_config = _experts_config(slots, down.weight)
+    if is_transposed(gate_up.weight) and not gate.interleaved:  # one tile takes rows of gate and of up
+        up_config = up_config._replace(USE_TMA=False)
+    return Plan(as_readable(up_config, gate_up.weight), down_config, dtype)
+
+
+def _experts_config(rows, weight):
+    device = weight.device.index
+    return tuning.experts_config(rows, weight.shape, weight.dtype, gpu.capability(device), gpu.device_name(device))
+
+
+def first_gemm(x, gate_up, rows, gate, plan, z=None):
+    inputs = (x, gate_up.weight, rows.slots, rows.schedule, rows.top_k)
+    precision = gpu.input_precision(x.dtype)
+    return gpu.launchers().gate_up(*inputs, gate, precision, plan.gate_up, z, _contiguous(gate_up.bias))
+
+
+def second_gemm(a, down, rows, plan):
+    """A sum of one is no sum: with top_k = 1 the GEMM itself stores the result."""
+    if rows.top_k > 1:
+        return rows.combine(gemm(a, down.weight, rows.schedule, plan.down, bias=down.bias))
+    out = a.new_empty(a.shape[0], down.weight.shape[1])
+    gpu.launchers().zero_skipped(out, rows.positions)
+    return gemm(a, down.weight, rows.schedule, plan.down, out, rows.slots, rows.weights, bias=down.bias)
+
+
+def row_config(rows, weight, dtype, transposed=False):
+    return _experts_config(rows, weight).down
+
+
+def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, out=None):
+    weight, bias = (projection.weight.mT, None) if transposed else projection[:2]
+    return gemm(x, weight, schedule, config, out, bias=bias, low_rank=low_rank)
+
+
+def gemm(x, weight, schedule, config, *destination, bias=None, low_rank=None):
+    """kernels.grouped_gemm, by a kernel that can read this weight."""
+    kernels = gpu.launchers()
+    config = as_readable(config, x, weight)
+    if config.WARP_SPECIALIZED and (bias is not None or not kernels.can_specialize(weight)):
+        config = config._replace(WARP_SPECIALIZED=False)
+    extras = dict(bias=_contiguous(bias), low_rank=low_rank)
+    return kernels.grouped_gemm(x, weight, schedule, gpu.input_precision(x.dtype), config, *destination, **extras)
+
+
+def wgrad(dy, x, rows, weight):
+    """dW[e] = sum of dy[r] x[r]^T over e's rows, padded ones, in the order of the weight's memory.
+
+    In another order a gradient would be copied as it is accumulated.
+    """
+    slots, experts = rows.positions.numel(), weight.shape[0]
+    config = tuning.wgrad_config(slots, experts, x.dtype, gpu.capability(x.device.index))
+    config = as_readable(config, dy, x)
+    transposed = is_transposed(weight)
+    p, q = (x, dy) if transposed else (dy, x)
+    dw = gpu.launchers().wgrad(p, q, rows.offsets, gpu.input_precision(x.dtype), config)
+    return dw.mT if transposed else dw
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None else x.contiguous()

@@ -1,0 +1,30 @@
+"""How tensors lie in memory, and which kernels can read that."""
+
+from __future__ import annotations
+
+import torch
+
+from ..launch_configs import GemmConfig
+
+
+def is_transposed(weight: torch.Tensor) -> bool:
+    """Whether (E, N, K) is a view of (E, K, N), as experts with `is_transposed` have it."""
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def by_rows(x: torch.Tensor) -> torch.Tensor:
+    """Activations are read row by row."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_readable(config: GemmConfig, *tensors: torch.Tensor) -> GemmConfig:
+    """Without what the tensors rule out; plain loads take anything."""
+    if config.USE_TMA and not all(tma_can_read(x) for x in tensors):
+        return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
+    return config
+
+
+def tma_can_read(x: torch.Tensor) -> bool:
+    """TMA wants 16-byte aligned bases and strides and, in one order of the last two dimensions, a last stride of 1."""
+    *strides, last = x.mT.stride() if x.ndim == 3 and is_transposed(x) else x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)

@@ -1,0 +1,41 @@
+"""One of the experts' two weights as a value, and the plan of a forward over both."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..launch_configs import GemmConfig
+
+
+class Projection(NamedTuple):
+    """A weight W and what else goes into its product: y[r] = W[e] @ x[r] + bias[e] + B[e] @ (A[e] @ x[r]).
+
+    Attributes:
+        weight: (E, N, K), perhaps a view of (E, K, N).
+        bias: (E, N), or None.
+        scale: of each block of a weight in fp8, as in quantize.py; else None.
+        A: (E, R, K), or None: the adapters of this weight, joined as in experts/lora.py.
+        B: (E, N, R), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+
+
+def is_adapted(*projections: Projection) -> bool:
+    return any(projection.A is not None for projection in projections)
+
+
+class Plan(NamedTuple):
+    """How the two GEMMs of a forward are launched, over the tiles of one schedule."""
+
+    gate_up: GemmConfig
+    down: GemmConfig
+    dtype: torch.dtype  # of hidden_states and of the result
+    quantized: bool = False  # activations are multiplied in fp8
+    gathered: bool = False  # both GEMMs are row_gemm with `down`, and the gate is a launch between them
