@@ -21,12 +21,12 @@ $(VENV)/.installed: requirements-dev.txt
 $(TRITONS): $(VENV)/triton-%: | $(VENV)/.installed
 	$(PYTHON) -m pip install --no-deps --target $@ triton==$*
 
-# One for each supported Transformers; PyTorch and the rest are shared. Without them, tests/test_versions.py is skipped.
+# One for each supported Transformers; PyTorch and the rest are shared. Without them, test_versions.py is skipped.
 environments: $(READY)
 	$(PYTHON) scripts/versions.py
 
 versions: environments
-	$(PYTHON) -m pytest tests/test_versions.py
+	$(PYTHON) -m pytest tests/process/test_versions.py
 
 build: $(READY)
 	$(PYTHON) scripts/build.py
@@ -39,7 +39,7 @@ test: style
 	$(PYTHON) -m pytest -n auto --dist worksteal $(if $(FULL),,-m "not matrix") $(if $(SEED),--seed $(SEED))
 
 # Those that compare numbers with an oracle, on the CPU, each time with others.
-ORACLE_TESTS := $(addprefix tests/test_,moe_experts.py lora.py router.py building_blocks.py fp8.py training.py)
+ORACLE_TESTS := $(patsubst %,tests/experts/test_%.py,moe_experts lora router building_blocks training) tests/weights
 repeats: build
 	for seed in $$(seq 50); do $(PYTHON) -m pytest -q -m "not gpu" -n auto --seed $$seed $(ORACLE_TESTS) || exit; done
 

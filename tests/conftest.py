@@ -6,7 +6,11 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+import pytest
+
+HELPERS = Path(__file__).resolve().parent / "helpers"
+sys.path.insert(0, str(HELPERS))
+pytest.register_assert_rewrite(*(path.stem for path in HELPERS.glob("*.py")))
 from suite import REPO_ID, ROOT  # noqa: E402
 
 # All of this comes before anything imports huggingface_hub or torch, which read their environment once.
@@ -24,7 +28,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they start, share t
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # by default a pool of processes for each worker
 
 import kernels  # noqa: E402
-import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # Fills torch.empty with NaN: an output row that no kernel writes shows.

@@ -6,56 +6,40 @@ import sys
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+import public_functions as public
 from oracle import layer
-from public_functions import (
-    FUNCTIONS,
-    HIDDEN,
-    INTER,
-    SHAPE,
-    SLOTS,
-    TOKENS,
-    forward_and_gradients,
-    fp8,
-    grouped_gemm,
-    leaves,
-    lora,
-    lora_with_norm,
-    moe_experts,
-    route,
-    topk_router,
-)
 from suite import HELPERS, REPO_ID
 from tiny_models import WAYS, prompt, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYER = 2 * SLOTS * 3 * HIDDEN * INTER
-FACTORS = 2 * SLOTS * 16 * ((HIDDEN + 2 * INTER) + (INTER + HIDDEN))
-GEMM = 2 * TOKENS * 2 * INTER * HIDDEN
-ROUTER = 2 * TOKENS * 12 * HIDDEN
+LAYER = 2 * public.SLOTS * 3 * public.HIDDEN * public.INTER
+FACTORS = 2 * public.SLOTS * 16 * ((public.HIDDEN + 2 * public.INTER) + (public.INTER + public.HIDDEN))
+GEMM = 2 * public.TOKENS * 2 * public.INTER * public.HIDDEN
+ROUTER = 2 * public.TOKENS * 12 * public.HIDDEN
 FLOPS = {  # forward, and backward for every gradient that there is
-    moe_experts: (LAYER, 2 * LAYER),
-    fp8: (LAYER, LAYER),
-    lora: (LAYER + FACTORS, 2 * (LAYER + FACTORS)),
-    lora_with_norm: (LAYER + FACTORS, 2 * (LAYER + FACTORS)),
-    grouped_gemm: (GEMM, 2 * GEMM),
-    topk_router: (ROUTER, 2 * ROUTER),
-    route: (0, 0),
+    public.moe_experts: (LAYER, 2 * LAYER),
+    public.fp8: (LAYER, LAYER),
+    public.lora: (LAYER + FACTORS, 2 * (LAYER + FACTORS)),
+    public.lora_with_norm: (LAYER + FACTORS, 2 * (LAYER + FACTORS)),
+    public.grouped_gemm: (GEMM, 2 * GEMM),
+    public.topk_router: (ROUTER, 2 * ROUTER),
+    public.route: (0, 0),
 }
 
 
-@pytest.mark.parametrize("make", FUNCTIONS)
+@pytest.mark.parametrize("make", public.FUNCTIONS)
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu), "meta"])
 def test_flops(kernel, training, make, where):
     function, inputs = make(kernel)
-    args = leaves([t.to(where) for t in inputs(0, "cpu")], training)
+    args = public.leaves([t.to(where) for t in inputs(0, "cpu")], training)
     with FlopCounterMode(display=False) as counter:
-        forward_and_gradients(function, args, training)
+        public.forward_and_gradients(function, args, training)
     assert counter.get_total_flops() == FLOPS[make][0] + training * FLOPS[make][1]
 
 
 def test_flops_of_wanted_gradients_alone(kernel, device):
-    args = layer(*SHAPE, device=device)
+    args = layer(*public.SHAPE, device=device)
     args[0].requires_grad_()
     with FlopCounterMode(display=False) as counter:
         kernel.moe_experts(*args).sum().backward()

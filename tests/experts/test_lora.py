@@ -18,7 +18,8 @@ CASES = [  # T, E, top_k, H, I, ids, ranks for gate_up, ranks for down
     pytest.param(100, 8, 2, 64, 32, "distinct", [4], [], id="gate_up-alone"),
     pytest.param(100, 8, 2, 64, 32, "distinct", [], [4], id="down-alone"),
     pytest.param(300, 5, 3, 64, 32, "one", [16], [16], id="all-on-one-expert"),
-    pytest.param(300, 7, 6, 97, 47, "sentinels", [3, 16], [16], id="sentinels"),
+    # long: on a GPU, to compile
+    pytest.param(300, 7, 6, 97, 47, "sentinels", [3, 16], [16], id="sentinels", marks=pytest.mark.long),
 ]
 CASE = "tokens, experts, top_k, hidden_dim, inter, ids, up_ranks, down_ranks"
 

@@ -10,22 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import public_functions
+import public_functions as public
 from oracle import layer
-from public_functions import (
-    FUNCTIONS,
-    SHAPE,
-    assert_same,
-    fp8,
-    grouped_gemm,
-    leaves,
-    lora,
-    lora_with_norm,
-    moe_experts,
-    outputs,
-    route,
-    topk_router,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,17 +31,17 @@ ONE_NODE = {"moe_experts": "moe_experts", "fp8": "moe_experts", "topk_router": "
 
 @pytest.mark.parametrize("name", ONE_NODE)
 def test_a_mode_sees_one_node(kernel, device, name):
-    function, inputs = getattr(public_functions, name)(kernel)
+    function, inputs = getattr(public, name)(kernel)
     args = inputs(0, device)
     expected = function(*args)
     with Recorder() as recorder, torch.no_grad():
         got = function(*args)
     assert [seen.split("::")[1] for seen in recorder.names] == [ONE_NODE[name]]
-    assert_same(got, expected)
+    public.assert_same(got, expected)
 
 
 def test_a_mode_sees_forward_and_backward(kernel, device):
-    args = leaves(layer(*SHAPE, device=device), True)
+    args = public.leaves(layer(*public.SHAPE, device=device), True)
     with Recorder() as recorder:
         kernel.moe_experts(*args).backward(args[0].detach())
     ours = [seen.split("::")[1] for seen in recorder.names if "moe_grouped_gemm" in seen]
@@ -67,9 +53,9 @@ def test_selective_checkpoint(kernel, device, record, policy):
     """Its policy is asked about the layer as one op, and obeyed."""
     on_gpu = import_module(f"{kernel.__name__}.experts.forward")
     forward = (kernel.reference, "moe_experts_training") if device == "cpu" else (on_gpu, "forward_and_save")
-    expected = leaves(layer(*SHAPE, device=device), True)
+    expected = public.leaves(layer(*public.SHAPE, device=device), True)
     kernel.moe_experts(*expected).sum().backward()
-    args, runs = leaves(layer(*SHAPE, device=device), True), record(*forward)
+    args, runs = public.leaves(layer(*public.SHAPE, device=device), True), record(*forward)
 
     def of_op(context, op, *args, **kwargs):
         return policy if "moe_experts_training" in op.name() else CheckpointPolicy.PREFER_RECOMPUTE
@@ -113,14 +99,14 @@ def test_subclasses(case, device, subclass, which):
 
     args = [wrap(t) if which == "all" or t is args[-1] else t for t in args]
     with torch.no_grad():
-        got = outputs(function(*args))
+        got = public.outputs(function(*args))
     assert all(type(t) is subclass for t in got)
-    assert_same(tuple(t.as_subclass(torch.Tensor) if subclass is Plain else t.inner for t in got), expected)
+    public.assert_same(tuple(t.as_subclass(torch.Tensor) if subclass is Plain else t.inner for t in got), expected)
 
 
 def test_parameters_are_plain(kernel, device, monkeypatch):
     """They do not make inference pay for an op."""
-    x, index, top_k_weights, *weights = layer(*SHAPE, device=device)
+    x, index, top_k_weights, *weights = layer(*public.SHAPE, device=device)
     monkeypatch.setattr(kernel.functional.ops, "moe_experts", None)
     with torch.no_grad():
         kernel.moe_experts(x, index, top_k_weights, *map(torch.nn.Parameter, weights))
@@ -135,17 +121,17 @@ def mesh(device):
 
 
 DTENSORS = {  # of each function: which argument, by what name
-    moe_experts: {0: "hidden_states", 1: "top_k_index", 3: "gate_up_proj", 4: "down_proj"},
-    fp8: {0: "hidden_states", 4: "down_proj", 6: "down_proj_scale"},
-    lora: {0: "hidden_states", 2: "top_k_weights", 4: "down_proj", 5: "gate_up_lora", 8: "down_lora"},
-    lora_with_norm: {1: "top_k_index", 3: "gate_up_proj", 6: "gate_up_lora"},
-    grouped_gemm: {0: "x", 1: "weight", 2: "expert_offsets"},
-    topk_router: {0: "hidden_states", 1: "weight", 2: "e_score_correction_bias"},
-    route: {0: "top_k_index"},
+    public.moe_experts: {0: "hidden_states", 1: "top_k_index", 3: "gate_up_proj", 4: "down_proj"},
+    public.fp8: {0: "hidden_states", 4: "down_proj", 6: "down_proj_scale"},
+    public.lora: {0: "hidden_states", 2: "top_k_weights", 4: "down_proj", 5: "gate_up_lora", 8: "down_lora"},
+    public.lora_with_norm: {1: "top_k_index", 3: "gate_up_proj", 6: "gate_up_lora"},
+    public.grouped_gemm: {0: "x", 1: "weight", 2: "expert_offsets"},
+    public.topk_router: {0: "hidden_states", 1: "weight", 2: "e_score_correction_bias"},
+    public.route: {0: "top_k_index"},
 }
 
 
-@pytest.mark.parametrize("make", FUNCTIONS)
+@pytest.mark.parametrize("make", public.FUNCTIONS)
 def test_dtensors_are_named(kernel, device, mesh, training, make):
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -154,4 +140,4 @@ def test_dtensors_are_named(kernel, device, mesh, training, make):
         args = inputs(0, device)
         args[position] = DTensor.from_local(args[position], mesh, [Replicate()], run_check=False)
         with pytest.raises(TypeError, match=rf"{name}: expected a plain tensor, got a DTensor; .* x\.to_local\(\)"):
-            function(*leaves(args, training))
+            function(*public.leaves(args, training))

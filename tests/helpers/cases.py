@@ -33,7 +33,7 @@ def values_at(axes, places):
 def in_turn(cases):
     """Each case in fp32 and in one of the 16-bit types, which the same code serves: `pytest.param`s, dtype last."""
     return [
-        pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
+        pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}", marks=case.marks)
         for i, case in enumerate(cases)
         for dtype in ((torch.bfloat16, torch.float16)[i % 2], torch.float32)
     ]

@@ -20,7 +20,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
 from transformers.utils import kernel_config
 
-from tiny_models import NUM_MOE_LAYERS, experts_of, is_switched_on, prompt
+from tiny_models import HUB_NAME, NUM_MOE_LAYERS, experts_of, is_switched_on, prompt
 from two_processes import join_group
 
 PLANS = {
@@ -119,7 +119,7 @@ def load_by_kernel_config(plan):
         mock.patch.object(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", devices),
         mock.patch("kernels.layer.layer.select_revision_or_version", lambda **_: "v1"),
     ):
-        config = KernelConfig({"DeepseekV3Experts": "org/moe-grouped-gemm:MoEExperts"})
+        config = KernelConfig({"DeepseekV3Experts": HUB_NAME})
         model = load(plan, use_kernels=True, kernel_config=config)
     clear_patch_mapping()
     return model

@@ -12,11 +12,10 @@ from cases import covering
 from moe_models import ALONE, experts_classes, tiny_model, tiny_module
 from oracle import assert_as_good_as_torch
 from suite import ROOT
-from tiny_models import is_switched_on
+from tiny_models import INTERFACE, is_switched_on
 
 EXPERTS = [pytest.param(entry, id=entry.name) for entry in experts_classes()]
 MODELS = [pytest.param(entry, id=entry.name) for entry in experts_classes() if entry.name not in ALONE]
-INTERFACE = "moe_grouped_gemm"
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered")
 

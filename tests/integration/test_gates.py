@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_models import experts_classes, tiny_module
-
-INTERFACE = "moe_grouped_gemm"
+from tiny_models import INTERFACE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "registered")
 

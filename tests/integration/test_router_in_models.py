@@ -12,11 +12,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.monkey_patching import register_patch_mapping
 
 from oracle import in_fp64, router
-from suite import COMPILE_BACKENDS
-from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, is_switched_on, prompt, stock_router
+from suite import COMPILE_BACKENDS, REPO_ID
+from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, is_switched_on, load, prompt, stock_router
 
-HUB_NAME = "org/moe-grouped-gemm:DeepseekV3TopkRouter"
-
+HUB_NAME = f"{REPO_ID}:DeepseekV3TopkRouter"
 
 pytestmark = pytest.mark.usefixtures("no_other_kernels")
 
@@ -24,10 +23,6 @@ pytestmark = pytest.mark.usefixtures("no_other_kernels")
 @pytest.fixture
 def calls(kernel, record):
     return record(import_module(f"{kernel.__name__}.router"), "topk_router")
-
-
-def load(path, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs)
 
 
 def routers_of(model):
@@ -149,7 +144,7 @@ def test_kernel_config(checkpoint, kernel, calls, device, with_experts):
     expected = run(load(checkpoint, device_map=device))
     mapping = {"DeepseekV3TopkRouter": HUB_NAME}
     if with_experts:
-        mapping["DeepseekV3Experts"] = "org/moe-grouped-gemm:MoEExperts"
+        mapping["DeepseekV3Experts"] = f"{REPO_ID}:MoEExperts"
     model = load(checkpoint, device_map=device, use_kernels=True, kernel_config=KernelConfig(mapping))
     assert is_kernelized(model, kernel)
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
