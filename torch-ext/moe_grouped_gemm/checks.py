@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .weights import quantize
+from .weights import Projection, is_fp8, quantize
 
 FLOATS = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
@@ -52,36 +52,40 @@ def check_experts(
     hidden_states,
     top_k_index,
     top_k_weights,
-    gate_up_proj,
-    down_proj,
+    gate_up: Projection,
+    down: Projection,
     activation,
-    gate_up_proj_bias=None,
-    down_proj_bias=None,
     limit=None,
     gated=True,
+    block_size=(quantize.BLOCK, quantize.BLOCK),
 ) -> None:
-    biases = {"gate_up_proj_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
+    biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
     biases = {name: bias for name, bias in biases.items() if bias is not None}
-    check_floats(hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj, **biases)
-    _check_layer(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, biases, limit, gated)
+    are_fp8 = is_fp8(gate_up, down)
+    if are_fp8:
+        refuse_with_fp8(**biases)
+        check_floats(hidden_states=hidden_states)
+        _check_fp8(hidden_states, gate_up, down, block_size)
+    else:
+        check_floats(hidden_states=hidden_states, gate_up_proj=gate_up.weight, down_proj=down.weight, **biases)
+    weights = (gate_up.weight, down.weight)
+    _check_layer(hidden_states, top_k_index, top_k_weights, *weights, activation, biases, limit, gated)
+    if are_fp8:
+        _check_scales(gate_up, down)
 
 
-def check_fp8_experts(
-    hidden_states,
-    top_k_index,
-    top_k_weights,
-    gate_up_proj,
-    down_proj,
-    gate_up_scale,
-    down_scale,
-    activation,
-    block_size,
-) -> None:
-    check_floats(hidden_states=hidden_states)
+def refuse_with_fp8(**given) -> None:
+    """Weights in fp8 take none of these."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            got = shape(value) if isinstance(value, torch.Tensor) else value
+            raise ValueError(f"{name}: expected {False if value is True else None} with weights in fp8, got {got}")
+
+
+def _check_fp8(hidden_states, gate_up, down, block_size) -> None:
     if tuple(block_size) != (quantize.BLOCK, quantize.BLOCK):
         raise ValueError(f"block_size: expected (128, 128), got {tuple(block_size)}")
-    weights = {"gate_up_proj": (gate_up_proj, gate_up_scale), "down_proj": (down_proj, down_scale)}
-    for name, (weight, scale) in weights.items():
+    for name, (weight, _, scale, *_) in {"gate_up_proj": gate_up, "down_proj": down}.items():
         if scale is None:
             raise ValueError(f"{name}_scale: expected a scale for each block, as the other weight has, got None")
         if weight.dtype != quantize.FP8:
@@ -95,16 +99,18 @@ def check_fp8_experts(
                 raise ValueError(
                     f"{tensor_name}: expected on {hidden_states.device} like hidden_states, got {tensor.device}"
                 )
-    _check_layer(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, {}, None, True)
-    experts, rows, hidden_dim = gate_up_proj.shape
-    expected = quantize.scale_shape(*gate_up_proj.shape)
+
+
+def _check_scales(gate_up, down) -> None:
+    experts, rows, hidden_dim = gate_up.weight.shape
+    expected = quantize.scale_shape(*gate_up.weight.shape)
     of_halves = (experts, 2 * quantize.scale_shape(rows // 2, hidden_dim)[0], expected[2])
-    if gate_up_scale.shape not in (expected, of_halves):
+    if gate_up.scale.shape not in (expected, of_halves):
         or_halves = "" if of_halves == expected else f" or, with blocks of gate and up apart, {of_halves}"
-        raise ValueError(f"gate_up_proj_scale: expected {expected}{or_halves}, got {shape(gate_up_scale)}")
-    expected = quantize.scale_shape(*down_proj.shape)
-    if down_scale.shape != expected:
-        raise ValueError(f"down_proj_scale: expected {expected} to fit down_proj, got {shape(down_scale)}")
+        raise ValueError(f"gate_up_proj_scale: expected {expected}{or_halves}, got {shape(gate_up.scale)}")
+    expected = quantize.scale_shape(*down.weight.shape)
+    if down.scale.shape != expected:
+        raise ValueError(f"down_proj_scale: expected {expected} to fit down_proj, got {shape(down.scale)}")
 
 
 def _check_layer(

@@ -6,13 +6,13 @@ from typing import Callable
 
 import torch
 
-from .checks import check_experts, check_floats, check_fp8_experts, check_index, shape
+from .checks import check_experts, check_floats, check_index, refuse_with_fp8, shape
 from .experts import blocks, composed, ops
 from .experts.lora import RANK_MULTIPLE, LoraFactors, adapted
 from .reference import Gate
 from .routing import Routing
 from .torch_ops import autocast, needs_gradients, needs_op, refuse_dtensors, rejects_transforms
-from .weights import Projection, is_adapted
+from .weights import Projection, is_adapted, is_fp8
 
 _SILU = Gate("silu")
 
@@ -79,8 +79,8 @@ def moe_experts(
     gate = Gate(activation, limit, alpha, interleaved)
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
-    if _are_fp8(gate_up, down):
-        _refuse_with_fp8(limit=limit, interleaved=interleaved)
+    if is_fp8(gate_up, down):
+        refuse_with_fp8(limit=limit, interleaved=interleaved)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     return _experts(*_checked(*inputs, activation, limit, block_size=block_size), gate, quantize_activations)
 
@@ -133,40 +133,17 @@ def moe_experts_lora(
     return composed.forward(*inputs, gate, norm)
 
 
-def _are_fp8(*projections):
-    return any(projection.scale is not None for projection in projections)
-
-
-def _refuse_with_fp8(**given):
-    for name, value in given.items():
-        if value is not None and value is not False:
-            got = shape(value) if isinstance(value, torch.Tensor) else value
-            raise ValueError(f"{name}: expected {False if value is True else None} with weights in fp8, got {got}")
-
-
-def _checked(
-    hidden_states,
-    top_k_index,
-    top_k_weights,
-    gate_up,
-    down,
-    activation,
-    limit,
-    gated=True,
-    block_size=(128, 128),
-):
-    """The first five, checked, in the dtype that autocast asks for."""
-    if _are_fp8(gate_up, down):
-        _refuse_with_fp8(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
+def _checked(hidden_states, top_k_index, top_k_weights, gate_up, down, *more, **options):
+    """The first five, checked, in the dtype that autocast asks for: of weights in fp8, hidden_states alone."""
+    if is_fp8(gate_up, down):
         (hidden_states,) = autocast(hidden_states)
-        inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
-        check_fp8_experts(*inputs, gate_up.scale, down.scale, activation, block_size)
-        return hidden_states, top_k_index, top_k_weights, gate_up, down
-    operands = (hidden_states, gate_up.weight, down.weight, gate_up.bias, down.bias)
-    hidden_states, up, down, up_bias, down_bias = autocast(*operands)
-    inputs = (hidden_states, top_k_index, top_k_weights, up, down)
-    check_experts(*inputs, activation, up_bias, down_bias, limit, gated)
-    return hidden_states, top_k_index, top_k_weights, Projection(up, up_bias), Projection(down, down_bias)
+    else:
+        operands = (hidden_states, *gate_up[:2], *down[:2])
+        hidden_states, up_weight, up_bias, down_weight, down_bias = autocast(*operands)
+        gate_up, down = Projection(up_weight, up_bias), Projection(down_weight, down_bias)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
+    check_experts(*inputs, *more, **options)
+    return inputs
 
 
 def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):

@@ -62,7 +62,7 @@ class ThinConfig(NamedTuple):
 
 
 def ways(config: GemmConfig) -> set[GemmConfig]:
-    """This configuration, and what gpu.py makes of it for tensors that its kernel cannot read."""
+    """This configuration, and what weights/ makes of it for tensors that its kernel cannot read."""
     without = config._replace(WARP_SPECIALIZED=False)
     return {config, without, without._replace(USE_TMA=False)}
 

@@ -11,18 +11,15 @@ from torch import nn
 
 from .integration import modules, routers, stand_ins
 from .integration.register import register_layers
-from .integration.switching import switches_on
+from .integration.switching import Layer, switches_on
 
 
-class MoEExperts(nn.Module):
+class MoEExperts(Layer):
     """Replaces the forward of a Transformers experts module such as DeepseekV3Experts.
 
     `kernelize` assigns `forward`, bound to the Transformers module; a class that we know takes that as a mark.
     """
 
-    can_torch_compile = True
-    has_backward = True
-
     @switches_on
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -31,25 +28,12 @@ class MoEExperts(nn.Module):
         return modules.experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
-class FP8Experts(nn.Module):
+class FP8Experts(MoEExperts):
     """Replaces the forward of Transformers' FP8Experts, as `MoEExperts` does that of other experts."""
 
-    can_torch_compile = True
-    has_backward = True
 
-    @switches_on
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """(T, H) hidden states, (T, top_k) expert ids, (T, top_k) weights -> (T, H)."""
-        return modules.experts_forward(self, hidden_states, top_k_index, top_k_weights)
-
-
-class DeepseekV3TopkRouter(nn.Module):
+class DeepseekV3TopkRouter(Layer):
     """Replaces the forward of Transformers' DeepseekV3TopkRouter, as `MoEExperts` does that of the experts."""
-
-    can_torch_compile = True
-    has_backward = True
 
     @switches_on
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

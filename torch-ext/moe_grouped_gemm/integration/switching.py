@@ -36,6 +36,13 @@ def switches_on(forward: Callable) -> Callable:
     return forward
 
 
+class Layer(nn.Module):
+    """What our layers say of themselves to kernels."""
+
+    can_torch_compile = True
+    has_backward = True
+
+
 def make_switchable(cls: type, serve: Callable, learn: Callable | None = None) -> None:
     """From now on modules of `cls` can be switched on.
 

@@ -23,7 +23,7 @@ from ..torch_ops import autocast
 from . import switching
 from .gates import activation_name
 from .modules import is_plain, unparametrized
-from .switching import switches_on
+from .switching import Layer, switches_on
 
 
 def _is_readable(module: nn.Module, path: str) -> bool:
@@ -61,11 +61,8 @@ def _gated(module, hidden_states, top_k_index, top_k_weights, gate_up_proj, down
 # `self` is the Transformers module.
 
 
-class DbrxExperts(nn.Module):
+class DbrxExperts(Layer):
     """Three weights (E * I, H), of gate, up and down, the last one transposed."""
-
-    can_torch_compile = True
-    has_backward = True
 
     @switches_on
     def forward(
@@ -88,11 +85,8 @@ class DbrxExperts(nn.Module):
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
 
-class JetMoeParallelExperts(nn.Module):
+class JetMoeParallelExperts(Layer):
     """One grouped GEMM, of MLPs and of attention; rows come sorted."""
-
-    can_torch_compile = True
-    has_backward = True
 
     @switches_on
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
@@ -101,14 +95,11 @@ class JetMoeParallelExperts(nn.Module):
         return functional.grouped_gemm(*autocast(inputs, self.weight), offsets)
 
 
-class Llama4TextMoe(nn.Module):
+class Llama4TextMoe(Layer):
     """The whole block: its experts get all tokens, times a score that is zero but for the chosen ones.
 
     As the score multiplies what an expert gets, each slot is a token of its own here.
     """
-
-    can_torch_compile = True
-    has_backward = True
 
     @switches_on
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,11 +115,8 @@ class Llama4TextMoe(nn.Module):
         return self.shared_expert(hidden_states) + routed, router_logits
 
 
-class LongcatFlashExperts(nn.Module):
+class LongcatFlashExperts(Layer):
     """Experts with weights, and after them others, without any, that return what they get."""
-
-    can_torch_compile = True
-    has_backward = True
 
     @switches_on
     def forward(
@@ -142,11 +130,8 @@ class LongcatFlashExperts(nn.Module):
         return (out + hidden_states * identity).to(hidden_states.dtype)
 
 
-class Step3p7Experts(nn.Module):
+class Step3p7Experts(Layer):
     """Clamps, where it does, after the activation: none of our gates."""
-
-    can_torch_compile = True
-    has_backward = True
 
     @switches_on
     def forward(

@@ -31,6 +31,10 @@ def is_adapted(*projections: Projection) -> bool:
     return any(projection.A is not None for projection in projections)
 
 
+def is_fp8(*projections: Projection) -> bool:
+    return any(projection.scale is not None for projection in projections)
+
+
 class Plan(NamedTuple):
     """How the two GEMMs of a forward are launched, over the tiles of one schedule."""
 
