@@ -178,6 +178,7 @@ assert {name for name, _ in compiled} == {"_route_kernel", "_gate_up_kernel", "_
 """
 
 
+@pytest.mark.long
 def test_compiling_ahead_fills_the_cache(tmp_path, monkeypatch):
     """In processes of its own and without memory; launches of another size with real tensors then compile nothing."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
