@@ -89,7 +89,7 @@ def fork(setting):
             run_in_bf16()
     except BaseException as error:
         result = {"error": repr(error)}
-    os.write(1, (json.dumps([setting, result]) + "\n").encode())  # at once: others write to the same pipe
+    os.write(1, (json.dumps([setting, result]) + "\\n").encode())  # at once: others write to the same pipe
     os._exit(0)
 
 # The first two, one of each precision, compile the kernels that the others find in Triton's cache.

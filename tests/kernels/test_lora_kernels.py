@@ -197,7 +197,7 @@ def test_saves_what_it_says(kernel, lora, on_gpu):
 
     on_gpu[0].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = composed(lora, kernel.reference.Gate())(*on_gpu)
+        out = composed(kernel, kernel.reference.Gate())(*on_gpu)
     assert out.requires_grad
     rows = (500 * 2 // 64 + 4) * 64
     factors = sum(t.numel() for t in on_gpu[7:])  # joined anew
@@ -207,7 +207,7 @@ def test_saves_what_it_says(kernel, lora, on_gpu):
 
 @pytest.mark.gpu
 def test_compiled_equals_eager(kernel, lora, on_gpu):
-    function = composed(lora, kernel.reference.Gate())
+    function = composed(kernel, kernel.reference.Gate())
     dout = torch.ones_like(on_gpu[0])
     compiled = gradients(torch.compile(function, fullgraph=True), on_gpu, dout)
     torch.testing.assert_close(compiled, gradients(function, on_gpu, dout))

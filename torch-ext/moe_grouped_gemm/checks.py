@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .weights import Projection, is_fp8, quantize
+from .weights import Projection, are_fp8, quantize
 
 FLOATS = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
@@ -15,9 +15,10 @@ FLOATS = {
 
 
 def device_type(name: str, x: torch.Tensor) -> str:
-    if x.device.type not in FLOATS:
+    kind = x.device.type
+    if kind not in FLOATS:
         raise ValueError(f"{name}: expected on cpu or cuda, got {x.device}")
-    return x.device.type
+    return kind
 
 
 def shape(x: torch.Tensor) -> tuple:
@@ -33,11 +34,12 @@ def check_floats(**tensors: torch.Tensor) -> None:
     allowed = FLOATS[kind]
     if x.dtype not in allowed:
         raise TypeError(f"{first}: expected one of {', '.join(map(str, allowed))} on {kind}, got {x.dtype}")
+    dtype, device = x.dtype, x.device
     for name in names:
-        if tensors[name].dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} like {first}, got {tensors[name].dtype}")
-        if tensors[name].device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} like {first}, got {tensors[name].device}")
+        if tensors[name].dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} like {first}, got {tensors[name].dtype}")
+        if tensors[name].device != device:
+            raise ValueError(f"{name}: expected on {device} like {first}, got {tensors[name].device}")
 
 
 def check_index(top_k_index: torch.Tensor) -> None:
@@ -59,10 +61,13 @@ def check_experts(
     gated=True,
     block_size=(quantize.BLOCK, quantize.BLOCK),
 ) -> None:
-    biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
-    biases = {name: bias for name, bias in biases.items() if bias is not None}
-    are_fp8 = is_fp8(gate_up, down)
-    if are_fp8:
+    biases = {}
+    if gate_up.bias is not None:
+        biases["gate_up_proj_bias"] = gate_up.bias
+    if down.bias is not None:
+        biases["down_proj_bias"] = down.bias
+    fp8 = are_fp8(gate_up, down)
+    if fp8:
         refuse_with_fp8(**biases)
         check_floats(hidden_states=hidden_states)
         _check_fp8(hidden_states, gate_up, down, block_size)
@@ -70,7 +75,7 @@ def check_experts(
         check_floats(hidden_states=hidden_states, gate_up_proj=gate_up.weight, down_proj=down.weight, **biases)
     weights = (gate_up.weight, down.weight)
     _check_layer(hidden_states, top_k_index, top_k_weights, *weights, activation, biases, limit, gated)
-    if are_fp8:
+    if fp8:
         _check_scales(gate_up, down)
 
 
@@ -127,11 +132,11 @@ def _check_layer(
     if not top_k_weights.is_floating_point():
         raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")
     halves = 2 if gated else 1
-    if gate_up_proj.ndim != 3 or gate_up_proj.shape[2] != hidden_dim or gate_up_proj.shape[1] % halves:
+    experts, rows, columns = gate_up_proj.shape if gate_up_proj.ndim == 3 else (0, 0, None)
+    if columns != hidden_dim or rows % halves:
         raise ValueError(
             f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {shape(gate_up_proj)}"
         )
-    experts, rows, _ = gate_up_proj.shape
     if experts == 0:
         raise ValueError(f"gate_up_proj: expected at least one expert, got {shape(gate_up_proj)}")
     if down_proj.shape != (experts, hidden_dim, rows // halves):
@@ -142,9 +147,10 @@ def _check_layer(
         expected = (experts, rows if name == "gate_up_proj_bias" else hidden_dim)
         if bias.shape != expected:
             raise ValueError(f"{name}: expected {expected} to fit the weights, got {shape(bias)}")
+    device = hidden_states.device
     for name, x in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
-        if x.device != hidden_states.device:
-            raise ValueError(f"{name}: expected on {hidden_states.device} like hidden_states, got {x.device}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected on {device} like hidden_states, got {x.device}")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     if limit is not None and not limit > 0:

@@ -11,8 +11,8 @@ from .experts import blocks, composed, ops
 from .experts.lora import RANK_MULTIPLE, LoraFactors, adapted
 from .reference import Gate
 from .routing import Routing
-from .torch_ops import autocast, needs_gradients, needs_op, refuse_dtensors, rejects_transforms
-from .weights import Projection, is_adapted, is_fp8
+from .torch_ops import autocast, is_autocast, needs_gradients, needs_op, refuse_dtensors, rejects_transforms
+from .weights import Projection, are_adapted, are_fp8
 
 _SILU = Gate("silu")
 
@@ -79,7 +79,7 @@ def moe_experts(
     gate = Gate(activation, limit, alpha, interleaved)
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
-    if is_fp8(gate_up, down):
+    if are_fp8(gate_up, down):
         refuse_with_fp8(limit=limit, interleaved=interleaved)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     return _experts(*_checked(*inputs, activation, limit, block_size=block_size), gate, quantize_activations)
@@ -127,7 +127,7 @@ def moe_experts_lora(
     gate_up = adapted("gate_up_lora", gate_up, gate_up_lora, *join)
     down = adapted("down_lora", down, down_lora, *join)
     inputs = (hidden_states, *routing, gate_up, down)
-    if is_ours and gated and norm is None and (on_gpu or not is_adapted(gate_up, down)):
+    if is_ours and gated and norm is None and (on_gpu or not are_adapted(gate_up, down)):
         return _experts(*inputs, gate, quantize_activations=False)
     refuse_dtensors(zip(ops.INPUT_NAMES, (*inputs[:3], *gate_up, *down)))
     return composed.forward(*inputs, gate, norm)
@@ -135,12 +135,11 @@ def moe_experts_lora(
 
 def _checked(hidden_states, top_k_index, top_k_weights, gate_up, down, *more, **options):
     """The first five, checked, in the dtype that autocast asks for: of weights in fp8, hidden_states alone."""
-    if is_fp8(gate_up, down):
-        (hidden_states,) = autocast(hidden_states)
-    else:
+    if is_autocast(hidden_states):
         operands = (hidden_states, *gate_up[:2], *down[:2])
-        hidden_states, up_weight, up_bias, down_weight, down_bias = autocast(*operands)
-        gate_up, down = Projection(up_weight, up_bias), Projection(down_weight, down_bias)
+        hidden_states, *dense = autocast(*operands)
+        if not are_fp8(gate_up, down):
+            gate_up, down = Projection(*dense[:2]), Projection(*dense[2:])
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     check_experts(*inputs, *more, **options)
     return inputs
@@ -153,7 +152,7 @@ def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, qua
     if not as_op and gate_up.scale is None and hidden_states.device.type == "cpu":
         return ops.forward(*inputs[:3], gate_up, down, gate, False)  # plain torch, with torch's gradients
     if needs_gradients(inputs):
-        return ops.moe_experts_training(*inputs, *gate)[0]
+        return ops.moe_experts_training(*inputs, *gate)[0] if as_op else ops.training(*inputs, *gate)
     if hidden_states.requires_grad or top_k_weights.requires_grad:
         # Reentrant checkpointing, say, whose second pass is with gradients.
         quantize_activations = False

@@ -71,6 +71,28 @@ def register_autograd(op, backward: Callable, setup_context: Callable | None = N
     op.register_autograd(backward_if_defined, setup_context=setup)
 
 
+def differentiable(impl: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """The first output of `impl`, with this gradient: the same as an op, for calls that `needs_op` says no to."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor, *args):
+            ctx.set_materialize_grads(False)
+            with without_autocast(tensor):
+                output = impl(tensor, *args)
+            setup_context(ctx, (tensor, *args), output)
+            return output[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            if grad is None:
+                return (None,) * len(ctx.needs_input_grad)
+            with without_autocast(grad):
+                return backward(ctx, grad)
+
+    return Function.apply
+
+
 def needs_op(op, tensors) -> bool:
     """Whether a call with these first arguments of `op` has to be one; elsewhere inference does without its dispatch.
 
@@ -151,11 +173,17 @@ def autocast(hidden_states, *weights):
 
     As torch does, but for what is not to be cast silently: fp64 stays, and so does what no GEMM here takes.
     """
-    device = device_type("hidden_states", hidden_states)
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not is_autocast(hidden_states):
         return hidden_states, *weights
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(hidden_states.device.type)
     return tuple(x.to(dtype) if x is not None and x.dtype in FLOATS["cuda"] else x for x in (hidden_states, *weights))
+
+
+def is_autocast(hidden_states: torch.Tensor) -> bool:
+    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        return False  # as nearly always; to ask a tensor for its device takes longer
+    device = device_type("hidden_states", hidden_states)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: torch.Tensor):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .. import gpu
-from ..weights import Projection, format_of, is_adapted
+from ..weights import Projection, are_adapted, format_of
 from ..weights.layout import by_rows
 from .lora import product, thin_gemm, thin_wgrad
 from .rows import Rows
@@ -45,7 +45,7 @@ def backward(dout, inputs: Differentiable, z, u1, u2, routing, needs: Differenti
     of_z = Rows(*routing, weights)
     gate_up, down = inputs.gate_up, inputs.down
     config = format_of(down).row_config(z.shape[0], down.weight, z.dtype, transposed=True)
-    rows = of_z if is_adapted(gate_up, down) else of_z.padded()
+    rows = of_z if are_adapted(gate_up, down) else of_z.padded()
     rows = rows.scheduled(config.BLOCK_M)
     dz, dweights, ddown = _of_second_gemm(dout, down, z, u2, of_z, rows, config, gate, needs)
     dx, dgate_up = _of_first_gemm(dz, inputs.hidden_states, gate_up, u1, rows, config, needs)
@@ -59,6 +59,8 @@ def _of_second_gemm(dout, down, z, u2, of_z, rows, config, gate, needs):
     d = rows.gather(dout)
     b, v2 = product(d, down, rows, config, transposed=True)
     order = (rows.slots, of_z.positions, rows.offsets)
+    if not (needs.weight or needs.B):
+        d = None  # read for the last time
     dz, weighted_a, products = kernels.glu_backward(b, z, rows.weights, *order, gate, needs.weight or needs.A)
     del b
     if needs_weights:

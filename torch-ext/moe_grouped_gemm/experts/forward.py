@@ -9,25 +9,11 @@ are made by a launch each, and GEMMs read rows one after another; else the first
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-
 from .. import gpu
-from ..weights import format_of, is_adapted
+from ..weights import are_adapted, format_of
 from ..weights.layout import by_rows
 from .lora import product
-from .rows import PAD, Rows, route
-
-
-class Result(NamedTuple):
-    """What a forward makes; all but `out` is for the backward."""
-
-    out: torch.Tensor  # (T, H)
-    z: torch.Tensor | None  # (S, 2I) before the gate, of `rows`
-    u1: torch.Tensor | None  # (S, R) of each adapted weight
-    u2: torch.Tensor | None
-    rows: Rows
+from .rows import PAD, route
 
 
 @gpu.on_its_device
@@ -36,16 +22,16 @@ def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quan
     if top_k_index.numel() == 0 or hidden_states.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape)
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
-    if not is_adapted(gate_up, down):
+    if not are_adapted(gate_up, down):
         out = format_of(gate_up).decode(*inputs)
         if out is not None:
             return out
-    return _of_many_rows(*inputs, quantize_activations, save=False).out
+    return _of_many_rows(*inputs, quantize_activations, save=False)[0]
 
 
 @gpu.on_its_device
-def forward_and_save(hidden_states, top_k_index, top_k_weights, gate_up, down, gate) -> Result:
-    """`forward` of inputs that are not empty, with what the backward reads."""
+def forward_and_save(hidden_states, top_k_index, top_k_weights, gate_up, down, gate):
+    """`forward` of inputs that are not empty, and what the backward reads: z (S, 2I), u1, u2 (S, R), and their rows."""
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
     return _of_many_rows(*inputs, quantize_activations=False, save=True)
 
@@ -53,7 +39,7 @@ def forward_and_save(hidden_states, top_k_index, top_k_weights, gate_up, down, g
 def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save):
     weights, (experts, rows_of_z, _) = format_of(gate_up), gate_up.weight.shape
     slots = top_k_index.numel()
-    if is_adapted(gate_up, down):
+    if are_adapted(gate_up, down):
         rows = route(top_k_index, top_k_weights, experts, PAD).padded()
         # Every expert with rows has PAD at least, so tiles are chosen by padded rows.
         config = weights.row_config(rows.slots.numel(), down.weight, x.dtype)
@@ -64,7 +50,7 @@ def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_a
         return _of_gathered_rows(x, rows, gate_up, down, gate, plan.down)
     z = x.new_empty(slots, rows_of_z) if save else None
     a = weights.first_gemm(x, gate_up, rows, gate, plan, z)
-    return Result(weights.second_gemm(a, down, rows, plan), z, None, None, rows)
+    return weights.second_gemm(a, down, rows, plan), z, None, None, rows
 
 
 def _of_gathered_rows(x, rows, gate_up, down, gate, config):
@@ -72,4 +58,4 @@ def _of_gathered_rows(x, rows, gate_up, down, gate, config):
     z, u1 = product(gathered, gate_up, rows, config)
     a = gpu.launchers().glu(z, rows.slots, rows.offsets, gate)
     y, u2 = product(a, down, rows, config, out=gathered)  # as large, and read for the last time
-    return Result(rows.combine(y), z, u1, u2, rows)
+    return rows.combine(y), z, u1, u2, rows

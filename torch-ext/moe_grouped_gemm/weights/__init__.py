@@ -12,9 +12,9 @@ wgrad         the gradient of W; a format whose weights are frozen has none
 from __future__ import annotations
 
 from . import dense, fp8
-from .projection import Plan, Projection, is_adapted, is_fp8
+from .projection import Plan, Projection, are_adapted, are_fp8
 
-__all__ = ["Plan", "Projection", "format_of", "is_adapted", "is_fp8"]
+__all__ = ["Plan", "Projection", "format_of", "are_adapted", "are_fp8"]
 
 
 def format_of(projection: Projection):

@@ -65,8 +65,8 @@ def gemm(x, weight, schedule, config, *destination, bias=None, low_rank=None):
     config = as_readable(config, x, weight)
     if config.WARP_SPECIALIZED and (bias is not None or not kernels.can_specialize(weight)):
         config = config._replace(WARP_SPECIALIZED=False)
-    extras = dict(bias=_contiguous(bias), low_rank=low_rank)
-    return kernels.grouped_gemm(x, weight, schedule, gpu.input_precision(x.dtype), config, *destination, **extras)
+    precision, bias = gpu.input_precision(x.dtype), _contiguous(bias)
+    return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, bias=bias, low_rank=low_rank)
 
 
 def wgrad(dy, x, rows, weight):

@@ -19,12 +19,22 @@ def by_rows(x: torch.Tensor) -> torch.Tensor:
 
 def as_readable(config: GemmConfig, *tensors: torch.Tensor) -> GemmConfig:
     """Without what the tensors rule out; plain loads take anything."""
-    if config.USE_TMA and not all(tma_can_read(x) for x in tensors):
-        return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
+    if config.USE_TMA:
+        for x in tensors:
+            if not tma_can_read(x):
+                return config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
     return config
 
 
 def tma_can_read(x: torch.Tensor) -> bool:
     """TMA wants 16-byte aligned bases and strides and, in one order of the last two dimensions, a last stride of 1."""
-    *strides, last = x.mT.stride() if x.ndim == 3 and is_transposed(x) else x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+    *strides, last = x.stride()
+    if x.ndim == 3 and last != 1:
+        strides[1], last = last, strides[1]
+    if last != 1 or x.data_ptr() % 16 != 0:
+        return False
+    size = x.element_size()
+    for stride in strides:
+        if stride <= 0 or stride * size % 16 != 0:
+            return False
+    return True

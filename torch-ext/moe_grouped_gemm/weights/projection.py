@@ -27,12 +27,15 @@ class Projection(NamedTuple):
     B: torch.Tensor | None = None
 
 
-def is_adapted(*projections: Projection) -> bool:
-    return any(projection.A is not None for projection in projections)
+# Plain comparisons: every call asks.
 
 
-def is_fp8(*projections: Projection) -> bool:
-    return any(projection.scale is not None for projection in projections)
+def are_adapted(gate_up: Projection, down: Projection) -> bool:
+    return gate_up.A is not None or down.A is not None
+
+
+def are_fp8(gate_up: Projection, down: Projection) -> bool:
+    return gate_up.scale is not None or down.scale is not None
 
 
 class Plan(NamedTuple):
