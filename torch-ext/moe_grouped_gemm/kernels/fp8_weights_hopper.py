@@ -23,6 +23,7 @@ from .hopper import (
     _multiply,
     _next,
     _number_of_tiles,
+    _previous,
     _put_tile,
     _queue,
     _rows_descriptor,
@@ -60,6 +61,14 @@ def _dequantize_half(codes_smem, w_smem, scale, START: gl.constexpr, TRANSPOSED:
 
 
 @gluon.jit
+def _load_codes(w_desc, codes, stage, expert, tile_n, k, N, K):
+    codes_smem, codes_full = codes
+    bar = codes_full.index(stage)
+    mbarrier.expect(bar, BLOCK_N * BLOCK_K)
+    _load_weight(w_desc, codes_smem.index(stage), bar, expert, tile_n, k, _BLOCK, N, K, BLOCK_N)
+
+
+@gluon.jit
 def _load_and_dequantize(
     x_desc,
     w_desc,
@@ -81,28 +90,26 @@ def _load_and_dequantize(
     n_tiles = gl.cdiv(N, BLOCK_N)
     k_tiles = gl.cdiv(K, BLOCK_K)
     num_tiles = _number_of_tiles(schedule, n_tiles)
-    codes_stage = 0
-    codes_phase = 0
-    stage = 0
-    phase = 0
-    place = 0
-    place_phase = 0
+    codes_step = (0, 0)
+    step = (0, 0)
+    place = (0, 0)
     tile = gl.program_id(0)
-    expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
+    located = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
     if tile < num_tiles:
+        expert, _, _, _, tile_n = located
         for k in gl.static_range(AHEAD):
-            bar = codes_full.index(k)
-            mbarrier.expect(bar, BLOCK_N * BLOCK_K)
-            _load_weight(w_desc, codes_smem.index(k), bar, expert, tile_n, k * BLOCK_K, _BLOCK, N, K, BLOCK_N)
+            _load_codes(w_desc, codes, k, expert, tile_n, k * BLOCK_K, N, K)
     while tile < num_tiles:
         next_tile = _claim_tile(schedule, num_tiles)
-        next_expert, _, next_row, next_row_end, next_tile_n = locate_tile(
-            *schedule, n_tiles, BLOCK_M, GROUP_M, next_tile
-        )
-        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
+        next_located = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, next_tile)
+        expert, _, row, row_end, tile_n = located
+        next_expert, _, _, _, next_tile_n = next_located
+        place = _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert)
         scale_ptr = w_scale_ptr + expert.to(gl.int64) * scale_rows * scale_columns
         first, second = _load_half_scales(scale_ptr, tile_n, 0, scale_rows, scale_columns, TRANSPOSED)
         for k in range(k_tiles):
+            codes_stage, codes_phase = codes_step
+            stage, phase = step
             next_k = gl.minimum(k + 1, k_tiles - 1)
             scales = _load_half_scales(scale_ptr, tile_n, next_k, scale_rows, scale_columns, TRANSPOSED)
             # Codes of the step AHEAD, which may be the next tile's, come where those of the step before were.
@@ -111,11 +118,8 @@ def _load_and_dequantize(
                 ahead = gl.where(is_here, k + AHEAD, k + AHEAD - k_tiles) * BLOCK_K
                 ahead_expert = gl.where(is_here, expert, next_expert)
                 ahead_n = gl.where(is_here, tile_n, next_tile_n)
-                place_ahead = gl.where(codes_stage == 0, AHEAD, codes_stage - 1)
-                bar = codes_full.index(place_ahead)
-                mbarrier.expect(bar, BLOCK_N * BLOCK_K)
-                w_ahead = codes_smem.index(place_ahead)
-                _load_weight(w_desc, w_ahead, bar, ahead_expert, ahead_n, ahead, _BLOCK, N, K, BLOCK_N)
+                stage_ahead = _previous(codes_stage, CODES_STAGES)
+                _load_codes(w_desc, codes, stage_ahead, ahead_expert, ahead_n, ahead, N, K)
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
             # Rows past row_end, and weights past the expert's last, reach only sums that are never stored.
@@ -126,15 +130,12 @@ def _load_and_dequantize(
             fence_async_shared()
             _barrier()
             mbarrier.arrive(full.index(stage), count=1)
-            codes_stage, codes_phase = _next(codes_stage, codes_phase, CODES_STAGES)
-            stage, phase = _next(stage, phase, STAGES)
+            codes_step = _next(codes_step, CODES_STAGES)
+            step = _next(step, STAGES)
             first, second = scales
         tile = next_tile
-        expert = next_expert
-        row = next_row
-        row_end = next_row_end
-        tile_n = next_tile_n
-    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
+        located = next_located
+    _put_tile(queue, place, -1, -1, 0, 0, 0)
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
@@ -159,13 +160,13 @@ def _fp8_weights_hopper_kernel(
     codes_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS))
     codes = (codes_smem, _barriers(STAGES, 1))
-    queue = _queue(CONSUMERS)
+    queue = _queue()
     schedule = (schedule_ptr, max_tiles)
     sizes = (N, K, scale_rows, scale_columns)
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, None, None, N, stages, queue, False, TRANSPOSED)),
-            (_multiply, (1, y_ptr, None, None, N, stages, queue, False, TRANSPOSED)),
+            (_multiply, (0, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED)),
+            (_multiply, (1, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED)),
             (
                 _load_and_dequantize,
                 (x_desc, w_desc, w_scale_ptr, schedule, sizes, stages, codes, queue, GROUP_M, TRANSPOSED),
@@ -189,6 +190,5 @@ def fp8_weights_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False
         (_rows_descriptor(x, [BLOCK_M.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y, schedule),
         (schedule.shape[1],),
         (N, K, *w_scale.shape[1:], config.GROUP_M, 3, transposed),
-        num_warps=4,
     )
     return y

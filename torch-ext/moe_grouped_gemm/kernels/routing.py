@@ -63,7 +63,6 @@ def _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLO
         tl.store(schedule_ptr + start + offs_e, -1, mask=start + offs_e < max_tiles)
 
 
-# Sizes that follow T are not specialised on: a new T must not compile anew.
 @triton.jit(do_not_specialize=["S"])
 def _count_kernel(
     top_k_index_ptr,  # (S,) int32 | int64
@@ -229,14 +228,13 @@ def route(top_k_index, num_experts, block_m):
     if chunks > CHUNKS:
         chunk_counts = empty(chunks, num_experts)
         tensors, constants = (top_k_index, chunk_counts), (num_experts, chunk, block_e)
-        launch(_count_kernel, (chunks, 1, 1), tensors, (S,), constants, num_warps=4)
+        launch(_count_kernel, (chunks, 1, 1), tensors, (S,), constants)
     launch(
         _route_kernel,
         (cdiv(S, block_s), 1, 1),
         (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule),
         (S, tiles, block_m),
         (num_experts, block_s, block_e, chunk, chunks <= CHUNKS),
-        num_warps=4,
     )
     return expert_offsets, sorted_slots, slot_positions, schedule
 
@@ -253,7 +251,6 @@ def tile_schedule(expert_offsets, num_rows, block_m):
         (expert_offsets, schedule),
         (num_rows, tiles, block_m),
         (num_experts, block_e),
-        num_warps=4,
     )
     return schedule
 
@@ -274,6 +271,5 @@ def pad(expert_offsets, sorted_slots):
         (expert_offsets, sorted_slots, padded_offsets, padded_slots, padded_positions),
         (),
         (num_experts, PAD, max(16, next_power_of_2(num_experts))),
-        num_warps=4,
     )
     return padded_offsets, padded_slots, padded_positions
