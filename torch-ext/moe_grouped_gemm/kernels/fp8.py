@@ -233,7 +233,6 @@ def _grouped_gemm_fp8_kernel(
         return
     weights = (w_ptr, w_strides, w_scale_ptr, half, scale_shift, scale_rows)
     first = tile_n * (2 * CONFIG.BLOCK_N)
-    second = first + CONFIG.BLOCK_N
     for i in tl.static_range((CONFIG.BLOCK_M // CONFIG.MIN_M).bit_length()):
         if is_height(row_end - row, i, CONFIG):
             offs_m = row + tl.arange(0, CONFIG.BLOCK_M >> i)
@@ -249,7 +248,7 @@ def _grouped_gemm_fp8_kernel(
                 weights,
                 expert,
                 first,
-                second,
+                first + CONFIG.BLOCK_N,
                 N,
                 K,
                 CONFIG,
@@ -257,7 +256,7 @@ def _grouped_gemm_fp8_kernel(
                 INPUT_PRECISION,
             )
             store_rows(y_ptr, left, row, row_end, first + tl.arange(0, CONFIG.BLOCK_N), N)
-            store_rows(y_ptr, right, row, row_end, second + tl.arange(0, CONFIG.BLOCK_N), N)
+            store_rows(y_ptr, right, row, row_end, first + CONFIG.BLOCK_N + tl.arange(0, CONFIG.BLOCK_N), N)
 
 
 def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, input_precision, config, z=None):

@@ -52,12 +52,14 @@ def _load_half_scales(w_scale_ptr, tile_n, k, scale_rows, scale_columns, TRANSPO
 
 
 @gluon.jit
-def _dequantize_half(codes_smem, w_smem, scale, START: gl.constexpr, TRANSPOSED: gl.constexpr):
+def _dequantize(codes_smem, w_smem, scales, TRANSPOSED: gl.constexpr):
     LANES: gl.constexpr = 8 if TRANSPOSED else 4  # of a row, 16 codes each
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     DIM: gl.constexpr = 1 if TRANSPOSED else 0
-    codes = codes_smem.slice(START, _BLOCK, DIM).load(layout)
-    w_smem.slice(START, _BLOCK, DIM).store((codes.to(gl.float32) * scale).to(w_smem.dtype))
+    for half in gl.static_range(2):
+        codes = codes_smem.slice(half * _BLOCK, _BLOCK, DIM).load(layout)
+        w_smem.slice(half * _BLOCK, _BLOCK, DIM).store((codes.to(gl.float32) * scales[half]).to(w_smem.dtype))
+    fence_async_shared()
 
 
 @gluon.jit
@@ -106,12 +108,12 @@ def _load_and_dequantize(
         next_expert, _, _, _, next_tile_n = next_located
         place = _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert)
         scale_ptr = w_scale_ptr + expert.to(gl.int64) * scale_rows * scale_columns
-        first, second = _load_half_scales(scale_ptr, tile_n, 0, scale_rows, scale_columns, TRANSPOSED)
+        scales = _load_half_scales(scale_ptr, tile_n, 0, scale_rows, scale_columns, TRANSPOSED)
         for k in range(k_tiles):
             codes_stage, codes_phase = codes_step
             stage, phase = step
             next_k = gl.minimum(k + 1, k_tiles - 1)
-            scales = _load_half_scales(scale_ptr, tile_n, next_k, scale_rows, scale_columns, TRANSPOSED)
+            next_scales = _load_half_scales(scale_ptr, tile_n, next_k, scale_rows, scale_columns, TRANSPOSED)
             # Codes of the step AHEAD, which may be the next tile's, come where those of the step before were.
             is_here = k + AHEAD < k_tiles
             if is_here | (next_tile < num_tiles):
@@ -125,14 +127,12 @@ def _load_and_dequantize(
             # Rows past row_end, and weights past the expert's last, reach only sums that are never stored.
             _tma_load(x_desc, [row, k * BLOCK_K], full.index(stage), x_smem.index(stage))
             mbarrier.wait(codes_full.index(codes_stage), codes_phase)
-            _dequantize_half(codes_smem.index(codes_stage), w_smem.index(stage), first, 0, TRANSPOSED)
-            _dequantize_half(codes_smem.index(codes_stage), w_smem.index(stage), second, _BLOCK, TRANSPOSED)
-            fence_async_shared()
+            _dequantize(codes_smem.index(codes_stage), w_smem.index(stage), scales, TRANSPOSED)
             _barrier()
             mbarrier.arrive(full.index(stage), count=1)
             codes_step = _next(codes_step, CODES_STAGES)
             step = _next(step, STAGES)
-            first, second = scales
+            scales = next_scales
         tile = next_tile
         located = next_located
     _put_tile(queue, place, -1, -1, 0, 0, 0)

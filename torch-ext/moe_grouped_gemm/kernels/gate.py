@@ -83,18 +83,12 @@ def _glu_gradients(da, gate, up, GATE: tl.constexpr):
 
 
 @triton.jit
-def _halves(x):
-    """The left and the right half of the columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
 def _gate_and_up(x, GATE: tl.constexpr):
     """The columns of x that are gate, and those that are up."""
     if GATE.interleaved:
         return x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
     else:
-        return _halves(x)
+        return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gate import _gate_and_up, _glu, _halves
+from .gate import _gate_and_up, _glu
 from .launch import cdiv, launch
-from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor, weight_ptrs
+from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
@@ -29,6 +29,16 @@ def _gather(rows, row, row_end, offs_k, BLOCK_M: tl.constexpr):
     mask_m = offs_m < row_end
     token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
     return x_ptr + token[:, None].to(tl.int64) * stride_xt + offs_k[None, :], mask_m[:, None]
+
+
+@triton.jit
+def _weight_ptrs(w_ptr, w_strides, expert, w_rows, offs_k):
+    """Pointers to [w_rows, offs_k] of an expert, and how far they move for each column."""
+    stride_wk = tl.cast(w_strides[2], tl.int64)
+    w_ptr += (
+        expert.to(tl.int64) * w_strides[0] + w_rows[:, None].to(tl.int64) * w_strides[1] + offs_k[None, :] * stride_wk
+    )
+    return w_ptr, stride_wk
 
 
 @triton.jit
@@ -48,26 +58,20 @@ def _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE: 
 
 
 @triton.jit
-def _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, GATE: tl.constexpr):
-    """As `_store_glu` for z [BLOCK_M, 2 BLOCK_N], whose columns are gate, up, gate, up, ..."""
-    BLOCK_N: tl.constexpr = z.shape[1] // 2
-    offs_z = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + offs_z, mask=offs_z < 2 * I, other=0.0).to(tl.float32)[None, :]
-    if z_ptr is not None:
-        store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
-    gate, up = _gate_and_up(z, GATE)
-    store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
-
-
-@triton.jit
 def _store_gate_and_up(out, bias_ptr, z, row, row_end, tile_n, I, GATE: tl.constexpr):
-    """z [BLOCK_M, 2 BLOCK_N]: gate and up of a tile, in the order of the weight's rows."""
+    """As `_store_glu` for z [BLOCK_M, 2 BLOCK_N], gate and up of a tile in the order of the weight's rows."""
+    BLOCK_N: tl.constexpr = z.shape[1] // 2
     a_ptr, z_ptr = out
     if GATE.interleaved:
-        _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, GATE)
+        offs_z = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + offs_z, mask=offs_z < 2 * I, other=0.0).to(tl.float32)[None, :]
+        if z_ptr is not None:
+            store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
+        gate, up = _gate_and_up(z, GATE)
+        store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
     else:
-        gate, up = _halves(z)
+        gate, up = _gate_and_up(z, GATE)
         _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE)
 
 
@@ -101,7 +105,7 @@ def _one_dot_tile(
         else:
             columns = tile_n * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N
             w_rows = columns + tl.arange(0, 2 * BLOCK_N) // BLOCK_N * I
-        w_ptrs, stride_wk = weight_ptrs(w_ptr, w_strides, expert, w_rows, offs_k)
+        w_ptrs, stride_wk = _weight_ptrs(w_ptr, w_strides, expert, w_rows, offs_k)
 
     acc = tl.zeros((BLOCK_M, 2 * BLOCK_N) if ROWS_FIRST else (2 * BLOCK_N, BLOCK_M), tl.float32)
     if MORE_M:
@@ -113,6 +117,7 @@ def _one_dot_tile(
         x_ptrs += BLOCK_K
         if not CONFIG.USE_TMA:
             w = tl.load(w_ptrs, mask=(columns < I)[:, None] & mask_k, other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
         elif GATE.interleaved:
             w = load_weight(w_ptr, expert, tile_n * (2 * BLOCK_N), k, 2 * BLOCK_N, BLOCK_K, TRANSPOSED)
         else:
@@ -125,8 +130,6 @@ def _one_dot_tile(
             more = tl.load(more_ptrs, mask=mask_more & mask_k, other=0.0)
             more_ptrs += BLOCK_K
             more_acc = tl.dot(more, w.T, more_acc, input_precision=INPUT_PRECISION)
-        if not CONFIG.USE_TMA:
-            w_ptrs += BLOCK_K * stride_wk
 
     if bias_ptr is not None:
         bias_ptr += expert.to(tl.int64) * (2 * I)
@@ -157,7 +160,7 @@ def _two_dots_tile(
     x_ptrs, mask_m = _gather(rows, row, row_end, offs_k, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if not CONFIG.USE_TMA:
-        w_ptrs, stride_wk = weight_ptrs(w_ptr, w_strides, expert, offs_n, offs_k)
+        w_ptrs, stride_wk = _weight_ptrs(w_ptr, w_strides, expert, offs_n, offs_k)
         up_offset = tl.cast(I, tl.int64) * w_strides[1]
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -172,10 +175,9 @@ def _two_dots_tile(
             mask_w = (offs_n < I)[:, None] & mask_k
             w_gate = tl.load(w_ptrs, mask=mask_w, other=0.0)
             w_up = tl.load(w_ptrs + up_offset, mask=mask_w, other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
         gate = tl.dot(w_gate, x.T, gate, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
         up = tl.dot(w_up, x.T, up, input_precision=INPUT_PRECISION)
-        if not CONFIG.USE_TMA:
-            w_ptrs += BLOCK_K * stride_wk
 
     if bias_ptr is not None:
         bias_ptr += expert.to(tl.int64) * (2 * I)

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch, next_power_of_2
-from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor, weight_ptrs
+from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
@@ -55,6 +55,21 @@ def _add_low_rank(
 
 
 @triton.jit
+def _store(out, y, row, row_end, offs_n, N):
+    """y [BM, BN] as rows from `row` on; or if slots are given, each row times its weight to where its slot is."""
+    y_ptr, sorted_slots_ptr, row_weights_ptr = out
+    if sorted_slots_ptr is None:
+        store_rows(y_ptr, y, row, row_end, offs_n, N)
+    else:
+        offs_m = row + tl.arange(0, y.shape[0])
+        mask_m = offs_m < row_end
+        slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
+        y *= tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
 def _grouped_gemm_tile(
     x_ptr,
     x_desc,  # None: by x_ptr
@@ -77,7 +92,6 @@ def _grouped_gemm_tile(
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     ROWS_FIRST: tl.constexpr = CONFIG.MIN_M >= 64
     expert, row, row_end, tile_n = tile
-    y_ptr, sorted_slots_ptr, row_weights_ptr = out
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < row_end
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,7 +99,9 @@ def _grouped_gemm_tile(
     if x_desc is None:
         x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
     if not CONFIG.USE_TMA:
-        w_ptrs, stride_wk = weight_ptrs(w_ptr, w_strides, expert, offs_n, offs_k)
+        stride_wk = tl.cast(w_strides[2], tl.int64)
+        w_ptrs = w_ptr + expert.to(tl.int64) * w_strides[0] + offs_n[:, None].to(tl.int64) * w_strides[1]
+        w_ptrs += offs_k[None, :] * stride_wk
 
     acc = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -111,13 +127,7 @@ def _grouped_gemm_tile(
     y = acc if ROWS_FIRST else acc.T
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if sorted_slots_ptr is None:
-        store_rows(y_ptr, y, row, row_end, offs_n, N)
-    else:
-        slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
-        y *= tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-        y_ptrs = y_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+    _store(out, y, row, row_end, offs_n, N)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])

@@ -78,6 +78,41 @@ def _count_kernel(
     tl.store(chunk_counts_ptr + chunk * E + offs_e, _count(ids, ids < E, E, BLOCK_E), mask=offs_e < E)
 
 
+@triton.jit
+def _count_slots(
+    top_k_index_ptr,
+    chunk_counts_ptr,
+    first_slot,
+    S,
+    E,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT_HERE: tl.constexpr,
+):
+    """Slots of each expert, in all and before first_slot."""
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_c = tl.arange(0, CHUNK)
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    if COUNT_HERE:
+        for start in range(0, S, CHUNK):
+            ids = _load_ids(top_k_index_ptr, start + offs_c, S, E)
+            counts += _count(ids, ids < E, E, BLOCK_E)
+            before += _count(ids, start + offs_c < first_slot, E, BLOCK_E)
+    else:
+        ROWS: tl.constexpr = 4096 // BLOCK_E if BLOCK_E < 4096 else 1
+        chunks = tl.cdiv(S, CHUNK)
+        own = first_slot // CHUNK
+        for start in range(0, chunks, ROWS):
+            rows = (start + tl.arange(0, ROWS))[:, None]
+            some = tl.load(chunk_counts_ptr + rows * E + offs_e, mask=(rows < chunks) & (offs_e < E), other=0)
+            counts += tl.sum(some, axis=0)
+            before += tl.sum(tl.where(rows < own, some, 0), axis=0)
+        ids = _load_ids(top_k_index_ptr, own * CHUNK + offs_c, S, E)
+        before += _count(ids, own * CHUNK + offs_c < first_slot, E, BLOCK_E)
+    return counts, before
+
+
 @triton.jit(do_not_specialize=["S", "max_tiles", "BLOCK_M"])
 def _route_kernel(
     top_k_index_ptr,  # (S,) int32 | int64
@@ -99,27 +134,8 @@ def _route_kernel(
     first_slot = block * BLOCK_S
     offs_e = tl.arange(0, BLOCK_E)
     offs_s = tl.arange(0, BLOCK_S)
-    offs_c = tl.arange(0, CHUNK)
 
-    # Slots of each expert, in all and before this block.
-    counts = tl.zeros((BLOCK_E,), tl.int32)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    if COUNT_HERE:
-        for start in range(0, S, CHUNK):
-            ids = _load_ids(top_k_index_ptr, start + offs_c, S, E)
-            counts += _count(ids, ids < E, E, BLOCK_E)
-            before += _count(ids, start + offs_c < first_slot, E, BLOCK_E)
-    else:
-        ROWS: tl.constexpr = 4096 // BLOCK_E if BLOCK_E < 4096 else 1
-        chunks = tl.cdiv(S, CHUNK)
-        own = first_slot // CHUNK
-        for start in range(0, chunks, ROWS):
-            rows = (start + tl.arange(0, ROWS))[:, None]
-            some = tl.load(chunk_counts_ptr + rows * E + offs_e, mask=(rows < chunks) & (offs_e < E), other=0)
-            counts += tl.sum(some, axis=0)
-            before += tl.sum(tl.where(rows < own, some, 0), axis=0)
-        ids = _load_ids(top_k_index_ptr, own * CHUNK + offs_c, S, E)
-        before += _count(ids, own * CHUNK + offs_c < first_slot, E, BLOCK_E)
+    counts, before = _count_slots(top_k_index_ptr, chunk_counts_ptr, first_slot, S, E, BLOCK_E, CHUNK, COUNT_HERE)
     ends = tl.cumsum(counts, 0)
     routed = tl.sum(counts, axis=0)
 

@@ -51,16 +51,6 @@ def is_height(rows, i: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def weight_ptrs(w_ptr, w_strides, expert, rows, offs_k):
-    """Pointers to [rows, offs_k] of an expert's weight, and how far they move for each column."""
-    stride_wk = tl.cast(w_strides[2], tl.int64)
-    w_ptr += (
-        expert.to(tl.int64) * w_strides[0] + rows[:, None].to(tl.int64) * w_strides[1] + offs_k[None, :] * stride_wk
-    )
-    return w_ptr, stride_wk
-
-
-@triton.jit
 def load_weight(w_desc, expert, row, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[BLOCK_N, BLOCK_K] of an expert's weight, by a descriptor as `weight_descriptor` makes it."""
     if TRANSPOSED:
