@@ -55,23 +55,19 @@ def _multiply(
     """acc + x_scale * w_scale * (x @ w.T), [BM, BN]; all transposed if weights come first."""
     if w.dtype != x.dtype:
         w = _from_codes(w, x.dtype)
+    ALONG_X: tl.constexpr = 1 if ROWS_FIRST else 0
     if ROWS_FIRST:
         product = tl.dot(x, w.T, input_precision=INPUT_PRECISION)
-        if ONE_SCALE:
-            return acc + product * (x_scale * w_scale)[:, None]
-        else:
-            return acc + product * (x_scale[:, None] * w_scale[None, :])
     else:
         product = tl.dot(w, x.T, input_precision=INPUT_PRECISION)
-        if x_scale is not None:
-            if ONE_SCALE:
-                return acc + product * (x_scale * w_scale)[None, :]
-            else:
-                return acc + product * (x_scale[None, :] * w_scale[:, None])
-        elif ONE_SCALE:
-            return acc + product * w_scale
-        else:
-            return acc + product * w_scale[:, None]
+    scale = w_scale
+    if x_scale is not None and ONE_SCALE:
+        scale = tl.expand_dims(x_scale * w_scale, ALONG_X)
+    elif x_scale is not None:
+        scale = tl.expand_dims(x_scale, ALONG_X) * tl.expand_dims(w_scale, 1 - ALONG_X)
+    elif not ONE_SCALE:
+        scale = tl.expand_dims(w_scale, 1 - ALONG_X)
+    return acc + product * scale
 
 
 @triton.jit

@@ -51,17 +51,8 @@ def _load_scales(scale_ptrs, k, rows, mask_m):
 
 
 @gluon.jit
-def _multiply(
-    CONSUMER: gl.constexpr,
-    y_ptr,
-    y_scale_ptr,
-    scale_args,
-    sizes,
-    stages,
-    queue,
-    TILE_N: gl.constexpr,
-    GATE: gl.constexpr,
-):
+def _multiply(CONSUMER: gl.constexpr, out, scale_args, sizes, stages, queue, TILE_N: gl.constexpr, GATE: gl.constexpr):
+    y_ptr, y_scale_ptr = out
     x_scale_ptr, w_scale_ptr, scale_shift, scale_rows = scale_args
     rows, N, K, second = sizes
     x_smem, w_smem, full, free = stages
@@ -147,14 +138,14 @@ def _fp8_hopper_kernel(
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, _BLOCK], w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
     queue = _queue()
-    scales = (x_scale_ptr, w_scale_ptr, scale_shift, scale_rows)
+    scale_args = (x_scale_ptr, w_scale_ptr, scale_shift, scale_rows)
     sizes = (rows, N, K, second)
     schedule = (schedule_ptr, max_tiles)
     loads = (gl.cdiv(N, TILE_N), second, w_rows, K)
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, y_scale_ptr, scales, sizes, stages, queue, TILE_N, GATE)),
-            (_multiply, (1, y_ptr, y_scale_ptr, scales, sizes, stages, queue, TILE_N, GATE)),
+            (_multiply, (0, (y_ptr, y_scale_ptr), scale_args, sizes, stages, queue, TILE_N, GATE)),
+            (_multiply, (1, (y_ptr, y_scale_ptr), scale_args, sizes, stages, queue, TILE_N, GATE)),
             (_load, (x_desc, w_desc, schedule, loads, stages, queue, TILE_N, GROUP_M)),
         ],
         [4, 1],
