@@ -4,6 +4,7 @@ The interpreter rounds to fp8 wrongly where a mantissa overflows and reads the c
 assembly: `whole_interpreter` mends that with torch's own conversion.
 """
 
+from collections import namedtuple
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -96,7 +97,7 @@ VARIANTS = [  # of the configuration, of the scales
     pytest.param({"USE_TMA": True}, {}, id="tma"),
     pytest.param({**ROWS_FIRST, "USE_TMA": True}, {}, id="tma-rows-first"),
 ]
-SILU = ("silu", None, 1.0, False)  # a Gate
+SILU = namedtuple("Gate", "activation limit alpha interleaved")("silu", None, 1.0, False)
 FORMS = [
     pytest.param({}, id="fp32-scales"),
     pytest.param({"e8m0": True, "split": True}, id="e8m0-split-scales"),

@@ -15,9 +15,8 @@ from triton.experimental.gluon import language as gl
 
 from .gate import _glu
 from .launch import cdiv, launch, next_power_of_2, warp_size
-from .quantize import BLOCK, _from_codes, _load_scale, _scale_row, scale_shift
+from .quantize import _BLOCK, BLOCK, _from_codes, _load_scale, _scale_row, scale_shift
 
-_BLOCK = gl.constexpr(BLOCK)
 _CHUNK = gl.constexpr(16)
 _CHUNKS = gl.constexpr(BLOCK // 16)
 

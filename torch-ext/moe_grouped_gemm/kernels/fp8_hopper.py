@@ -29,9 +29,8 @@ from .hopper import (
     _take_tile,
 )
 from .launch import cdiv, launch, multiprocessors
-from .quantize import BLOCK, _load_scale, _quantize, scale_shift
+from .quantize import _BLOCK, BLOCK, _load_scale, _quantize, scale_shift
 
-_BLOCK = gl.constexpr(BLOCK)
 _HALF = gl.constexpr(BLOCK_N.value // 2)
 
 

@@ -30,10 +30,9 @@ from .hopper import (
     _tma_load,
 )
 from .launch import launch, multiprocessors
-from .quantize import BLOCK, _load_scale
+from .quantize import _BLOCK, BLOCK, _load_scale
 from .tiles import locate_tile
 
-_BLOCK = gl.constexpr(BLOCK)
 _W_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
