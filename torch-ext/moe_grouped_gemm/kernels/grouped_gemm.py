@@ -55,14 +55,12 @@ def _add_low_rank(
 
 
 @triton.jit
-def _store(out, y, row, row_end, offs_n, N):
+def _store(out, y, row, row_end, offs_m, mask_m, offs_n, N):
     """y [BM, BN] as rows from `row` on; or if slots are given, each row times its weight to where its slot is."""
     y_ptr, sorted_slots_ptr, row_weights_ptr = out
     if sorted_slots_ptr is None:
         store_rows(y_ptr, y, row, row_end, offs_n, N)
     else:
-        offs_m = row + tl.arange(0, y.shape[0])
-        mask_m = offs_m < row_end
         slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
         y *= tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
         y_ptrs = y_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :]
@@ -127,7 +125,7 @@ def _grouped_gemm_tile(
     y = acc if ROWS_FIRST else acc.T
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    _store(out, y, row, row_end, offs_n, N)
+    _store(out, y, row, row_end, offs_m, mask_m, offs_n, N)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
