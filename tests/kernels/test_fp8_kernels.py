@@ -4,6 +4,7 @@ The interpreter rounds to fp8 wrongly where a mantissa overflows and reads the c
 assembly: `whole_interpreter` mends that with torch's own conversion.
 """
 
+from collections import namedtuple
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -96,7 +97,7 @@ VARIANTS = [  # of the configuration, of the scales
 ]
 
 
-SILU = ("silu", None, 1.0, False)  # a Gate
+SILU = namedtuple("Gate", "activation limit alpha interleaved")("silu", None, 1.0, False)
 
 
 def run_gemms(launch, inputs, weights, scales, config, quantized, as_bits=False):

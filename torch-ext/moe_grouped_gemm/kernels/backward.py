@@ -161,7 +161,6 @@ def gather(x, slots, expert_offsets, top_k, out=None):
         (x, slots, expert_offsets, out),
         (),
         (experts, top_k, hidden_dim, x.stride(0), rows, block_h),
-        num_warps=4,
     )
     return out
 
@@ -177,7 +176,6 @@ def scale_rows(x, top_k_weights, slots, expert_offsets):
         (x, top_k_weights, slots, expert_offsets, out),
         (),
         (experts, N, 16, next_power_of_2(N)),
-        num_warps=4,
     )
     return out
 
@@ -222,6 +220,5 @@ def row_sums(p, sorted_slots, expert_offsets, top_k_weights=None):
         (p, sums, sorted_slots, weights, expert_offsets),
         (),
         (top_k, N, p.stride(0), 32, 64, gather),
-        num_warps=4,
     )
     return sums

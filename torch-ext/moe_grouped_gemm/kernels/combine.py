@@ -51,12 +51,10 @@ def combine(y, slot_positions, top_k_weights):
         (y, slot_positions, top_k_weights, out),
         (),
         (top_k, hidden_dim, block_h),
-        num_warps=4,
     )
     return out
 
 
-# T must not compile anew.
 @triton.jit(do_not_specialize=["T"])
 def _zero_skipped_kernel(
     out_ptr,  # (T, H)
@@ -86,7 +84,6 @@ def zero_skipped(out, slot_positions):
         (out, slot_positions),
         (tokens,),
         (hidden_dim, 16, block_h),
-        num_warps=4,
     )
 
 
@@ -119,5 +116,4 @@ def zero_tail(y, expert_offsets):
         (y, expert_offsets),
         (rows,),
         (expert_offsets.numel() - 1, N, 8, block_n),
-        num_warps=4,
     )

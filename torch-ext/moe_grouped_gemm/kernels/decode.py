@@ -37,7 +37,6 @@ def _gate_up_decode_kernel(
     WIDE: tl.constexpr,
     GATE: tl.constexpr,
 ):
-    INTERLEAVED: tl.constexpr = GATE[3]
     slot = tl.program_id(0)
     expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
@@ -45,10 +44,10 @@ def _gate_up_decode_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (slot // top_k).to(tl.int64) * stride_xt + offs_k
-    gate_rows = 2 * offs_n if INTERLEAVED else offs_n
+    gate_rows = 2 * offs_n if GATE.interleaved else offs_n
     if WIDE:
         stride_wk = tl.cast(stride_wk, tl.int64)
-    up_offset = 1 if INTERLEAVED else I
+    up_offset = 1 if GATE.interleaved else I
     gate_ptrs = w_ptr + expert * stride_we + gate_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
     gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -145,7 +144,7 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
         (slots, cdiv(inter, config.BLOCK_N), 1),
         (x, w, bias, a, top_k_index),
         (),
-        (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w), tuple(gate)),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w), gate),
         num_warps=config.num_warps,
     )
     return a

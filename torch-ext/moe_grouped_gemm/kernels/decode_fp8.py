@@ -15,9 +15,8 @@ from triton.experimental.gluon import language as gl
 
 from .gate import _glu
 from .launch import cdiv, launch, next_power_of_2, warp_size
-from .quantize import BLOCK, _from_codes, _load_scale, _scale_row, scale_shift
+from .quantize import _BLOCK, BLOCK, _from_codes, _load_scale, _scale_row, scale_shift
 
-_BLOCK = gl.constexpr(BLOCK)
 _CHUNK = gl.constexpr(16)
 _CHUNKS = gl.constexpr(BLOCK // 16)
 
@@ -176,7 +175,7 @@ def gate_up_decode_fp8(x, w, w_scale, top_k_index, gate, config):
     a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
     shift = scale_shift(inter, w_scale.shape[1])
     sizes = (top_k, experts, inter, hidden_dim, shift, w_scale.shape[1], x.stride(0), w.stride(0), w.stride(1))
-    constants = (config.BLOCK_N, config.BLOCK_K // BLOCK, warp_size(x.device), tuple(gate))
+    constants = (config.BLOCK_N, config.BLOCK_K // BLOCK, warp_size(x.device), gate)
     launch(
         _gate_up_decode_fp8_kernel,
         (slots, cdiv(inter, config.BLOCK_N), 1),

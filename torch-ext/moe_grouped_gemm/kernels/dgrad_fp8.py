@@ -28,14 +28,14 @@ def _dgrad_fp8_kernel(
     scale_rows,
     stride_we,
     stride_wk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    CONFIG: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M, CONFIG.GROUP_M)
     if expert < 0:
         return
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -43,7 +43,7 @@ def _dgrad_fp8_kernel(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
-    if not USE_TMA:
+    if not CONFIG.USE_TMA:
         stride_wk = tl.cast(stride_wk, tl.int64)
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :]
     n_blocks = tl.cdiv(N, _BLOCK)
@@ -53,7 +53,7 @@ def _dgrad_fp8_kernel(
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
         x_ptrs += BLOCK_K
-        if USE_TMA:
+        if CONFIG.USE_TMA:
             w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
         else:
             w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
@@ -72,17 +72,14 @@ def dgrad_fp8(x, w, w_scale, schedule, input_precision, config, shift=0):
     _, K, N = w.shape
     tiles = schedule.shape[1]
     y = x.new_empty(x.shape[0], N)
-    block_m, _, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
-    sizes = (K, N, shift, w_scale.shape[1], w.stride(0), w.stride(1))
-    constants = (block_m, block_n, block_k, group_m, use_tma, input_precision)
-    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n]) if use_tma else w
+    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, config.BLOCK_K, config.BLOCK_N]) if config.USE_TMA else w
     launch(
         _dgrad_fp8_kernel,
-        (tiles * cdiv(N, block_n), 1, 1),
+        (tiles * cdiv(N, config.BLOCK_N), 1, 1),
         (x, w_arg, w_scale, y, schedule),
         (tiles,),
-        (*sizes, *constants),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (K, N, shift, w_scale.shape[1], w.stride(0), w.stride(1), config, input_precision),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return y

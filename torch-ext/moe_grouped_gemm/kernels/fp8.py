@@ -25,28 +25,17 @@ from .gate import _glu
 from .gate_up import _store_glu
 from .launch import cdiv, launch
 from .quantize import _BLOCK, BLOCK, _from_codes, _load_scale, _quantize, _scale_row, scale_shift
-from .tiles import is_height, locate_tile, store_rows
+from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
-def _load_weight(
-    w_ptr,
-    expert,
-    row,
-    k,
-    N,
-    K,
-    w_strides,  # of E, N, K
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
+def _load_weight(w_ptr, w_strides, expert, row, k, N, K, CONFIG: tl.constexpr):
     """[BLOCK_N, BLOCK_K] of an expert's weight (N, K), from this row and column on."""
-    if USE_TMA:
-        return w_ptr.load([expert, row, k]).reshape(BLOCK_N, BLOCK_K)
+    if CONFIG.USE_TMA:
+        return load_weight(w_ptr, expert, row, k, CONFIG.BLOCK_N, CONFIG.BLOCK_K, False)
     else:
-        offs_n = row + tl.arange(0, BLOCK_N)
-        offs_k = k + tl.arange(0, BLOCK_K)
+        offs_n = row + tl.arange(0, CONFIG.BLOCK_N)
+        offs_k = k + tl.arange(0, CONFIG.BLOCK_K)
         w_ptrs = w_ptr + expert.to(tl.int64) * w_strides[0] + offs_n[:, None].to(tl.int64) * w_strides[1]
         w_ptrs += offs_k[None, :] * tl.cast(w_strides[2], tl.int64)
         return tl.load(w_ptrs, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
@@ -66,23 +55,19 @@ def _multiply(
     """acc + x_scale * w_scale * (x @ w.T), [BM, BN]; all transposed if weights come first."""
     if w.dtype != x.dtype:
         w = _from_codes(w, x.dtype)
+    ALONG_X: tl.constexpr = 1 if ROWS_FIRST else 0
     if ROWS_FIRST:
         product = tl.dot(x, w.T, input_precision=INPUT_PRECISION)
-        if ONE_SCALE:
-            return acc + product * (x_scale * w_scale)[:, None]
-        else:
-            return acc + product * (x_scale[:, None] * w_scale[None, :])
     else:
         product = tl.dot(w, x.T, input_precision=INPUT_PRECISION)
-        if x_scale is not None:
-            if ONE_SCALE:
-                return acc + product * (x_scale * w_scale)[None, :]
-            else:
-                return acc + product * (x_scale[None, :] * w_scale[:, None])
-        elif ONE_SCALE:
-            return acc + product * w_scale
-        else:
-            return acc + product * w_scale[:, None]
+    scale = w_scale
+    if x_scale is not None and ONE_SCALE:
+        scale = tl.expand_dims(x_scale * w_scale, ALONG_X)
+    elif x_scale is not None:
+        scale = tl.expand_dims(x_scale, ALONG_X) * tl.expand_dims(w_scale, 1 - ALONG_X)
+    elif not ONE_SCALE:
+        scale = tl.expand_dims(w_scale, 1 - ALONG_X)
+    return acc + product * scale
 
 
 @triton.jit
@@ -94,29 +79,27 @@ def _computed_here(x):
 @triton.jit
 def _two_tiles(
     x_ptrs,  # [BLOCK_M, BLOCK_K], at the first columns
-    x_desc,  # a descriptor of x, in place of x_ptrs; or None
+    x_desc,  # of the rows from `row` on, in place of x_ptrs; or None
     row,
     mask_m,
     x_scale_ptr,  # (T or S, ceil(K / 128)); None if x is not fp8
     x_rows,  # [BLOCK_M], which of its rows
-    w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
-    w_strides,  # of E, N, K
-    w_scales,  # w_scale_ptr (E, scale_rows, ceil(K / 128)), half, scale_shift, scale_rows
+    weights,  # w_ptr (E, N, K), w_strides, w_scale_ptr (E, scale_rows, ceil(K / 128)), half, scale_shift, scale_rows
     expert,
     first,
     second,
     N,
     K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    CONFIG: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """Rows of x times the BLOCK_N weight rows from `first` and from `second` on: two [BM, BN] in fp32."""
-    w_scale_ptr, half, scale_shift, scale_rows = w_scales
+    BLOCK_M: tl.constexpr = mask_m.shape[0]
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    w_ptr, w_strides, w_scale_ptr, half, scale_shift, scale_rows = weights
+    ROWS_FIRST: tl.constexpr = x_scale_ptr is not None and CONFIG.MIN_M >= 64
     offs_k = tl.arange(0, BLOCK_K)
     k_blocks = tl.cdiv(K, _BLOCK)
     offs_n = tl.arange(0, BLOCK_N)
@@ -138,8 +121,8 @@ def _two_tiles(
         else:
             x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K - k)[None, :], other=0.0)
             x_ptrs += BLOCK_K
-        w = _load_weight(w_ptr, expert, first, k, N, K, w_strides, BLOCK_N, BLOCK_K, USE_TMA)
-        second_w = _load_weight(w_ptr, expert, second, k, N, K, w_strides, BLOCK_N, BLOCK_K, USE_TMA)
+        w = _load_weight(w_ptr, w_strides, expert, first, k, N, K, CONFIG)
+        second_w = _load_weight(w_ptr, w_strides, expert, second, k, N, K, CONFIG)
         acc = _multiply(acc, x, w, x_scale, scale, ROWS_FIRST, ONE_SCALE, INPUT_PRECISION)
         if x_scale_ptr is not None:
             acc = _computed_here(acc)
@@ -161,7 +144,6 @@ def _store_quantized(codes_ptr, scale_ptr, x, row, row_end, tile_n, N):
     tl.store(scale_ptrs, scale, mask=offs_m < row_end)
 
 
-# max_tiles follows T: a new T must not compile anew.
 @triton.jit(do_not_specialize=["max_tiles"])
 def _gate_up_fp8_kernel(
     x_ptr,  # (T, H)
@@ -180,29 +162,23 @@ def _gate_up_fp8_kernel(
     scale_shift,
     scale_rows,
     stride_xt,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    MIN_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    w_strides,
+    CONFIG: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M)
+    n_tiles = tl.cdiv(I, CONFIG.BLOCK_N)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, n_tiles, CONFIG.BLOCK_M, CONFIG.GROUP_M)
     if expert < 0:
         return
-    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    for i in tl.static_range(HEIGHTS):
-        if is_height(row_end - row, i, BLOCK_M, HEIGHTS):
-            offs_m = row + tl.arange(0, BLOCK_M >> i)
+    weights = (w_ptr, w_strides, w_scale_ptr, I, scale_shift, scale_rows)
+    for i in tl.static_range((CONFIG.BLOCK_M // CONFIG.MIN_M).bit_length()):
+        if is_height(row_end - row, i, CONFIG):
+            offs_m = row + tl.arange(0, CONFIG.BLOCK_M >> i)
             mask_m = offs_m < row_end
             token = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0) // top_k
-            x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_xt + tl.arange(0, BLOCK_K)[None, :]
+            x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_xt + tl.arange(0, CONFIG.BLOCK_K)[None, :]
             gate, up = _two_tiles(
                 x_ptrs,
                 None,
@@ -210,19 +186,13 @@ def _gate_up_fp8_kernel(
                 mask_m,
                 x_scale_ptr,
                 token,
-                w_ptr,
-                (stride_we, stride_wn, stride_wk),
-                (w_scale_ptr, I, scale_shift, scale_rows),
+                weights,
                 expert,
-                tile_n * BLOCK_N,
-                tile_n * BLOCK_N + I,
+                tile_n * CONFIG.BLOCK_N,
+                tile_n * CONFIG.BLOCK_N + I,
                 2 * I,
                 H,
-                BLOCK_M >> i,
-                BLOCK_N,
-                BLOCK_K,
-                x_scale_ptr is not None and MIN_M >= 64,
-                USE_TMA,
+                CONFIG,
                 ONE_SCALE,
                 INPUT_PRECISION,
             )
@@ -248,56 +218,41 @@ def _grouped_gemm_fp8_kernel(
     scale_shift,
     scale_rows,
     stride_xm,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    MIN_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    w_strides,
+    CONFIG: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, 2 * BLOCK_N), BLOCK_M, GROUP_M)
+    n_tiles = tl.cdiv(N, 2 * CONFIG.BLOCK_N)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, n_tiles, CONFIG.BLOCK_M, CONFIG.GROUP_M)
     if expert < 0:
         return
-    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    first = tile_n * (2 * BLOCK_N)
-    for i in tl.static_range(HEIGHTS):
-        if is_height(row_end - row, i, BLOCK_M, HEIGHTS):
-            offs_m = row + tl.arange(0, BLOCK_M >> i)
+    weights = (w_ptr, w_strides, w_scale_ptr, half, scale_shift, scale_rows)
+    first = tile_n * (2 * CONFIG.BLOCK_N)
+    for i in tl.static_range((CONFIG.BLOCK_M // CONFIG.MIN_M).bit_length()):
+        if is_height(row_end - row, i, CONFIG):
+            offs_m = row + tl.arange(0, CONFIG.BLOCK_M >> i)
             mask_m = offs_m < row_end
-            x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + tl.arange(0, BLOCK_K)[None, :]
+            x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + tl.arange(0, CONFIG.BLOCK_K)[None, :]
             left, right = _two_tiles(
                 x_ptrs,
-                x_desc if USE_TMA and i == 0 else None,  # the descriptor reads boxes of BLOCK_M rows
+                x_desc if CONFIG.USE_TMA and i == 0 else None,  # the descriptor reads boxes of BLOCK_M rows
                 row,
                 mask_m,
                 x_scale_ptr,
                 offs_m,
-                w_ptr,
-                (stride_we, stride_wn, stride_wk),
-                (w_scale_ptr, half, scale_shift, scale_rows),
+                weights,
                 expert,
                 first,
-                first + BLOCK_N,
+                first + CONFIG.BLOCK_N,
                 N,
                 K,
-                BLOCK_M >> i,
-                BLOCK_N,
-                BLOCK_K,
-                x_scale_ptr is not None and MIN_M >= 64,
-                USE_TMA,
+                CONFIG,
                 ONE_SCALE,
                 INPUT_PRECISION,
             )
-            store_rows(y_ptr, left, row, row_end, first + tl.arange(0, BLOCK_N), N)
-            store_rows(y_ptr, right, row, row_end, first + BLOCK_N + tl.arange(0, BLOCK_N), N)
-
-
-# --- launchers --------------------------------------------------------------------------------------------------------
+            store_rows(y_ptr, left, row, row_end, first + tl.arange(0, CONFIG.BLOCK_N), N)
+            store_rows(y_ptr, right, row, row_end, first + CONFIG.BLOCK_N + tl.arange(0, CONFIG.BLOCK_N), N)
 
 
 def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, input_precision, config, z=None):
@@ -308,24 +263,22 @@ def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, inp
     _, rows, hidden_dim = w.shape
     inter = rows // 2
     tiles = schedule.shape[1]
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     a = torch.empty((sorted_slots.numel(), inter), dtype=x.dtype, device=x.device)
     a_scale = None
     if x_scale is not None:
         a_scale = torch.empty((sorted_slots.numel(), cdiv(inter, BLOCK)), dtype=torch.float32, device=x.device)
     shift = scale_shift(inter, w_scale.shape[1])
-    sizes = (top_k, inter, hidden_dim, shift, w_scale.shape[1], x.stride(0), *w.stride())
-    one_scale = (inter + shift) % block_n == 0
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, one_scale, tuple(gate), input_precision)
-    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k]) if use_tma else w
+    sizes = (top_k, inter, hidden_dim, shift, w_scale.shape[1], x.stride(0), w.stride())
+    one_scale = (inter + shift) % config.BLOCK_N == 0
+    w_arg = weight_descriptor(w, config.BLOCK_N, config.BLOCK_K) if config.USE_TMA else w
     launch(
         _gate_up_fp8_kernel,
-        (tiles * cdiv(inter, block_n), 1, 1),
+        (tiles * cdiv(inter, config.BLOCK_N), 1, 1),
         (x, x_scale, w_arg, w_scale, a, a_scale, z, sorted_slots, schedule),
         (tiles,),
-        (*sizes, *constants),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (*sizes, config, one_scale, gate, input_precision),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return a, a_scale
 
@@ -337,21 +290,19 @@ def grouped_gemm_fp8(x, x_scale, w, w_scale, schedule, input_precision, config, 
     """
     _, N, K = w.shape
     tiles = schedule.shape[1]
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
-    sizes = (N, K, N // 2, shift, w_scale.shape[1], x.stride(0), *w.stride())
-    one_scale = shift == 0 or N // 2 % block_n == 0
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, one_scale, input_precision)
+    sizes = (N, K, N // 2, shift, w_scale.shape[1], x.stride(0), w.stride())
+    one_scale = shift == 0 or N // 2 % config.BLOCK_N == 0
     x_arg, w_arg = x, w
-    if use_tma:
-        x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
-        w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+    if config.USE_TMA:
+        x_arg = TensorDescriptor(x, x.shape, x.stride(), [config.BLOCK_M, config.BLOCK_K])
+        w_arg = weight_descriptor(w, config.BLOCK_N, config.BLOCK_K)
     launch(
         _grouped_gemm_fp8_kernel,
-        (tiles * cdiv(N, 2 * block_n), 1, 1),
+        (tiles * cdiv(N, 2 * config.BLOCK_N), 1, 1),
         (x, x_arg, x_scale, w_arg, w_scale, y, schedule),
         (tiles,),
-        (*sizes, *constants),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (*sizes, config, one_scale, input_precision),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return y

@@ -23,16 +23,16 @@ from .hopper import (
     _multiply,
     _next,
     _number_of_tiles,
+    _previous,
     _put_tile,
     _queue,
     _rows_descriptor,
     _tma_load,
 )
 from .launch import launch, multiprocessors
-from .quantize import BLOCK, _load_scale
+from .quantize import _BLOCK, BLOCK, _load_scale
 from .tiles import locate_tile
 
-_BLOCK = gl.constexpr(BLOCK)
 _W_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
@@ -51,12 +51,22 @@ def _load_half_scales(w_scale_ptr, tile_n, k, scale_rows, scale_columns, TRANSPO
 
 
 @gluon.jit
-def _dequantize_half(codes_smem, w_smem, scale, START: gl.constexpr, TRANSPOSED: gl.constexpr):
+def _dequantize(codes_smem, w_smem, scales, TRANSPOSED: gl.constexpr):
     LANES: gl.constexpr = 8 if TRANSPOSED else 4  # of a row, 16 codes each
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     DIM: gl.constexpr = 1 if TRANSPOSED else 0
-    codes = codes_smem.slice(START, _BLOCK, DIM).load(layout)
-    w_smem.slice(START, _BLOCK, DIM).store((codes.to(gl.float32) * scale).to(w_smem.dtype))
+    for half in gl.static_range(2):
+        codes = codes_smem.slice(half * _BLOCK, _BLOCK, DIM).load(layout)
+        w_smem.slice(half * _BLOCK, _BLOCK, DIM).store((codes.to(gl.float32) * scales[half]).to(w_smem.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def _load_codes(w_desc, codes, stage, expert, tile_n, k, N, K):
+    codes_smem, codes_full = codes
+    bar = codes_full.index(stage)
+    mbarrier.expect(bar, BLOCK_N * BLOCK_K)
+    _load_weight(w_desc, codes_smem.index(stage), bar, expert, tile_n, k, _BLOCK, N, K, BLOCK_N)
 
 
 @gluon.jit
@@ -81,60 +91,50 @@ def _load_and_dequantize(
     n_tiles = gl.cdiv(N, BLOCK_N)
     k_tiles = gl.cdiv(K, BLOCK_K)
     num_tiles = _number_of_tiles(schedule, n_tiles)
-    codes_stage = 0
-    codes_phase = 0
-    stage = 0
-    phase = 0
-    place = 0
-    place_phase = 0
+    codes_step = (0, 0)
+    step = (0, 0)
+    place = (0, 0)
     tile = gl.program_id(0)
-    expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
+    located = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
     if tile < num_tiles:
+        expert, _, _, _, tile_n = located
         for k in gl.static_range(AHEAD):
-            bar = codes_full.index(k)
-            mbarrier.expect(bar, BLOCK_N * BLOCK_K)
-            _load_weight(w_desc, codes_smem.index(k), bar, expert, tile_n, k * BLOCK_K, _BLOCK, N, K, BLOCK_N)
+            _load_codes(w_desc, codes, k, expert, tile_n, k * BLOCK_K, N, K)
     while tile < num_tiles:
         next_tile = _claim_tile(schedule, num_tiles)
-        next_expert, _, next_row, next_row_end, next_tile_n = locate_tile(
-            *schedule, n_tiles, BLOCK_M, GROUP_M, next_tile
-        )
-        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
+        next_located = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, next_tile)
+        expert, _, row, row_end, tile_n = located
+        next_expert, _, _, _, next_tile_n = next_located
+        place = _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert)
         scale_ptr = w_scale_ptr + expert.to(gl.int64) * scale_rows * scale_columns
-        first, second = _load_half_scales(scale_ptr, tile_n, 0, scale_rows, scale_columns, TRANSPOSED)
+        scales = _load_half_scales(scale_ptr, tile_n, 0, scale_rows, scale_columns, TRANSPOSED)
         for k in range(k_tiles):
+            codes_stage, codes_phase = codes_step
+            stage, phase = step
             next_k = gl.minimum(k + 1, k_tiles - 1)
-            scales = _load_half_scales(scale_ptr, tile_n, next_k, scale_rows, scale_columns, TRANSPOSED)
+            next_scales = _load_half_scales(scale_ptr, tile_n, next_k, scale_rows, scale_columns, TRANSPOSED)
             # Codes of the step AHEAD, which may be the next tile's, come where those of the step before were.
             is_here = k + AHEAD < k_tiles
             if is_here | (next_tile < num_tiles):
                 ahead = gl.where(is_here, k + AHEAD, k + AHEAD - k_tiles) * BLOCK_K
                 ahead_expert = gl.where(is_here, expert, next_expert)
                 ahead_n = gl.where(is_here, tile_n, next_tile_n)
-                place_ahead = gl.where(codes_stage == 0, AHEAD, codes_stage - 1)
-                bar = codes_full.index(place_ahead)
-                mbarrier.expect(bar, BLOCK_N * BLOCK_K)
-                w_ahead = codes_smem.index(place_ahead)
-                _load_weight(w_desc, w_ahead, bar, ahead_expert, ahead_n, ahead, _BLOCK, N, K, BLOCK_N)
+                stage_ahead = _previous(codes_stage, CODES_STAGES)
+                _load_codes(w_desc, codes, stage_ahead, ahead_expert, ahead_n, ahead, N, K)
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
             # Rows past row_end, and weights past the expert's last, reach only sums that are never stored.
             _tma_load(x_desc, [row, k * BLOCK_K], full.index(stage), x_smem.index(stage))
             mbarrier.wait(codes_full.index(codes_stage), codes_phase)
-            _dequantize_half(codes_smem.index(codes_stage), w_smem.index(stage), first, 0, TRANSPOSED)
-            _dequantize_half(codes_smem.index(codes_stage), w_smem.index(stage), second, _BLOCK, TRANSPOSED)
-            fence_async_shared()
+            _dequantize(codes_smem.index(codes_stage), w_smem.index(stage), scales, TRANSPOSED)
             _barrier()
             mbarrier.arrive(full.index(stage), count=1)
-            codes_stage, codes_phase = _next(codes_stage, codes_phase, CODES_STAGES)
-            stage, phase = _next(stage, phase, STAGES)
-            first, second = scales
+            codes_step = _next(codes_step, CODES_STAGES)
+            step = _next(step, STAGES)
+            scales = next_scales
         tile = next_tile
-        expert = next_expert
-        row = next_row
-        row_end = next_row_end
-        tile_n = next_tile_n
-    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
+        located = next_located
+    _put_tile(queue, place, -1, -1, 0, 0, 0)
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
@@ -159,13 +159,13 @@ def _fp8_weights_hopper_kernel(
     codes_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS))
     codes = (codes_smem, _barriers(STAGES, 1))
-    queue = _queue(CONSUMERS)
+    queue = _queue()
     schedule = (schedule_ptr, max_tiles)
     sizes = (N, K, scale_rows, scale_columns)
     gl.warp_specialize(
         [
-            (_multiply, (0, y_ptr, None, None, N, stages, queue, False, TRANSPOSED)),
-            (_multiply, (1, y_ptr, None, None, N, stages, queue, False, TRANSPOSED)),
+            (_multiply, (0, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED)),
+            (_multiply, (1, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED)),
             (
                 _load_and_dequantize,
                 (x_desc, w_desc, w_scale_ptr, schedule, sizes, stages, codes, queue, GROUP_M, TRANSPOSED),
@@ -189,6 +189,5 @@ def fp8_weights_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False
         (_rows_descriptor(x, [BLOCK_M.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y, schedule),
         (schedule.shape[1],),
         (N, K, *w_scale.shape[1:], config.GROUP_M, 3, transposed),
-        num_warps=4,
     )
     return y

@@ -4,8 +4,8 @@
     glu_backward:  a = act(gate) * up,  dweight[s] = <b[r], a>,  da = weight[s] * b[r]
                    dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
 
-GATE is (activation, limit, alpha, interleaved), as Gate in reference.py; gate and up are clamped first if it has a
-limit. Padding rows become zero, whatever they were: with a bias, z there is not zero. Grid: rows, some at a time.
+GATE is a Gate of reference/; gate and up are clamped first if it has a limit. Padding rows become zero, whatever they
+were: with a bias, z there is not zero. Grid: rows, some at a time.
 """
 
 import torch
@@ -18,51 +18,48 @@ from .launch import cdiv, launch, next_power_of_2
 @triton.jit
 def _clamp(gate, up, GATE: tl.constexpr):
     """What the activation and its product see of gate and up."""
-    LIMIT: tl.constexpr = GATE[1]
-    if LIMIT is not None:
+    if GATE.limit is not None:
         # Not minimum and maximum, which drop a NaN.
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    if GATE[0] == "swigluoai":
+        gate = tl.where(gate > GATE.limit, GATE.limit, gate)
+        up = tl.where(up > GATE.limit, GATE.limit, tl.where(up < -GATE.limit, -GATE.limit, up))
+    if GATE.activation == "swigluoai":
         up += 1.0
     return gate, up
 
 
 @triton.jit
 def _activate(x, GATE: tl.constexpr):
-    ACTIVATION: tl.constexpr = GATE[0]
-    if ACTIVATION == "silu":
+    if GATE.activation == "silu":
         return x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
+    elif GATE.activation == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_pytorch_tanh":
+    elif GATE.activation == "gelu_pytorch_tanh":
         # 0.5 * (1 + tanh(z)) == sigmoid(2 z)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "swigluoai":
-        return x * tl.sigmoid(GATE[2] * x)
+    elif GATE.activation == "swigluoai":
+        return x * tl.sigmoid(GATE.alpha * x)
     else:
-        tl.static_assert(ACTIVATION == "relu")
+        tl.static_assert(GATE.activation == "relu")
         # Not maximum(x, 0), which drops a NaN.
         return tl.where(x < 0.0, 0.0, x)
 
 
 @triton.jit
 def _activation_slope(x, GATE: tl.constexpr):
-    ACTIVATION: tl.constexpr = GATE[0]
-    if ACTIVATION == "silu":
+    if GATE.activation == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
-    elif ACTIVATION == "gelu":
+    elif GATE.activation == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    elif ACTIVATION == "gelu_pytorch_tanh":
+    elif GATE.activation == "gelu_pytorch_tanh":
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    elif ACTIVATION == "swigluoai":
-        s = tl.sigmoid(GATE[2] * x)
-        return s * (1.0 + GATE[2] * x * (1.0 - s))
+    elif GATE.activation == "swigluoai":
+        s = tl.sigmoid(GATE.alpha * x)
+        return s * (1.0 + GATE.alpha * x * (1.0 - s))
     else:
-        tl.static_assert(ACTIVATION == "relu")
+        tl.static_assert(GATE.activation == "relu")
         return tl.where(x <= 0.0, 0.0, 1.0)
 
 
@@ -75,36 +72,29 @@ def _glu(gate, up, GATE: tl.constexpr):
 @triton.jit
 def _glu_gradients(da, gate, up, GATE: tl.constexpr):
     """a = act(gate) * up, and the gradients of gate and up."""
-    LIMIT: tl.constexpr = GATE[1]
     g, u = _clamp(gate, up, GATE)
     act = _activate(g, GATE)
     dgate = da * u * _activation_slope(g, GATE)
     dup = da * act
-    if LIMIT is not None:
-        dgate = tl.where(gate > LIMIT, 0.0, dgate)
-        dup = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, dup)
+    if GATE.limit is not None:
+        dgate = tl.where(gate > GATE.limit, 0.0, dgate)
+        dup = tl.where((up > GATE.limit) | (up < -GATE.limit), 0.0, dup)
     return act * u, dgate, dup
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of the columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _gate_and_up(x, GATE: tl.constexpr):
     """The columns of x that are gate, and those that are up."""
-    if GATE[3]:
+    if GATE.interleaved:
         return x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
     else:
-        return _halves(x)
+        return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _load_gate_and_up(z_ptrs, start, mask_r, I, BLOCK_I: tl.constexpr, GATE: tl.constexpr):
     """BLOCK_I columns of each, in fp32."""
-    if GATE[3]:
+    if GATE.interleaved:
         offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
         return _gate_and_up(tl.load(z_ptrs + offs_z, mask=mask_r & (offs_z < 2 * I), other=0.0).to(tl.float32), GATE)
     else:
@@ -179,7 +169,7 @@ def _glu_backward_kernel(
         a, dgate, dup = _glu_gradients(weight * b, gate, up, GATE)
         products += b * a
         dz_ptrs = dz_ptr + rows * 2 * I
-        if GATE[3]:
+        if GATE.interleaved:
             offs_z = (2 * start + tl.arange(0, 2 * BLOCK_I))[None, :]
             tl.store(dz_ptrs + offs_z, tl.interleave(dgate, dup).to(dtype), mask=offs_z < 2 * I)
         else:
@@ -200,8 +190,7 @@ def glu(z, slots, expert_offsets, gate):
         (cdiv(rows, block_m), 1, 1),
         (z, slots, expert_offsets, a),
         (),
-        (experts, inter, block_m, block_i, tuple(gate)),
-        num_warps=4,
+        (experts, inter, block_m, block_i, gate),
     )
     return a
 
@@ -222,7 +211,6 @@ def glu_backward(b, z, top_k_weights, slots, z_positions, expert_offsets, gate, 
         (rows // block_m, 1, 1),
         (b, z, top_k_weights, slots, z_positions, expert_offsets, dz, weighted_a, dweights),
         (),
-        (experts, inter, block_m, block_i, tuple(gate)),
-        num_warps=4,
+        (experts, inter, block_m, block_i, gate),
     )
     return dz, weighted_a, dweights

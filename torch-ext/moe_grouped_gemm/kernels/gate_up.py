@@ -7,7 +7,7 @@ are as in grouped_gemm.py. Where the weight comes first, gate and up are two dot
 memory straight to the MMA. One dot would take the detour of registers, since the first operand may not be reshaped in
 shared memory; interleaved rows, which no slice of a tile can part, have to take it.
 
-Tuples that are handed around: rows (x_ptr, sorted_slots_ptr, top_k, stride_xt), w_strides (of E, N, K),
+Tuples that are handed around: rows (x_ptr, sorted_slots_ptr, top_k, stride_xt), weights (w_ptr, w_strides, bias_ptr),
 out (a_ptr, z_ptr), tile (expert, row, row_end, tile_n).
 """
 
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gate import _gate_and_up, _glu, _halves
+from .gate import _gate_and_up, _glu
 from .launch import cdiv, launch
-from .tiles import is_height, locate_tile, store_rows, weight_descriptor
+from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
@@ -58,56 +58,48 @@ def _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE: 
 
 
 @triton.jit
-def _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, GATE: tl.constexpr):
-    """As `_store_glu` for z [BLOCK_M, 2 BLOCK_N], whose columns are gate, up, gate, up, ..."""
-    BLOCK_N: tl.constexpr = z.shape[1] // 2
-    offs_z = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + offs_z, mask=offs_z < 2 * I, other=0.0).to(tl.float32)[None, :]
-    if z_ptr is not None:
-        store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
-    gate, up = _gate_and_up(z, GATE)
-    store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
-
-
-@triton.jit
 def _store_gate_and_up(out, bias_ptr, z, row, row_end, tile_n, I, GATE: tl.constexpr):
-    """z [BLOCK_M, 2 BLOCK_N]: gate and up of a tile, in the order of the weight's rows."""
+    """As `_store_glu` for z [BLOCK_M, 2 BLOCK_N], gate and up of a tile in the order of the weight's rows."""
+    BLOCK_N: tl.constexpr = z.shape[1] // 2
     a_ptr, z_ptr = out
-    if GATE[3]:
-        _store_interleaved_glu(a_ptr, z_ptr, bias_ptr, z, row, row_end, tile_n, I, GATE)
+    if GATE.interleaved:
+        offs_z = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + offs_z, mask=offs_z < 2 * I, other=0.0).to(tl.float32)[None, :]
+        if z_ptr is not None:
+            store_rows(z_ptr, z, row, row_end, offs_z, 2 * I)
+        gate, up = _gate_and_up(z, GATE)
+        store_rows(a_ptr, _glu(gate, up, GATE), row, row_end, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), I)
     else:
-        gate, up = _halves(z)
+        gate, up = _gate_and_up(z, GATE)
         _store_glu(a_ptr, z_ptr, bias_ptr, gate, up, row, row_end, tile_n, I, GATE)
 
 
 @triton.jit
 def _one_dot_tile(
     rows,
-    w_ptr,
-    w_strides,
-    bias_ptr,
+    weights,
     out,
     tile,
     I,
     H,
     BLOCK_M: tl.constexpr,
     MORE_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    CONFIG: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """BLOCK_M rows, and with ROWS_FIRST MORE_M (maybe 0) after them."""
-    INTERLEAVED: tl.constexpr = GATE[3]
+    """BLOCK_M rows, and if they come first MORE_M (maybe 0) after them."""
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    ROWS_FIRST: tl.constexpr = CONFIG.MIN_M >= 64
+    w_ptr, w_strides, bias_ptr = weights
     expert, row, row_end, tile_n = tile
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs, mask_m = _gather(rows, row, row_end, offs_k, BLOCK_M)
-    if not USE_TMA:
-        if INTERLEAVED:
+    if not CONFIG.USE_TMA:
+        if GATE.interleaved:
             w_rows = tile_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
             columns = w_rows // 2
         else:
@@ -123,12 +115,11 @@ def _one_dot_tile(
         mask_k = (offs_k < H - k)[None, :]
         x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         x_ptrs += BLOCK_K
-        if not USE_TMA:
+        if not CONFIG.USE_TMA:
             w = tl.load(w_ptrs, mask=(columns < I)[:, None] & mask_k, other=0.0)
-        elif TRANSPOSED:
-            w = w_ptr.load([expert, k, tile_n * (2 * BLOCK_N)]).reshape(BLOCK_K, 2 * BLOCK_N).T
-        elif INTERLEAVED:
-            w = w_ptr.load([expert, tile_n * (2 * BLOCK_N), k]).reshape(2 * BLOCK_N, BLOCK_K)
+            w_ptrs += BLOCK_K * stride_wk
+        elif GATE.interleaved:
+            w = load_weight(w_ptr, expert, tile_n * (2 * BLOCK_N), k, 2 * BLOCK_N, BLOCK_K, TRANSPOSED)
         else:
             w = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
         if ROWS_FIRST:
@@ -139,8 +130,6 @@ def _one_dot_tile(
             more = tl.load(more_ptrs, mask=mask_more & mask_k, other=0.0)
             more_ptrs += BLOCK_K
             more_acc = tl.dot(more, w.T, more_acc, input_precision=INPUT_PRECISION)
-        if not USE_TMA:
-            w_ptrs += BLOCK_K * stride_wk
 
     if bias_ptr is not None:
         bias_ptr += expert.to(tl.int64) * (2 * I)
@@ -152,26 +141,25 @@ def _one_dot_tile(
 @triton.jit
 def _two_dots_tile(
     rows,
-    w_ptr,
-    w_strides,
-    bias_ptr,
+    weights,
     out,
     tile,
     I,
     H,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    CONFIG: tl.constexpr,
     GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """Weights first, gate and up by themselves."""
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    w_ptr, w_strides, bias_ptr = weights
     expert, row, row_end, tile_n = tile
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs, mask_m = _gather(rows, row, row_end, offs_k, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if not USE_TMA:
+    if not CONFIG.USE_TMA:
         w_ptrs, stride_wk = _weight_ptrs(w_ptr, w_strides, expert, offs_n, offs_k)
         up_offset = tl.cast(I, tl.int64) * w_strides[1]
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -180,17 +168,16 @@ def _two_dots_tile(
         mask_k = (offs_k < H - k)[None, :]
         x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         x_ptrs += BLOCK_K
-        if USE_TMA:
+        if CONFIG.USE_TMA:
             w_gate = w_ptr.load([expert, 0, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
             w_up = w_ptr.load([expert, 1, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
         else:
             mask_w = (offs_n < I)[:, None] & mask_k
             w_gate = tl.load(w_ptrs, mask=mask_w, other=0.0)
             w_up = tl.load(w_ptrs + up_offset, mask=mask_w, other=0.0)
+            w_ptrs += BLOCK_K * stride_wk
         gate = tl.dot(w_gate, x.T, gate, input_precision=INPUT_PRECISION)  # [BN, BK] @ [BK, BM]
         up = tl.dot(w_up, x.T, up, input_precision=INPUT_PRECISION)
-        if not USE_TMA:
-            w_ptrs += BLOCK_K * stride_wk
 
     if bias_ptr is not None:
         bias_ptr += expert.to(tl.int64) * (2 * I)
@@ -198,7 +185,6 @@ def _two_dots_tile(
     _store_glu(a_ptr, z_ptr, bias_ptr, gate.T, up.T, row, row_end, tile_n, I, GATE)
 
 
-# max_tiles follows T: a new T must not compile anew.
 @triton.jit(do_not_specialize=["max_tiles"])
 def _gate_up_kernel(
     x_ptr,  # (T, H)
@@ -213,76 +199,50 @@ def _gate_up_kernel(
     I,
     H,
     stride_xt,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    MIN_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    w_strides,
+    CONFIG: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     GATE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, first_row, row, row_end, tile_n = locate_tile(
-        schedule_ptr, max_tiles, tl.cdiv(I, BLOCK_N), BLOCK_M, GROUP_M
-    )
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    MIN_M: tl.constexpr = CONFIG.MIN_M
+    n_tiles = tl.cdiv(I, CONFIG.BLOCK_N)
+    expert, first_row, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M, CONFIG.GROUP_M)
     if expert < 0:
         return
     HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
     # An expert's last rows, if MIN_M or fewer, go with the tile before: its weights are there already. Not so if gate
     # and up are interleaved: registers would spill.
-    JOIN: tl.constexpr = USE_TMA and MIN_M >= 64 and HEIGHTS > 1 and not GATE[3]
+    JOIN: tl.constexpr = CONFIG.USE_TMA and MIN_M >= 64 and HEIGHTS > 1 and not GATE.interleaved
     num_rows = row_end - row
     if JOIN and row > first_row and num_rows <= MIN_M:
         return
     rows = (x_ptr, sorted_slots_ptr, top_k, stride_xt)
-    w_strides = (stride_we, stride_wn, stride_wk)
+    weights = (w_ptr, w_strides, bias_ptr)
     out = (a_ptr, z_ptr)
     tile = (expert, row, row_end, tile_n)
     for i in tl.static_range(HEIGHTS + JOIN):
         joins = JOIN and num_rows > BLOCK_M and num_rows <= BLOCK_M + MIN_M
-        chosen = joins if i == HEIGHTS else is_height(num_rows, i, BLOCK_M, HEIGHTS) and not joins
+        chosen = joins if i == HEIGHTS else is_height(num_rows, i, CONFIG) and not joins
         if chosen:
-            if MIN_M >= 64 or GATE[3]:
+            if MIN_M >= 64 or GATE.interleaved:
                 _one_dot_tile(
                     rows,
-                    w_ptr,
-                    w_strides,
-                    bias_ptr,
+                    weights,
                     out,
                     tile,
                     I,
                     H,
                     BLOCK_M if i == HEIGHTS else BLOCK_M >> i,
                     MIN_M if i == HEIGHTS else 0,
-                    BLOCK_N,
-                    BLOCK_K,
-                    MIN_M >= 64,
-                    USE_TMA,
+                    CONFIG,
                     TRANSPOSED,
                     GATE,
                     INPUT_PRECISION,
                 )
             else:
-                _two_dots_tile(
-                    rows,
-                    w_ptr,
-                    w_strides,
-                    bias_ptr,
-                    out,
-                    tile,
-                    I,
-                    H,
-                    BLOCK_M >> i,
-                    BLOCK_N,
-                    BLOCK_K,
-                    USE_TMA,
-                    GATE,
-                    INPUT_PRECISION,
-                )
+                _two_dots_tile(rows, weights, out, tile, I, H, BLOCK_M >> i, CONFIG, GATE, INPUT_PRECISION)
 
 
 def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, z=None, bias=None):
@@ -293,24 +253,22 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
     _, rows, hidden_dim = w.shape
     inter = rows // 2
     tiles = schedule.shape[1]
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     a = torch.empty((sorted_slots.numel(), inter), dtype=x.dtype, device=x.device)
-    sizes = (top_k, inter, hidden_dim, x.stride(0), *w.stride())
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1)
-    constants += (tuple(gate), input_precision)
+    constants = (config, config.USE_TMA and w.stride(2) != 1, gate, input_precision)
     w_arg = w
-    if use_tma and gate.interleaved:
-        w_arg = weight_descriptor(w, 2 * block_n, block_k)
-    elif use_tma:
+    if config.USE_TMA and gate.interleaved:
+        w_arg = weight_descriptor(w, 2 * config.BLOCK_N, config.BLOCK_K)
+    elif config.USE_TMA:
         shape, strides = [w.shape[0], 2, inter, hidden_dim], [w.stride(0), inter * w.stride(1), w.stride(1), 1]
-        w_arg = TensorDescriptor(w, shape, strides, [1, 2 if min_m >= 64 else 1, block_n, block_k])
+        box = [1, 2 if config.MIN_M >= 64 else 1, config.BLOCK_N, config.BLOCK_K]
+        w_arg = TensorDescriptor(w, shape, strides, box)
     launch(
         _gate_up_kernel,
-        (tiles * cdiv(inter, block_n), 1, 1),
+        (tiles * cdiv(inter, config.BLOCK_N), 1, 1),
         (x, w_arg, bias, a, z, sorted_slots, schedule),
         (tiles,),
-        (*sizes, *constants),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (top_k, inter, hidden_dim, x.stride(0), w.stride(), *constants),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return a

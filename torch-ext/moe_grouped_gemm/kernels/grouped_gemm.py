@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch, next_power_of_2
-from .tiles import is_height, locate_tile, store_rows, weight_descriptor
+from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
@@ -55,12 +55,25 @@ def _add_low_rank(
 
 
 @triton.jit
+def _store(out, y, row, row_end, offs_m, mask_m, offs_n, N):
+    """y [BM, BN] as rows from `row` on; or if slots are given, each row times its weight to where its slot is."""
+    y_ptr, sorted_slots_ptr, row_weights_ptr = out
+    if sorted_slots_ptr is None:
+        store_rows(y_ptr, y, row, row_end, offs_n, N)
+    else:
+        slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
+        y *= tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
 def _grouped_gemm_tile(
     x_ptr,
     x_desc,  # None: by x_ptr
     stride_xm,
     w_ptr,
-    w_strides,  # of E, N, K
+    w_strides,
     bias_ptr,
     low_rank,  # u_ptr, factor_ptr, R
     out,  # y_ptr, sorted_slots_ptr, row_weights_ptr
@@ -68,30 +81,25 @@ def _grouped_gemm_tile(
     N,
     K,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    CONFIG: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    ROWS_FIRST: tl.constexpr = CONFIG.MIN_M >= 64
     expert, row, row_end, tile_n = tile
-    y_ptr, sorted_slots_ptr, row_weights_ptr = out
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < row_end
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     if x_desc is None:
         x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
-    if not USE_TMA:
+    if not CONFIG.USE_TMA:
         stride_wk = tl.cast(w_strides[2], tl.int64)
-        w_ptrs = (
-            w_ptr
-            + expert.to(tl.int64) * w_strides[0]
-            + offs_n[:, None].to(tl.int64) * w_strides[1]
-            + offs_k[None, :] * stride_wk
-        )
+        w_ptrs = w_ptr + expert.to(tl.int64) * w_strides[0] + offs_n[:, None].to(tl.int64) * w_strides[1]
+        w_ptrs += offs_k[None, :] * stride_wk
 
     acc = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -102,10 +110,8 @@ def _grouped_gemm_tile(
         else:
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             x_ptrs += BLOCK_K
-        if USE_TMA and TRANSPOSED:
-            w = w_ptr.load([expert, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N).T
-        elif USE_TMA:
-            w = w_ptr.load([expert, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+        if CONFIG.USE_TMA:
+            w = load_weight(w_ptr, expert, tile_n * BLOCK_N, k, BLOCK_N, BLOCK_K, TRANSPOSED)
         else:
             w = tl.load(w_ptrs, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0.0)
             w_ptrs += BLOCK_K * stride_wk
@@ -119,13 +125,7 @@ def _grouped_gemm_tile(
     y = acc if ROWS_FIRST else acc.T
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if sorted_slots_ptr is None:
-        store_rows(y_ptr, y, row, row_end, offs_n, N)
-    else:
-        slots = tl.load(sorted_slots_ptr + offs_m, mask=mask_m, other=0)
-        y *= tl.load(row_weights_ptr + slots, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-        y_ptrs = y_ptr + slots[:, None].to(tl.int64) * N + offs_n[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+    _store(out, y, row, row_end, offs_m, mask_m, offs_n, N)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -145,42 +145,32 @@ def _grouped_gemm_kernel(
     K,
     R,
     stride_xm,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    MIN_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    w_strides,
+    CONFIG: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    n_tiles = tl.cdiv(N, CONFIG.BLOCK_N)
+    expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, n_tiles, CONFIG.BLOCK_M, CONFIG.GROUP_M)
     if expert < 0:
         return
-    HEIGHTS: tl.constexpr = (BLOCK_M // MIN_M).bit_length()
-    for i in tl.static_range(HEIGHTS):
-        if is_height(row_end - row, i, BLOCK_M, HEIGHTS):
+    for i in tl.static_range((CONFIG.BLOCK_M // CONFIG.MIN_M).bit_length()):
+        if is_height(row_end - row, i, CONFIG):
             _grouped_gemm_tile(
                 x_ptr,
-                x_desc if USE_TMA and i == 0 else None,  # the descriptor reads boxes of BLOCK_M rows
+                x_desc if CONFIG.USE_TMA and i == 0 else None,  # the descriptor reads boxes of BLOCK_M rows
                 stride_xm,
                 w_ptr,
-                (stride_we, stride_wn, stride_wk),
+                w_strides,
                 bias_ptr,
                 (u_ptr, factor_ptr, R),
                 (y_ptr, sorted_slots_ptr, row_weights_ptr),
                 (expert, row, row_end, tile_n),
                 N,
                 K,
-                BLOCK_M >> i,
-                BLOCK_N,
-                BLOCK_K,
-                MIN_M >= 64,
-                USE_TMA,
+                CONFIG.BLOCK_M >> i,
+                CONFIG,
                 TRANSPOSED,
                 BLOCK_R,
                 INPUT_PRECISION,
@@ -202,23 +192,21 @@ def grouped_gemm(
     if config.WARP_SPECIALIZED:
         return grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots, row_weights, low_rank)
     tiles = schedule.shape[1]
-    block_m, min_m, block_n, block_k, group_m, num_warps, num_stages, use_tma, _ = config
     u, factor = low_rank or (None, None)
     rank = 0 if low_rank is None else u.shape[1]
-    sizes = (N, K, rank, x.stride(0), *w.stride())
-    constants = (block_m, min_m, block_n, block_k, group_m, use_tma, use_tma and w.stride(2) != 1)
-    constants += (min(block_k, next_power_of_2(max(rank, 1))), input_precision)
     x_arg, w_arg = x, w
-    if use_tma:
-        x_arg = TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k])
-        w_arg = weight_descriptor(w, block_n, block_k)
+    if config.USE_TMA:
+        x_arg = TensorDescriptor(x, x.shape, x.stride(), [config.BLOCK_M, config.BLOCK_K])
+        w_arg = weight_descriptor(w, config.BLOCK_N, config.BLOCK_K)
+    block_r = min(config.BLOCK_K, next_power_of_2(max(rank, 1)))
+    constants = (config, config.USE_TMA and w.stride(2) != 1, block_r, input_precision)
     launch(
         _grouped_gemm_kernel,
-        (tiles * cdiv(N, block_n), 1, 1),
+        (tiles * cdiv(N, config.BLOCK_N), 1, 1),
         (x, x_arg, w_arg, bias, u, factor, y, sorted_slots, row_weights, schedule),
         (tiles,),
-        (*sizes, *constants),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        (N, K, rank, x.stride(0), w.stride(), *constants),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return y

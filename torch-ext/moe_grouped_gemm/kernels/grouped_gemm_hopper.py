@@ -33,19 +33,14 @@ def _grouped_gemm_hopper_kernel(
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED_W else [STAGES, BLOCK_N, BLOCK_K]
     w_smem = gl.allocate_shared_memory(w_desc.dtype, W_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
-    queue = _queue(CONSUMERS)
+    queue = _queue()
     schedule = (schedule_ptr, max_tiles)
     sizes = (gl.cdiv(N, BLOCK_N), BLOCK_N // 2, N, K)
+    out = (y_ptr, sorted_slots_ptr, row_weights_ptr)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (0, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W, RANK_STEPS),
-            ),
-            (
-                _multiply,
-                (1, y_ptr, sorted_slots_ptr, row_weights_ptr, N, stages, queue, False, TRANSPOSED_W, RANK_STEPS),
-            ),
+            (_multiply, (0, out, N, stages, queue, False, TRANSPOSED_W, RANK_STEPS)),
+            (_multiply, (1, out, N, stages, queue, False, TRANSPOSED_W, RANK_STEPS)),
             (
                 _load,
                 (x_desc, w_desc, schedule, sizes, stages, queue, BLOCK_N, GROUP_M, u_desc, factor_desc, RANK_STEPS),
@@ -84,6 +79,5 @@ def grouped_gemm_hopper(x, w, schedule, config, y, sorted_slots=None, row_weight
         (_rows_descriptor(x, [128, 64]), w_desc, u_desc, factor_desc, y, sorted_slots, row_weights, schedule),
         (schedule.shape[1],),
         (N, K, config.GROUP_M, config.num_stages, transposed, rank_steps),
-        num_warps=4,
     )
     return y

@@ -11,7 +11,8 @@ The consumers need not keep step: while one stores its rows the other has the te
 way. That pays where K is short against what comes before and after it.
 
 Tuples that are handed around: schedule (schedule_ptr, max_tiles); stages (x_smem, w_smem, full, free), the ring of K
-steps and its mbarriers; queue (tiles, full, free), the ring of tiles.
+steps and its mbarriers; queue (tiles, full, free), the ring of tiles; step and place, where in these two a warp is: an
+index and the parity of its use; out (y_ptr, sorted_slots_ptr, row_weights_ptr).
 """
 
 from triton.experimental import gluon
@@ -36,8 +37,9 @@ QUEUE = gl.constexpr(2)  # tiles that the consumers may lag behind the loader
 
 
 @gluon.jit
-def _next(i, phase, SIZE: gl.constexpr):
-    """The next place in a ring of SIZE, and the parity of its use."""
+def _next(place, SIZE: gl.constexpr):
+    """The next place in a ring of SIZE."""
+    i, phase = place
     wraps = i == SIZE - 1
     return gl.where(wraps, 0, i + 1), gl.where(wraps, phase ^ 1, phase)
 
@@ -48,8 +50,9 @@ def _previous(i, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles, expert):
+def _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert):
     tiles, full, free = queue
+    i, phase = place
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     field = gl.arange(0, 8, layout)
     mbarrier.wait(free.index(i), phase ^ 1)
@@ -58,13 +61,14 @@ def _put_tile(queue, i, phase, row, row_end, tile_n, k_tiles, expert):
     tiles.index(i).store(tile)
     _barrier()
     mbarrier.arrive(full.index(i), count=1)
-    return _next(i, phase, QUEUE)
+    return _next(place, QUEUE)
 
 
 @gluon.jit
-def _take_tile(queue, i, phase):
+def _take_tile(queue, place):
     """(First row, -1: no more tiles; row after the expert's last; column tile; steps of K; expert), next place."""
     tiles, full, free = queue
+    i, phase = place
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     field = gl.arange(0, 8, layout)
     mbarrier.wait(full.index(i), phase)
@@ -76,8 +80,7 @@ def _take_tile(queue, i, phase):
     tile_n = gl.sum(gl.where(field == 2, tile, 0), 0)
     k_tiles = gl.sum(gl.where(field == 3, tile, 0), 0)
     expert = gl.sum(gl.where(field == 4, tile, 0), 0)
-    i, phase = _next(i, phase, QUEUE)
-    return (row, row_end, tile_n, k_tiles, expert), i, phase
+    return (row, row_end, tile_n, k_tiles, expert), _next(place, QUEUE)
 
 
 @gluon.jit
@@ -120,11 +123,12 @@ def _claim_tile(schedule, num_tiles):
 
 
 @gluon.jit
-def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, stage, phase, TILE_N: gl.constexpr):
+def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, step, TILE_N: gl.constexpr):
     """The columns from k on of the tile's rows and weight rows, into the next stage."""
     row, expert, tile_n = tile
     _, second, N, K = sizes
     x_smem, _, full, free = stages
+    stage, phase = step
     mbarrier.wait(free.index(stage), phase ^ 1)
     bar = full.index(stage)
     mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
@@ -132,7 +136,7 @@ def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, stage, phase, TIL
     # expert's last.
     _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
     _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
-    return _next(stage, phase, w_smem.shape[0])
+    return _next(step, w_smem.shape[0])
 
 
 @gluon.jit
@@ -153,27 +157,22 @@ def _load(
     x_smem, w_smem, full, free = stages
     STEP: gl.constexpr = x_smem.shape[2]
     num_tiles = _number_of_tiles(schedule, n_tiles)
-    stage = 0
-    phase = 0
-    place = 0
-    place_phase = 0
+    step = (0, 0)
+    place = (0, 0)
     tile = gl.program_id(0)
     while tile < num_tiles:
         next_tile = _claim_tile(schedule, num_tiles)
         expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
         k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
-        place, place_phase = _put_tile(queue, place, place_phase, row, row_end, tile_n, k_tiles, expert)
-        place_of_tile = (row, expert, tile_n)
+        place = _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert)
         for k in range(0, K, STEP):
-            stage, phase = _load_step(x_desc, w_desc, w_smem, place_of_tile, k, sizes, stages, stage, phase, TILE_N)
-        for step in gl.static_range(RANK_STEPS):
+            step = _load_step(x_desc, w_desc, w_smem, (row, expert, tile_n), k, sizes, stages, step, TILE_N)
+        for r in gl.static_range(RANK_STEPS):
             # Past R there are zeros in both.
-            k = step * STEP
-            stage, phase = _load_step(
-                u_desc, factor_desc, _as_rows(w_smem), place_of_tile, k, sizes, stages, stage, phase, TILE_N
-            )
+            w_rows = _as_rows(w_smem)
+            step = _load_step(u_desc, factor_desc, w_rows, (row, expert, tile_n), r * STEP, sizes, stages, step, TILE_N)
         tile = next_tile
-    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
+    _put_tile(queue, place, -1, -1, 0, 0, 0)
 
 
 @gluon.jit
@@ -189,36 +188,35 @@ def _store_rows(y_ptr, sorted_slots_ptr, y, row, row_end, column, N):
 
 
 @gluon.jit
-def _add_product(acc, x, w, stages, stage, phase, frees):
+def _add_product(acc, x, w, stages, step, frees):
     """acc + x @ w when both have come; the stage before, if it `frees` one, is done with."""
     _, w_smem, full, free = stages
     STAGES: gl.constexpr = w_smem.shape[0]
+    stage, phase = step
     mbarrier.wait(full.index(stage), phase)
     acc = warpgroup_mma(x, w, acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=[acc])
     _barrier()
     mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=frees)
-    stage, phase = _next(stage, phase, STAGES)
-    return acc, stage, phase
+    return acc, _next(step, STAGES)
 
 
 @gluon.jit
-def _skip_steps(k_tiles, stages, stage, phase):
+def _skip_steps(k_tiles, stages, step):
     """A consumer's part in a tile that has no rows for it."""
     _, w_smem, full, free = stages
     for _ in range(k_tiles):
+        stage, phase = step
         mbarrier.wait(full.index(stage), phase)
         mbarrier.arrive(free.index(stage), count=1)
-        stage, phase = _next(stage, phase, w_smem.shape[0])
-    return stage, phase
+        step = _next(step, w_smem.shape[0])
+    return step
 
 
 @gluon.jit
 def _multiply(
     CONSUMER: gl.constexpr,
-    y_ptr,
-    sorted_slots_ptr,
-    row_weights_ptr,
+    out,
     N,
     stages,
     queue,
@@ -226,31 +224,32 @@ def _multiply(
     TRANSPOSED_W: gl.constexpr,
     RANK_STEPS: gl.constexpr = 0,
 ):
+    y_ptr, sorted_slots_ptr, row_weights_ptr = out
     x_smem, w_smem, full, free = stages
-    STAGES: gl.constexpr = w_smem.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    stage = 0
-    phase = 0
-    tile, place, place_phase = _take_tile(queue, 0, 0)
+    step = (0, 0)
+    tile, place = _take_tile(queue, (0, 0))
     row, row_end, tile_n, k_tiles, _ = tile
     while row >= 0:
         row += CONSUMER * ROWS
         if row < row_end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
             for k in range(k_tiles - RANK_STEPS):
+                stage = step[0]
                 if TRANSPOSED_X:
                     x = x_smem.index(stage * CONSUMERS + CONSUMER).permute((1, 0))
                 else:
                     x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
                 w = w_smem.index(stage) if TRANSPOSED_W else w_smem.index(stage).permute((1, 0))  # [BLOCK_K, BLOCK_N]
-                acc, stage, phase = _add_product(acc, x, w, stages, stage, phase, k > 0)
+                acc, step = _add_product(acc, x, w, stages, step, k > 0)
             for _step in gl.static_range(RANK_STEPS):
+                stage = step[0]
                 u = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
                 factor = _as_rows(w_smem).index(stage).permute((1, 0))
-                acc, stage, phase = _add_product(acc, u, factor, stages, stage, phase, True)
+                acc, step = _add_product(acc, u, factor, stages, step, True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             _barrier()
-            mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=k_tiles > 0)
+            mbarrier.arrive(free.index(_previous(step[0], w_smem.shape[0])), count=1, pred=k_tiles > 0)
             if row_weights_ptr is not None:
                 offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
                 slots = gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)
@@ -260,8 +259,8 @@ def _multiply(
             _store_rows(y_ptr, sorted_slots_ptr, left, row, row_end, tile_n * BLOCK_N, N)
             _store_rows(y_ptr, sorted_slots_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
         else:
-            stage, phase = _skip_steps(k_tiles, stages, stage, phase)
-        tile, place, place_phase = _take_tile(queue, place, place_phase)
+            step = _skip_steps(k_tiles, stages, step)
+        tile, place = _take_tile(queue, place)
         row, row_end, tile_n, k_tiles, _ = tile
 
 
@@ -274,9 +273,9 @@ def _barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _queue(READERS: gl.constexpr):
+def _queue():
     tiles = gl.allocate_shared_memory(gl.int32, [QUEUE, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, READERS))
+    return (tiles, _barriers(QUEUE, 1), _barriers(QUEUE, CONSUMERS))
 
 
 def _rows_descriptor(x, box):

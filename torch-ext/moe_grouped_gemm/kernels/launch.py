@@ -38,7 +38,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages=None):
+def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=None):
     """kernel[grid](*tensors, *numbers, *constants), and the compiled kernel remembered.
 
     Under all that Triton specialises on, so that callers need not know: device, dtypes and alignment of the tensors,
@@ -48,8 +48,9 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages=None
         grid: three integers.
         tensors: or None in place of one, or descriptors, whose boxes follow from dtypes and constants. The last one is
             a tensor.
-        numbers: that the kernel does not specialise on: floats, and its `do_not_specialize`.
-        constants: integers and constexprs.
+        numbers: that the kernel does not specialise on: floats, and its `do_not_specialize`, sizes that follow the
+            number of tokens, of which a new one must not compile anew.
+        constants: integers, tuples of them, and constexprs.
     Raises:
         ValueError: a tensor has elements and no memory; the kernel would read at address 0.
     """

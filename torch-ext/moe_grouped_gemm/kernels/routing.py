@@ -63,7 +63,6 @@ def _store_schedule(schedule_ptr, counts, block, blocks, max_tiles, BLOCK_M, BLO
         tl.store(schedule_ptr + start + offs_e, -1, mask=start + offs_e < max_tiles)
 
 
-# Sizes that follow T are not specialised on: a new T must not compile anew.
 @triton.jit(do_not_specialize=["S"])
 def _count_kernel(
     top_k_index_ptr,  # (S,) int32 | int64
@@ -77,6 +76,41 @@ def _count_kernel(
     ids = _load_ids(top_k_index_ptr, chunk * CHUNK + tl.arange(0, CHUNK), S, E)
     offs_e = tl.arange(0, BLOCK_E)
     tl.store(chunk_counts_ptr + chunk * E + offs_e, _count(ids, ids < E, E, BLOCK_E), mask=offs_e < E)
+
+
+@triton.jit
+def _count_slots(
+    top_k_index_ptr,
+    chunk_counts_ptr,
+    first_slot,
+    S,
+    E,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT_HERE: tl.constexpr,
+):
+    """Slots of each expert, in all and before first_slot."""
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_c = tl.arange(0, CHUNK)
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    if COUNT_HERE:
+        for start in range(0, S, CHUNK):
+            ids = _load_ids(top_k_index_ptr, start + offs_c, S, E)
+            counts += _count(ids, ids < E, E, BLOCK_E)
+            before += _count(ids, start + offs_c < first_slot, E, BLOCK_E)
+    else:
+        ROWS: tl.constexpr = 4096 // BLOCK_E if BLOCK_E < 4096 else 1
+        chunks = tl.cdiv(S, CHUNK)
+        own = first_slot // CHUNK
+        for start in range(0, chunks, ROWS):
+            rows = (start + tl.arange(0, ROWS))[:, None]
+            some = tl.load(chunk_counts_ptr + rows * E + offs_e, mask=(rows < chunks) & (offs_e < E), other=0)
+            counts += tl.sum(some, axis=0)
+            before += tl.sum(tl.where(rows < own, some, 0), axis=0)
+        ids = _load_ids(top_k_index_ptr, own * CHUNK + offs_c, S, E)
+        before += _count(ids, own * CHUNK + offs_c < first_slot, E, BLOCK_E)
+    return counts, before
 
 
 @triton.jit(do_not_specialize=["S", "max_tiles", "BLOCK_M"])
@@ -100,27 +134,8 @@ def _route_kernel(
     first_slot = block * BLOCK_S
     offs_e = tl.arange(0, BLOCK_E)
     offs_s = tl.arange(0, BLOCK_S)
-    offs_c = tl.arange(0, CHUNK)
 
-    # Slots of each expert, in all and before this block.
-    counts = tl.zeros((BLOCK_E,), tl.int32)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    if COUNT_HERE:
-        for start in range(0, S, CHUNK):
-            ids = _load_ids(top_k_index_ptr, start + offs_c, S, E)
-            counts += _count(ids, ids < E, E, BLOCK_E)
-            before += _count(ids, start + offs_c < first_slot, E, BLOCK_E)
-    else:
-        ROWS: tl.constexpr = 4096 // BLOCK_E if BLOCK_E < 4096 else 1
-        chunks = tl.cdiv(S, CHUNK)
-        own = first_slot // CHUNK
-        for start in range(0, chunks, ROWS):
-            rows = (start + tl.arange(0, ROWS))[:, None]
-            some = tl.load(chunk_counts_ptr + rows * E + offs_e, mask=(rows < chunks) & (offs_e < E), other=0)
-            counts += tl.sum(some, axis=0)
-            before += tl.sum(tl.where(rows < own, some, 0), axis=0)
-        ids = _load_ids(top_k_index_ptr, own * CHUNK + offs_c, S, E)
-        before += _count(ids, own * CHUNK + offs_c < first_slot, E, BLOCK_E)
+    counts, before = _count_slots(top_k_index_ptr, chunk_counts_ptr, first_slot, S, E, BLOCK_E, CHUNK, COUNT_HERE)
     ends = tl.cumsum(counts, 0)
     routed = tl.sum(counts, axis=0)
 
@@ -229,14 +244,13 @@ def route(top_k_index, num_experts, block_m):
     if chunks > CHUNKS:
         chunk_counts = empty(chunks, num_experts)
         tensors, constants = (top_k_index, chunk_counts), (num_experts, chunk, block_e)
-        launch(_count_kernel, (chunks, 1, 1), tensors, (S,), constants, num_warps=4)
+        launch(_count_kernel, (chunks, 1, 1), tensors, (S,), constants)
     launch(
         _route_kernel,
         (cdiv(S, block_s), 1, 1),
         (top_k_index, chunk_counts, expert_offsets, sorted_slots, slot_positions, schedule),
         (S, tiles, block_m),
         (num_experts, block_s, block_e, chunk, chunks <= CHUNKS),
-        num_warps=4,
     )
     return expert_offsets, sorted_slots, slot_positions, schedule
 
@@ -253,7 +267,6 @@ def tile_schedule(expert_offsets, num_rows, block_m):
         (expert_offsets, schedule),
         (num_rows, tiles, block_m),
         (num_experts, block_e),
-        num_warps=4,
     )
     return schedule
 
@@ -274,6 +287,5 @@ def pad(expert_offsets, sorted_slots):
         (expert_offsets, sorted_slots, padded_offsets, padded_slots, padded_positions),
         (),
         (num_experts, PAD, max(16, next_power_of_2(num_experts))),
-        num_warps=4,
     )
     return padded_offsets, padded_slots, padded_positions

@@ -1,6 +1,6 @@
 """Tiles of a GEMM's result: whose turn is which, by a schedule as `route` makes it; how high it is; how it is stored.
 
-For Triton, `locate_tile` for Gluon too.
+For Triton, `locate_tile` for Gluon too. CONFIG is a GemmConfig, w_strides are those of E, N, K.
 """
 
 import triton
@@ -37,16 +37,26 @@ def locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M
 
 
 @triton.jit
-def is_height(rows, i: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHTS: tl.constexpr):
-    """Whether BLOCK_M >> i is the least of the HEIGHTS tile heights that holds `rows` rows (the first: or more)."""
-    if i == 0 and HEIGHTS == 1:
+def is_height(rows, i: tl.constexpr, CONFIG: tl.constexpr):
+    """Whether BLOCK_M >> i is the least of the tile heights, BLOCK_M to MIN_M, for these rows (the first: or more)."""
+    HEIGHT: tl.constexpr = CONFIG.BLOCK_M >> i
+    if CONFIG.BLOCK_M == CONFIG.MIN_M:
         return True
     elif i == 0:
-        return rows > BLOCK_M // 2
-    elif i == HEIGHTS - 1:
-        return rows <= BLOCK_M >> i
+        return rows > HEIGHT // 2
+    elif HEIGHT == CONFIG.MIN_M:
+        return rows <= HEIGHT
     else:
-        return (rows <= BLOCK_M >> i) & (rows > BLOCK_M >> (i + 1))
+        return (rows <= HEIGHT) & (rows > HEIGHT // 2)
+
+
+@triton.jit
+def load_weight(w_desc, expert, row, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] of an expert's weight, by a descriptor as `weight_descriptor` makes it."""
+    if TRANSPOSED:
+        return w_desc.load([expert, k, row]).reshape(BLOCK_K, BLOCK_N).T
+    else:
+        return w_desc.load([expert, row, k]).reshape(BLOCK_N, BLOCK_K)
 
 
 @triton.jit

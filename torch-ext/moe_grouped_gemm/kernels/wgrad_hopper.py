@@ -33,10 +33,8 @@ def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
     STAGES: gl.constexpr = q_smem.shape[0]
     n_tiles = gl.cdiv(N, BLOCK_N)
     tiles = gl.cdiv(M, BLOCK_M) * n_tiles
-    stage = 0
-    phase = 0
-    place = 0
-    place_phase = 0
+    step = (0, 0)
+    place = (0, 0)
     for tile in range(gl.program_id(0), E * tiles, gl.num_programs(0)):
         expert = tile // tiles
         m = tile % tiles // n_tiles * BLOCK_M
@@ -45,16 +43,17 @@ def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
         end = gl.load(expert_offsets_ptr + expert + 1)
         row = expert * M + m
         k_tiles = (end - begin) // BLOCK_K
-        place, place_phase = _put_tile(queue, place, place_phase, row, expert * M + M, tile_n, k_tiles, expert)
+        place = _put_tile(queue, place, row, expert * M + M, tile_n, k_tiles, expert)
         for k in range(begin, end, BLOCK_K):
+            stage, phase = step
             mbarrier.wait(free.index(stage), phase ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
             for i in gl.static_range(CONSUMERS):
                 _tma_load(p_desc, [k, m + i * ROWS], bar, p_smem.index(stage * CONSUMERS + i))
             _tma_load(q_desc, [k, tile_n * BLOCK_N], bar, q_smem.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
-    _put_tile(queue, place, place_phase, -1, -1, 0, 0, 0)
+            step = _next(step, STAGES)
+    _put_tile(queue, place, -1, -1, 0, 0, 0)
 
 
 @gluon.jit
@@ -71,11 +70,11 @@ def _wgrad_hopper_kernel(
     p_smem = gl.allocate_shared_memory(p_desc.dtype, [STAGES * CONSUMERS, BLOCK_K, ROWS], p_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_K, BLOCK_N], q_desc.layout)
     stages = (p_smem, q_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
-    queue = _queue(CONSUMERS)
+    queue = _queue()
     gl.warp_specialize(
         [
-            (_multiply, (0, dw_ptr, None, None, N, stages, queue, True, True)),
-            (_multiply, (1, dw_ptr, None, None, N, stages, queue, True, True)),
+            (_multiply, (0, (dw_ptr, None, None), N, stages, queue, True, True)),
+            (_multiply, (1, (dw_ptr, None, None), N, stages, queue, True, True)),
             (_load_wgrad, (p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue)),
         ],
         [4, 1],
@@ -92,6 +91,5 @@ def wgrad_hopper(p, q, expert_offsets, config, dw):
         (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets),
         (),
         (experts, M, N, config.num_stages),
-        num_warps=4,
     )
     return dw
