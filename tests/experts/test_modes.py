@@ -1,7 +1,6 @@
 """Dispatch modes and subclasses of tensors: each public function is one op to them."""
 
 import functools
-from importlib import import_module
 
 import pytest
 import torch
@@ -51,8 +50,8 @@ def test_a_mode_sees_forward_and_backward(kernel, device):
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], ids=str)
 def test_selective_checkpoint(kernel, device, record, policy):
     """Its policy is asked about the layer as one op, and obeyed."""
-    on_gpu = import_module(f"{kernel.__name__}.experts.forward")
-    forward = (kernel.reference, "moe_experts_training") if device == "cpu" else (on_gpu, "forward_and_save")
+    ops = kernel.functional.ops
+    forward = (kernel.reference, "moe_experts_training") if device == "cpu" else (ops, "forward_and_save")
     expected = public.leaves(layer(*public.SHAPE, device=device), True)
     kernel.moe_experts(*expected).sum().backward()
     args, runs = public.leaves(layer(*public.SHAPE, device=device), True), record(*forward)

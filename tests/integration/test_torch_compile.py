@@ -115,14 +115,14 @@ def test_generate_compiles_by_itself(kernel, monkeypatch, way):
     expected = tiny_model("cuda").generate(tokens, **GENERATE)
     model = tiny_model("cuda", kernel, way)
     calls = []
-    on_gpu = kernel.functional.ops.gpu_forward
-    forward = on_gpu.forward
+    ops = kernel.functional.ops
+    forward = ops.forward_on_gpu
 
     def recording_forward(hidden_states, *rest):
         calls.append(hidden_states.shape[0])
         return forward(hidden_states, *rest)
 
-    monkeypatch.setattr(on_gpu, "forward", recording_forward)
+    monkeypatch.setattr(ops, "forward_on_gpu", recording_forward)
     for _ in range(2):
         assert torch.equal(model.generate(tokens, cache_implementation="static", **GENERATE), expected)
     assert calls.count(tokens.numel()) == 2 * NUM_MOE_LAYERS  # prefill, never compiled

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from flat import OnGpu
+from flat import ByKind
 from interpreted import INTERPRETED
 
 
@@ -41,7 +41,7 @@ def with_tiles(kernel, monkeypatch, config, kinds=6):
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
     if INTERPRETED:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    return OnGpu(ops, kinds)
+    return ByKind(ops, kinds)
 
 
 @pytest.fixture

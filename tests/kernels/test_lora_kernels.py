@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from flat import KINDS, OnGpu
+from flat import KINDS, ByKind
 from interpreted import DEVICE, DTYPES, INTERPRETED, on_triton, under_the_interpreter
 from low_rank import SCALINGS, adapters
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
@@ -164,7 +164,7 @@ def test_compiles_once_for_all_numbers_of_tokens(kernel, lora):
     @torch.compile(fullgraph=True, backend=graphs, dynamic=True)
     def step(*inputs):
         x, index, *others = inputs
-        return ops.moe_experts_training(x, index, *OnGpu(ops, 10).flat(others), *kernel.reference.Gate())[0]
+        return ops.moe_experts_training(x, index, *ByKind(ops, 10).flat(others), *kernel.reference.Gate())[0]
 
     counts = set()
     for tokens in (100, 37, 1000):

@@ -148,17 +148,17 @@ def _checked(hidden_states, top_k_index, top_k_weights, gate_up, down, *more, **
 def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
     """The layer: as an op only for those who need its opacity or its gradient, as its dispatch takes a while."""
     inputs = (hidden_states, top_k_index, top_k_weights, *gate_up, *down)
-    as_op = needs_op(ops.moe_experts, inputs)
-    if not as_op and gate_up.scale is None and hidden_states.device.type == "cpu":
-        return ops.forward(*inputs[:3], gate_up, down, gate, False)  # plain torch, with torch's gradients
-    if needs_gradients(inputs):
+    as_op, on_cpu = needs_op(ops.moe_experts, inputs), hidden_states.device.type == "cpu"
+    in_torch = on_cpu and not as_op and gate_up.scale is None  # which has gradients of its own
+    if not in_torch and needs_gradients(inputs):
         return ops.moe_experts_training(*inputs, *gate)[0] if as_op else ops.training(*inputs, *gate)
     if hidden_states.requires_grad or top_k_weights.requires_grad:
         # Reentrant checkpointing, say, whose second pass is with gradients.
         quantize_activations = False
     if as_op:
         return ops.moe_experts(*inputs, *gate, quantize_activations)
-    return ops.forward(*inputs[:3], gate_up, down, gate, quantize_activations)
+    forward = ops.forward_on_cpu if on_cpu else ops.forward_on_gpu
+    return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations)
 
 
 # --- building blocks --------------------------------------------------------------------------------------------------

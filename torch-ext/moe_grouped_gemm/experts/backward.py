@@ -42,7 +42,7 @@ class Differentiable(NamedTuple):
 def backward(dout, inputs: Differentiable, z, u1, u2, routing, needs: Differentiable, gate) -> Differentiable:
     """Gradients, None where they are not needed. hidden_states are read for those of W1 and A1 alone."""
     dout, weights = by_rows(dout), inputs.top_k_weights.contiguous()
-    of_z = Rows(*routing, weights)
+    of_z = Rows(*routing, None, weights)
     gate_up, down = inputs.gate_up, inputs.down
     config = format_of(down).row_config(z.shape[0], down.weight, z.dtype, transposed=True)
     rows = of_z if are_adapted(gate_up, down) else of_z.padded()

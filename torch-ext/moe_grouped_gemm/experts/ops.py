@@ -11,8 +11,9 @@ from ..reference import Gate
 from ..torch_ops import differentiable, needs_op, register_autograd, register_op
 from ..weights import Projection, are_adapted
 from ..weights.layout import is_transposed
-from . import forward as gpu_forward
 from .backward import Differentiable, backward
+from .forward import forward as forward_on_gpu
+from .forward import forward_and_save
 from .rows import padded_size
 
 
@@ -28,12 +29,6 @@ INPUT_NAMES = [argument.split()[1] for argument in _INPUTS.split(", ")]
 _TENSORS = len(INPUT_NAMES)
 
 
-def _on_cpu(inputs: Differentiable) -> tuple[tuple, dict]:
-    """Tensors and scales as reference/ takes them; adapters on a CPU are composed.py's."""
-    gate_up, down = inputs.gate_up, inputs.down
-    return (gate_up.weight, down.weight, gate_up.bias, down.bias), dict(scales=(gate_up.scale, down.scale))
-
-
 def _is_empty(hidden_states, top_k_weights, down):
     return top_k_weights.numel() == 0 or hidden_states.numel() == 0 or down.weight.numel() == 0
 
@@ -41,12 +36,10 @@ def _is_empty(hidden_states, top_k_weights, down):
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
 
-def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
-    """(T, H) -> (T, H), on any device."""
-    if hidden_states.device.type == "cpu":
-        inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
-        return reference.moe_experts(*inputs, gate[0], gate_up.bias, down.bias, *gate[1:], gate_up.scale, down.scale)
-    return gpu_forward.forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations)
+def forward_on_cpu(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
+    """As forward.py's, but that activations are never quantised; differentiable, but for weights in fp8."""
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
+    return reference.moe_experts(*inputs, gate[0], gate_up.bias, down.bias, *gate[1:], gate_up.scale, down.scale)
 
 
 def _by_device(on_cpu, on_gpu):
@@ -59,8 +52,9 @@ def _by_device(on_cpu, on_gpu):
 
 
 def _forward(hidden_states, top_k_index, *args):
-    (top_k_weights, gate_up, down), gate = Differentiable.of((None, *args[:11]))[1:], Gate(*args[11:15])
-    return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, *args[15:])
+    _, *inputs = Differentiable.of((None, *args[:11]))
+    forward = forward_on_cpu if hidden_states.device.type == "cpu" else forward_on_gpu
+    return forward(hidden_states, top_k_index, *inputs, Gate(*args[11:15]), *args[15:])
 
 
 def _forward_flops(*args, **_):
@@ -87,9 +81,7 @@ moe_experts = register_op(
 
 def _training_on_cpu(hidden_states, top_k_index, *args):
     inputs, gate = Differentiable.of((hidden_states, *args[:11])), Gate(*args[11:])
-    weights, scales = _on_cpu(inputs)
-    x = (hidden_states, top_k_index, inputs.top_k_weights)
-    out, z, *routing = reference.moe_experts_training(*x, *weights, *gate, **scales)
+    out, z, *routing = reference.moe_experts_training(hidden_states, top_k_index, *inputs[1:], gate)
     return out, z, out.new_empty(0), out.new_empty(0), *routing
 
 
@@ -97,7 +89,7 @@ def _training_on_gpu(hidden_states, top_k_index, *args):
     inputs, gate = Differentiable.of((hidden_states, *args[:11])), Gate(*args[11:])
     if _is_empty(hidden_states, inputs.top_k_weights, inputs.down):
         return tuple(t.zero_() for t in _training_fake(hidden_states, top_k_index, *args))
-    out, z, u1, u2, rows = gpu_forward.forward_and_save(hidden_states, top_k_index, *inputs[1:], gate)
+    out, z, u1, u2, rows = forward_and_save(hidden_states, top_k_index, *inputs[1:], gate)
     u1, u2 = (out.new_empty(0) if u is None else u for u in (u1, u2))
     return out, z, u1, u2, *rows[:3]
 
@@ -133,20 +125,17 @@ def _backward_on_gpu(dout, *args):
     inputs, (z, u1, u2, *routing), needs, gate = _backward_args(args)
     if _is_empty(dout, inputs.top_k_weights, inputs.down):
         return tuple(t.zero_() for t in _backward_fake(dout, *args))
-    grads = backward(dout, inputs, z, u1, u2, routing, needs, gate)
-    return tuple(dout.new_empty(0) if grad is None else grad for grad in grads.flat())
+    return _without_none(dout, backward(dout, inputs, z, u1, u2, routing, needs, gate))
 
 
 def _backward_on_cpu(dout, *args):
-    inputs, (z, _, _, *routing), needs, gate = _backward_args(args)
-    weights, scales = _on_cpu(inputs)
-    x = dout if inputs.hidden_states is None else inputs.hidden_states
-    needed, _ = _on_cpu(needs)
-    args = (dout, x, inputs.top_k_weights, *weights, z, *routing, [*needs[:2], *needed])
-    dx, dweights, dgate_up, ddown, *dbiases = reference.moe_experts_backward(*args, *gate, **scales)
-    projections = (Projection(grad, bias) for grad, bias in zip((dgate_up, ddown), dbiases))
-    flat = Differentiable(dx, dweights, *projections).flat()
-    return tuple(dout.new_empty(0) if grad is None else grad for grad in flat)
+    """Adapters on a CPU are composed.py's."""
+    inputs, (z, _, _, offsets, slots, _), needs, gate = _backward_args(args)
+    return _without_none(dout, reference.moe_experts_backward(dout, *inputs, z, offsets, slots, needs, gate))
+
+
+def _without_none(dout, grads):
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in Differentiable(*grads).flat())
 
 
 def _backward_fake(dout, *args):

@@ -15,22 +15,22 @@ class Rows(NamedTuple):
     """`Routing`, perhaps with each expert's rows padded to a multiple of PAD (padding rows have slot -1), and more.
 
     Attributes:
+        schedule: the tiles of a GEMM over these rows, as `route` of kernels/routing.py; or None.
         weights: (T, top_k) of the slots.
-        schedule: the tiles of a GEMM over these rows, as `route` of kernels/routing.py.
     """
 
     offsets: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
+    schedule: torch.Tensor | None
     weights: torch.Tensor
-    schedule: torch.Tensor | None = None
 
     @property
     def top_k(self) -> int:
         return self.weights.shape[1]
 
     def padded(self) -> Rows:
-        return Rows(*gpu.launchers().pad(self.offsets, self.slots), self.weights)
+        return Rows(*gpu.launchers().pad(self.offsets, self.slots), None, self.weights)
 
     def scheduled(self, block_m: int) -> Rows:
         schedule = gpu.launchers().tile_schedule(self.offsets, self.slots.numel(), block_m)
@@ -46,8 +46,7 @@ class Rows(NamedTuple):
 
 
 def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, block_m: int) -> Rows:
-    *routing, schedule = gpu.launchers().route(top_k_index, num_experts, block_m)
-    return Rows(*routing, top_k_weights, schedule)
+    return Rows(*gpu.launchers().route(top_k_index, num_experts, block_m), top_k_weights)
 
 
 def padded_size(slots: int, num_experts: int) -> int:

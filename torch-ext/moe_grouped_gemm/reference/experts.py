@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..weights.projection import Projection
 from .gate import Gate, apply_gate, gate_backward
 from .grouped import acc_dtype, empty_gradient, grouped_linear, matrix, sort_slots
-
-_NONE = (None, None)
 
 
 def moe_experts(
@@ -30,43 +29,33 @@ def moe_experts(
     Arguments and result as `moe_grouped_gemm.moe_experts`; differentiable, but for weights in fp8. Weighting and the
     sum are in at least fp32.
     """
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    biases, scales = (gate_up_proj_bias, down_proj_bias), (gate_up_proj_scale, down_proj_scale)
-    return _forward(*inputs, biases, scales, Gate(activation, limit, alpha, interleaved))[0]
+    gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
+    down = Projection(down_proj, down_proj_bias, down_proj_scale)
+    gate = Gate(activation, limit, alpha, interleaved)
+    return _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate)[0]
 
 
-def _forward(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, biases, scales, gate):
+def _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate):
     """The layer; z and slots of the rows that belong to an expert; all sorted slots; expert_offsets."""
-    sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up_proj.shape[0])
+    sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up.weight.shape[0])
     slots = sorted_slots[: int(expert_offsets[-1])]
     tokens = slots // max(1, top_k_index.shape[1])
-    z = grouped_linear(hidden_states[tokens], gate_up_proj, expert_offsets, biases[0], scales[0])
-    y = grouped_linear(apply_gate(z, gate), down_proj, expert_offsets, biases[1], scales[1])
+    z = grouped_linear(hidden_states[tokens], gate_up.weight, expert_offsets, gate_up.bias, gate_up.scale)
+    y = grouped_linear(apply_gate(z, gate), down.weight, expert_offsets, down.bias, down.scale)
     y = y * top_k_weights.reshape(-1, 1)[slots].to(acc_dtype(y))
     # In expert order: the order of every sum is fixed.
     out = torch.zeros(hidden_states.shape, dtype=y.dtype, device=y.device).index_add_(0, tokens, y)
     return out.to(hidden_states.dtype), z, slots, sorted_slots, expert_offsets
 
 
-def moe_experts_training(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    gate_up_proj_bias: torch.Tensor | None,
-    down_proj_bias: torch.Tensor | None,
-    *gate,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None] = _NONE,
-) -> tuple[torch.Tensor, ...]:
+def moe_experts_training(hidden_states, top_k_index, top_k_weights, gate_up: Projection, down: Projection, gate: Gate):
     """`moe_experts`, z (S, 2I) before the gate of each sorted row, expert_offsets, sorted_slots and slot_positions.
 
     Rows of z that belong to no expert are zero here, and anything on a GPU.
     """
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    biases = (gate_up_proj_bias, down_proj_bias)
-    out, routed_z, slots, sorted_slots, expert_offsets = _forward(*inputs, biases, scales, Gate(*gate))
-    z = routed_z.new_zeros(sorted_slots.numel(), gate_up_proj.shape[1])
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down, gate)
+    out, routed_z, slots, sorted_slots, expert_offsets = _forward(*inputs)
+    z = routed_z.new_zeros(sorted_slots.numel(), gate_up.weight.shape[1])
     z[: slots.numel()] = routed_z
     positions = torch.full_like(sorted_slots, -1)
     positions[slots] = torch.arange(slots.numel(), device=slots.device)
@@ -74,38 +63,27 @@ def moe_experts_training(
 
 
 def moe_experts_backward(
-    dout: torch.Tensor,
-    hidden_states: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    gate_up_proj_bias: torch.Tensor | None,
-    down_proj_bias: torch.Tensor | None,
-    z: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    sorted_slots: torch.Tensor,
-    slot_positions: torch.Tensor,
-    needs_grad: list[bool],
-    *gate,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None] = _NONE,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj and the two biases; empty where not needed.
+    dout, hidden_states, top_k_weights, gate_up, down, z, expert_offsets, sorted_slots, needs_grad, gate
+):
+    """Gradients of hidden_states, top_k_weights, gate_up and down, those of fields of the two: None where not needed.
 
-    z and the routing as `moe_experts_training` returns them. Weights in fp8 have none.
+    z and the routing as `moe_experts_training` returns them; needs_grad: four, as the gradients. Weights in fp8 have
+    none. hidden_states is read for that of gate_up's weight alone.
     """
-    gate = Gate(*gate)
-    top_k = top_k_weights.shape[1]
-    dtype = acc_dtype(hidden_states)
+    needs_x, needs_weights, needs_gate_up, needs_down = needs_grad
+    top_k, dtype = top_k_weights.shape[1], acc_dtype(dout)
     weights = top_k_weights.reshape(-1, 1).to(dtype)
-    dx = torch.zeros(hidden_states.shape if needs_grad[0] else 0, dtype=dtype, device=dout.device)
-    dweights = torch.zeros(weights.numel() if needs_grad[1] else 0, dtype=dtype, device=dout.device)
+
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=dtype, device=dout.device)
+
+    dx = zeros(*dout.shape) if needs_x else None
+    dweights = zeros(weights.numel()) if needs_weights else None
     dgate_up, ddown = (
-        empty_gradient(weight).zero_() if needed else weight.new_empty(0)
-        for weight, needed in zip((gate_up_proj, down_proj), needs_grad[2:4])
-    )
-    dgate_up_bias, ddown_bias = (
-        torch.zeros(bias.shape if needed else 0, dtype=dtype, device=dout.device)
-        for bias, needed in zip((gate_up_proj_bias, down_proj_bias), needs_grad[4:])
+        Projection(
+            empty_gradient(p.weight).zero_() if needs.weight else None, zeros(*p.bias.shape) if needs.bias else None
+        )
+        for p, needs in ((gate_up, needs_gate_up), (down, needs_down))
     )
     bounds = expert_offsets.tolist()
     for expert, (begin, end) in enumerate(zip(bounds, bounds[1:])):
@@ -114,31 +92,27 @@ def moe_experts_backward(
         slots = sorted_slots[begin:end].long()
         tokens = slots // top_k
         a = apply_gate(z[begin:end], gate)
-        b = dout[tokens] @ matrix(down_proj, scales[1], expert, dout.dtype)
-        if needs_grad[1]:
+        b = dout[tokens] @ matrix(down.weight, down.scale, expert, dout.dtype)
+        if needs_weights:
             dweights[slots] = (b.to(dtype) * a).sum(-1)
-            if down_proj_bias is not None:
-                dweights[slots] += dout[tokens].to(dtype) @ down_proj_bias[expert].to(dtype)
-        if needs_grad[3]:
-            ddown[expert] = dout[tokens].T @ (a * weights[slots]).to(a.dtype)
-        if needs_grad[5]:
-            ddown_bias[expert] = (dout[tokens] * weights[slots]).sum(0)
-        if not (needs_grad[0] or needs_grad[2] or needs_grad[4]):
+            if down.bias is not None:
+                dweights[slots] += dout[tokens].to(dtype) @ down.bias[expert].to(dtype)
+        if needs_down.weight:
+            ddown.weight[expert] = dout[tokens].T @ (a * weights[slots]).to(a.dtype)
+        if needs_down.bias:
+            ddown.bias[expert] = (dout[tokens] * weights[slots]).sum(0)
+        if not (needs_x or needs_gate_up.weight or needs_gate_up.bias):
             continue
         dz = gate_backward((b * weights[slots]).to(a.dtype), z[begin:end], gate)
-        if needs_grad[2]:
-            dgate_up[expert] = dz.T @ hidden_states[tokens]
-        if needs_grad[4]:
-            dgate_up_bias[expert] = dz.to(dtype).sum(0)
-        if needs_grad[0]:
+        if needs_gate_up.weight:
+            dgate_up.weight[expert] = dz.T @ hidden_states[tokens]
+        if needs_gate_up.bias:
+            dgate_up.bias[expert] = dz.to(dtype).sum(0)
+        if needs_x:
             # Not index_add_: on CUDA that is atomic, and a token may come to one expert twice.
-            rows = (dz @ matrix(gate_up_proj, scales[0], expert, dz.dtype)).to(dtype)
+            rows = (dz @ matrix(gate_up.weight, gate_up.scale, expert, dz.dtype)).to(dtype)
             dx.index_put_((tokens,), rows, accumulate=True)
-    return (
-        dx.to(hidden_states.dtype),
-        dweights.view(top_k_weights.shape if needs_grad[1] else 0).to(top_k_weights.dtype),
-        dgate_up,
-        ddown,
-        dgate_up_bias.to(dout.dtype),
-        ddown_bias.to(dout.dtype),
-    )
+    dgate_up, ddown = (p if p.bias is None else p._replace(bias=p.bias.to(dout.dtype)) for p in (dgate_up, ddown))
+    dx = None if dx is None else dx.to(dout.dtype)
+    dweights = None if dweights is None else dweights.view(top_k_weights.shape).to(top_k_weights.dtype)
+    return dx, dweights, dgate_up, ddown

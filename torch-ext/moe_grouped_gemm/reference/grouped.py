@@ -46,14 +46,7 @@ def matrix(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype:
     return weight[expert] if scale is None else dequantize(weight[expert], scale[expert], dtype)
 
 
-def grouped_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    transposed: bool = False,
-) -> torch.Tensor:
+def grouped_linear(x, weight, expert_offsets, bias=None, scale=None, transposed=False) -> torch.Tensor:
     """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; every row belongs to one."""
     if transposed and scale is None:
         return grouped_linear(x, weight.mT, expert_offsets, bias)

@@ -36,17 +36,19 @@ def _experts_config(rows, weight):
 
 
 def first_gemm(x, gate_up, rows, gate, plan, z=None):
-    inputs = (x, gate_up.weight, rows.slots, rows.schedule, rows.top_k)
-    precision = gpu.input_precision(x.dtype)
-    return gpu.launchers().gate_up(*inputs, gate, precision, plan.gate_up, z, _contiguous(gate_up.bias))
+    order = (rows.slots, rows.schedule, rows.top_k)
+    how = (gpu.input_precision(x.dtype), plan.gate_up)
+    return gpu.launchers().gate_up(x, gate_up.weight, *order, gate, *how, z, _contiguous(gate_up.bias))
 
 
 def second_gemm(a, down, rows, plan):
     """A sum of one is no sum: with top_k = 1 the GEMM itself stores the result."""
+    kernels = gpu.launchers()
     if rows.top_k > 1:
-        return rows.combine(gemm(a, down.weight, rows.schedule, plan.down, bias=down.bias))
+        y = gemm(a, down.weight, rows.schedule, plan.down, bias=down.bias)
+        return kernels.combine(y, rows.positions, rows.weights)
     out = a.new_empty(a.shape[0], down.weight.shape[1])
-    gpu.launchers().zero_skipped(out, rows.positions)
+    kernels.zero_skipped(out, rows.positions)
     return gemm(a, down.weight, rows.schedule, plan.down, out, rows.slots, rows.weights, bias=down.bias)
 
 
