@@ -149,7 +149,8 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
         x, a, y = empty(16, HIDDEN, dtype=dtype), empty(96, INTER, dtype=dtype), empty(96, HIDDEN, dtype=out)
         x_scale, a_scale = (empty(16, blocks[0]), empty(96, blocks[1])) if dtype == FP8 else (None, None)
         z = None if dtype == FP8 else empty(96, 2 * INTER, dtype=dtype)
-        for (_, config), precision in product(tuning.fp8_configs(dtype, capability), precisions[dtype]):
+        tables = tuning.FP8 if dtype == FP8 else tuning.FP8_WEIGHTS
+        for (_, config), precision in product(tables.of(dtype, capability), precisions[dtype]):
             for up in ways(config.gate_up):
                 for z_or_none in {id(t): t for t in (None, z)}.values():
                     args = (x, x_scale, w1, s1, slots, schedule, 6, Gate(), precision, up, z_or_none)
@@ -169,7 +170,7 @@ def fp8_launches(package, capability, multiplies_fp8, precisions):
                 yield dtype, down, partial(kernels.grouped_gemm_fp8, *args)
         if dtype == FP8:
             continue
-        config = tuning.fp8_dgrad_config(dtype, capability)
+        config = tuning.FP8_DGRAD.of(dtype, capability)
         for precision in precisions[dtype]:
             yield dtype, config, partial(kernels.dgrad_fp8, y, w2, s2, schedule, precision, config)
             yield dtype, config, partial(kernels.dgrad_fp8, z, w1, s1, schedule, precision, config)
@@ -200,7 +201,7 @@ def lora_launches(package, dtype, capability, precisions):
         u = empty(128, rank)
         yield dtype, None, partial(kernels.scale_rows, u, weights, slots, offsets)
         A, B, weight = (empty(EXPERTS, *shape) for shape in ((rank, HIDDEN), (HIDDEN, rank), (HIDDEN, HIDDEN)))
-        first, *_, last = (config.down for config in tuning.all_configs(dtype, capability))
+        first, *_, last = (entry.config.down for entry in tuning.EXPERTS.of(dtype, capability))
         for config, precision in product((first, last), precisions):
             thin = tuning.thin_config(config, rank, dtype, capability)
             for factor in (A, B.mT):
@@ -245,21 +246,21 @@ def launches(package, target):
             yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, b2)
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and target.backend == "cuda" else ("ieee",)
-        for config, precision in product(tuning.all_configs(dtype, capability), precisions):
+        for (_, config), precision in product(tuning.EXPERTS.of(dtype, capability), precisions):
             sizes = (EXPERTS, HIDDEN, INTER)
             all_ways = has_variants and dtype != torch.float16
             yield from gemm_launches(package, ways, dtype, config, precision, *sizes, all_ways)
-        yield from backward_launches(package, ways, dtype, tuning.wgrad_configs(dtype, capability), precisions)
+        yield from backward_launches(package, ways, dtype, tuning.WGRAD.of(dtype, capability), precisions)
         if has_variants and dtype != torch.float16:
             yield from lora_launches(package, dtype, capability, precisions)
-        for _, config in tuning.router_configs(dtype, capability):
+        for _, config in tuning.ROUTER.of(dtype, capability):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     multiplies_fp8 = target.backend == "cuda" and target.arch >= 89
     precisions = {dtype: ("ieee",) for dtype in (FP8, *DTYPES)}
     if target.backend == "cuda":
         precisions[torch.float32] = ("ieee", "tf32")
     yield from fp8_launches(package, capability, multiplies_fp8, precisions)
-    for _, config in tuning.router_configs(torch.float32, capability):
+    for _, config in tuning.ROUTER.of(torch.float32, capability):
         x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
         yield torch.float32, config, partial(kernels.router_logits, x, w, config)
     for dtype, splits, num_group in product((torch.bfloat16, torch.float32), (1, 16), (1, 8)):

@@ -147,7 +147,7 @@ def test_warp_specialized_wgrad(kernel, launch, tokens, experts, top_k, M, N, id
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("for Hopper")
     tuning = import_module(f"{kernel.__name__}.tuning")
-    config = tuning.WGRAD_HOPPER[-1][1]
+    config = tuning.WGRAD.hopper[-1][1]
     plain = config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
     x, index, *_ = layer(tokens, experts, top_k, N, 8, dtype, DEVICE, ids)
     dz = torch.randn(tokens, M, dtype=dtype, device=DEVICE)

@@ -136,7 +136,7 @@ def test_nothing_is_launched_on_tensors_without_memory(kernel, target, wrap):
         with pytest.raises(ValueError, match=rf"cannot read \w+ {re.escape(str(tuple(x.shape)))} on cpu, which has no"):
             kernels.combine(*args[:i], wrap(x), *args[i + 1 :])
     # Also not through a descriptor; while an empty tensor has no memory either.
-    config = import_module(f"{kernel.__name__}.tuning").HOPPER[-1][1].down
+    config = import_module(f"{kernel.__name__}.tuning").EXPERTS.hopper[-1][1].down
     w, schedule = torch.ones(2, 64, 64).bfloat16(), torch.zeros(5, 8, dtype=torch.int32)
     for some in (config, config._replace(WARP_SPECIALIZED=False)):
         with pytest.raises(ValueError, match="has no memory"):

@@ -63,7 +63,7 @@ def test_a_file_is_for_one_layer_dtype_and_gpu(tuning):
     put(tuning, content(entry(64, GROUP_M=1)))
     assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up.GROUP_M == 1
     heuristic = tuning.experts_config(64, SHAPE, BF16, SM90, "")
-    assert heuristic in tuning.all_configs(BF16, SM90)
+    assert heuristic in [config for _, config in tuning.EXPERTS.of(BF16, SM90)]
     for other in (((4, 64, 32), BF16, GPU), (SHAPE, torch.float16, GPU), (SHAPE, BF16, "NVIDIA Other GPU")):
         assert tuning.experts_config(64 * other[0][0] // 8, *other[:2], SM90, other[2]) == heuristic
 
@@ -165,7 +165,7 @@ def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
     # A GPU that is run as an unknown one has no tuned files.
     gpu.device_name.cache_clear()
     monkeypatch.setattr(gpu, "capability", lambda device: (0, 0))
-    assert dense._experts_config(64, down_proj) in tuning.all_configs(BF16, (0, 0))
+    assert dense._experts_config(64, down_proj) in [config for _, config in tuning.EXPERTS.of(BF16, (0, 0))]
     gpu.device_name.cache_clear()
 
 
@@ -174,7 +174,7 @@ def test_what_can_work_is_accepted(tuning):
     put(tuning, content(specialized()))
     assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
     for dtype, capability in ((BF16, SM90), (BF16, (8, 0)), (BF16, (12, 0)), (torch.float32, SM90)):
-        for up, down in tuning.all_configs(dtype, capability):
+        for _, (up, down) in tuning.EXPERTS.of(dtype, capability):
             assert not tune.launch_configs.fault_of("gate_up", up, dtype, capability)
             assert not tune.launch_configs.fault_of("down", down, dtype, capability)
 
@@ -217,7 +217,7 @@ def test_an_amd_gpu_is_no_hopper(kernel, tuning, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     gpu.capability.cache_clear()
     try:
-        assert tuning.router_configs(BF16, gpu.capability(0)) is tuning.ROUTER_PORTABLE
+        assert tuning.ROUTER.of(BF16, gpu.capability(0)) is tuning.ROUTER.portable
         assert not import_module(f"{kernel.__name__}.weights.fp8")._multiplies_fp8(0)
     finally:
         gpu.capability.cache_clear()

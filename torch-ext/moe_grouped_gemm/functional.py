@@ -81,8 +81,10 @@ def moe_experts(
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
     if are_fp8(gate_up, down):
         refuse_with_fp8(limit=limit, interleaved=interleaved)
+    hidden_states, gate_up, down = _in_one_dtype(hidden_states, gate_up, down)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
-    return _experts(*_checked(*inputs, activation, limit, block_size=block_size), gate, quantize_activations)
+    check_experts(*inputs, activation, limit, True, block_size)
+    return _experts(*inputs, gate, quantize_activations)
 
 
 @rejects_transforms
@@ -119,30 +121,27 @@ def moe_experts_lora(
     is_ours = isinstance(gate, Gate)
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
-    of_gate = (gate.activation, gate.limit) if is_ours else ("silu", None)
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
-    hidden_states, *routing, gate_up, down = _checked(*inputs, *of_gate, gated)
+    activation, limit = (gate.activation, gate.limit) if is_ours else ("silu", None)
+    hidden_states, gate_up, down = _in_one_dtype(hidden_states, gate_up, down)
+    check_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, activation, limit, gated)
     on_gpu = hidden_states.device.type == "cuda"
     join = (hidden_states.dtype, RANK_MULTIPLE if on_gpu else 1)
     gate_up = adapted("gate_up_lora", gate_up, gate_up_lora, *join)
     down = adapted("down_lora", down, down_lora, *join)
-    inputs = (hidden_states, *routing, gate_up, down)
+    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     if is_ours and gated and norm is None and (on_gpu or not are_adapted(gate_up, down)):
         return _experts(*inputs, gate, quantize_activations=False)
     refuse_dtensors(zip(ops.INPUT_NAMES, (*inputs[:3], *gate_up, *down)))
     return composed.forward(*inputs, gate, norm)
 
 
-def _checked(hidden_states, top_k_index, top_k_weights, gate_up, down, *more, **options):
-    """The first five, checked, in the dtype that autocast asks for: of weights in fp8, hidden_states alone."""
+def _in_one_dtype(hidden_states, gate_up, down):
+    """The dtype that autocast asks for, of all operands; over weights in fp8 of hidden_states alone."""
     if is_autocast(hidden_states):
-        operands = (hidden_states, *gate_up[:2], *down[:2])
-        hidden_states, *dense = autocast(*operands)
+        hidden_states, *dense = autocast(hidden_states, *gate_up[:2], *down[:2])
         if not are_fp8(gate_up, down):
             gate_up, down = Projection(*dense[:2]), Projection(*dense[2:])
-    inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
-    check_experts(*inputs, *more, **options)
-    return inputs
+    return hidden_states, gate_up, down
 
 
 def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
@@ -152,7 +151,7 @@ def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, qua
     in_torch = on_cpu and not as_op and gate_up.scale is None  # which has gradients of its own
     if not in_torch and needs_gradients(inputs):
         return ops.moe_experts_training(*inputs, *gate)[0] if as_op else ops.training(*inputs, *gate)
-    if hidden_states.requires_grad or top_k_weights.requires_grad:
+    if quantize_activations and (hidden_states.requires_grad or top_k_weights.requires_grad):
         # Reentrant checkpointing, say, whose second pass is with gradients.
         quantize_activations = False
     if as_op:

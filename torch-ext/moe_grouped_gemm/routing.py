@@ -31,9 +31,3 @@ def route_torch(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     slot_positions = torch.empty_like(positions)
     slot_positions[sorted_slots] = torch.where(positions < expert_offsets[-1], positions, -1)
     return Routing(expert_offsets, sorted_slots.int(), slot_positions)
-
-
-def route_fake(top_k_index, num_experts):
-    """Empty tensors of the shapes of a Routing."""
-    slots = top_k_index.numel()
-    return tuple(top_k_index.new_empty(n, dtype=torch.int32) for n in (num_experts + 1, slots, slots))

@@ -1,7 +1,7 @@
 """Which tile sizes the kernels use: tuned ones from configs/*.json, for other GPUs and layers heuristics.
 
 A heuristic table is a list of UpTo, ascending. A tile should hold the rows of nearly every expert, so it is higher than
-their average. Tables named HOPPER were measured on an H200 (docs/design.md). The others serve every other GPU, and fp32
+their average. Those for Hopper were measured on an H200 (docs/design.md). The others serve every other GPU, and fp32
 (on the FMA units) every GPU; they were run on an H100 and an H200 alone, with MOE_GROUPED_GEMM_PORTABLE=1.
 """
 
@@ -24,6 +24,20 @@ class UpTo(NamedTuple):
 
     size: float  # rows per expert, on average; of the router tokens
     config: ExpertsConfig | GemmConfig | RouterConfig
+
+
+class Tables(NamedTuple):
+    """What one kernel, or a pair of kernels, runs with; fp32 serves every GPU."""
+
+    hopper: list[UpTo] | GemmConfig | ThinConfig
+    portable: list[UpTo] | GemmConfig | ThinConfig
+    fp32: list[UpTo] | GemmConfig | ThinConfig
+
+    def of(self, dtype: torch.dtype, capability: tuple[int, int]):
+        """For this dtype on a GPU of this compute capability."""
+        if dtype == torch.float32:
+            return self.fp32
+        return self.hopper if capability[0] == 9 else self.portable
 
 
 def _gemm(
@@ -63,209 +77,224 @@ DECODE_FP8 = ExpertsConfig(
 
 # --- gate_up, grouped_gemm --------------------------------------------------------------------------------------------
 
-HOPPER = [
-    _layer(
-        0.5,
-        both=dict(BLOCK_M=16, USE_TMA=True),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4),
-        down=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4),
-    ),
-    _layer(
-        10,
-        both=dict(BLOCK_M=16, USE_TMA=True),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        50,
-        both=dict(BLOCK_M=64, USE_TMA=True),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
-        down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=128, MIN_M=64, USE_TMA=True),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4),
-        down=dict(BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=4, WARP_SPECIALIZED=True),
-    ),
-]
-# Little shared memory (64 KiB on CDNA3, 99 KiB on sm_89 and sm_120), no TMA.
-PORTABLE = [
-    _layer(
-        12,
-        both=dict(BLOCK_M=16),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        32,
-        both=dict(BLOCK_M=32),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=64),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=128, BLOCK_K=32, num_warps=4, num_stages=3),
-    ),
-]
-FP32 = [
-    _layer(
-        12,
-        both=dict(BLOCK_M=16),
-        gate_up=dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
-        down=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=64),
-        gate_up=dict(BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
-        down=dict(BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
-    ),
-]
+EXPERTS = Tables(
+    hopper=[
+        _layer(
+            0.5,
+            both=dict(BLOCK_M=16, USE_TMA=True),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4),
+            down=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4),
+        ),
+        _layer(
+            10,
+            both=dict(BLOCK_M=16, USE_TMA=True),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            50,
+            both=dict(BLOCK_M=64, USE_TMA=True),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+            down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=128, MIN_M=64, USE_TMA=True),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4),
+            down=dict(BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=4, WARP_SPECIALIZED=True),
+        ),
+    ],
+    # Little shared memory (64 KiB on CDNA3, 99 KiB on sm_89 and sm_120), no TMA.
+    portable=[
+        _layer(
+            12,
+            both=dict(BLOCK_M=16),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            32,
+            both=dict(BLOCK_M=32),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=64),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=128, BLOCK_K=32, num_warps=4, num_stages=3),
+        ),
+    ],
+    fp32=[
+        _layer(
+            12,
+            both=dict(BLOCK_M=16),
+            gate_up=dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
+            down=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=64),
+            gate_up=dict(BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
+            down=dict(BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
+        ),
+    ],
+)
 
 # --- gate_up_fp8, grouped_gemm_fp8 ------------------------------------------------------------------------------------
 
 # Activations in fp8. The gate_up GEMM's BLOCK_N is 128, since its result leaves in fp8; both GEMMs read two tiles of
 # BLOCK_N weight rows. Measured: docs/measurements/NVIDIA-H200-fp8-sweep.txt.
-FP8_HOPPER = [
-    _layer(
-        10,
-        both=dict(BLOCK_M=16, USE_TMA=True),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4),
-        down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        24,
-        both=dict(BLOCK_M=32, USE_TMA=True),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        50,
-        both=dict(BLOCK_M=64, USE_TMA=True),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=4),
-        down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=128, MIN_M=64, USE_TMA=True),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=4),
-        down=dict(BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=4, WARP_SPECIALIZED=True),
-    ),
-]
-FP8_PORTABLE = [
-    _layer(
-        12,
-        both=dict(BLOCK_M=16),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=64),
-        gate_up=dict(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-        down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    ),
-]
+FP8 = Tables(
+    hopper=[
+        _layer(
+            10,
+            both=dict(BLOCK_M=16, USE_TMA=True),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4),
+            down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            24,
+            both=dict(BLOCK_M=32, USE_TMA=True),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            50,
+            both=dict(BLOCK_M=64, USE_TMA=True),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=4),
+            down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=128, MIN_M=64, USE_TMA=True),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=4),
+            down=dict(BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=4, WARP_SPECIALIZED=True),
+        ),
+    ],
+    portable=[
+        _layer(
+            12,
+            both=dict(BLOCK_M=16),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=64),
+            gate_up=dict(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+            down=dict(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        ),
+    ],
+    fp32=[],
+)
 # Activations in another dtype, to which the weights are dequantised. Measured: the same file.
-FP8_WEIGHTS_HOPPER = [
-    _layer(
-        10,
-        both=dict(BLOCK_M=16, USE_TMA=True),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=128, MIN_M=64, USE_TMA=True),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=4),
-        down=dict(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=4, WARP_SPECIALIZED=True),
-    ),
-]
-FP8_WEIGHTS_PORTABLE = [
-    _layer(
-        12,
-        both=dict(BLOCK_M=16),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=64),
-        gate_up=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-        down=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    ),
-]
-FP8_WEIGHTS_FP32 = [
-    _layer(
-        12,
-        both=dict(BLOCK_M=16),
-        gate_up=dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
-        down=dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
-    ),
-    _layer(
-        math.inf,
-        both=dict(BLOCK_M=64),
-        gate_up=dict(BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
-        down=dict(BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
-    ),
-]
+FP8_WEIGHTS = Tables(
+    hopper=[
+        _layer(
+            10,
+            both=dict(BLOCK_M=16, USE_TMA=True),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=128, MIN_M=64, USE_TMA=True),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=4),
+            down=dict(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=4, WARP_SPECIALIZED=True),
+        ),
+    ],
+    portable=[
+        _layer(
+            12,
+            both=dict(BLOCK_M=16),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=64),
+            gate_up=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            down=dict(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+        ),
+    ],
+    fp32=[
+        _layer(
+            12,
+            both=dict(BLOCK_M=16),
+            gate_up=dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
+            down=dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
+        ),
+        _layer(
+            math.inf,
+            both=dict(BLOCK_M=64),
+            gate_up=dict(BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
+            down=dict(BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
+        ),
+    ],
+)
 
 # --- dgrad_fp8, wgrad, an adapter's products --------------------------------------------------------------------------
 
 # A tile of columns has one scale, so BLOCK_N divides 128.
-FP8_DGRAD_HOPPER = _gemm(
-    BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True
+FP8_DGRAD = Tables(
+    hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True),
+    portable=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    fp32=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
 )
-FP8_DGRAD_PORTABLE = _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
-FP8_DGRAD_FP32 = _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2)
 
 # BLOCK_K is of rows. USE_TMA goes with WARP_SPECIALIZED, whose tile is fixed. Measured:
 # docs/measurements/NVIDIA-H200-backward.json and -training.json.
 _wgrad = functools.partial(_gemm, GROUP_M=1)
-WGRAD_HOPPER = [
-    UpTo(32, _wgrad(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, num_warps=4, num_stages=4)),
-    UpTo(
-        math.inf,
-        _wgrad(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=4, USE_TMA=True, WARP_SPECIALIZED=True),
-    ),
-]
-WGRAD_PORTABLE = [UpTo(math.inf, _wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3))]
-WGRAD_FP32 = [UpTo(math.inf, _wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2))]
+WGRAD = Tables(
+    hopper=[
+        UpTo(32, _wgrad(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, num_warps=4, num_stages=4)),
+        UpTo(
+            math.inf,
+            _wgrad(
+                BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=4, USE_TMA=True, WARP_SPECIALIZED=True
+            ),
+        ),
+    ],
+    portable=[UpTo(math.inf, _wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3))],
+    fp32=[UpTo(math.inf, _wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2))],
+)
 
 # Memory-bound, for which plain loads are faster than TMA. Measured: docs/measurements/NVIDIA-H200-lora-tiles.json.
-THIN_HOPPER = ThinConfig(
-    gemm=dict(BLOCK_N=128, BLOCK_K=128, num_stages=3),
-    wgrad=_wgrad(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
-)
-THIN_PORTABLE = ThinConfig(
-    gemm=dict(BLOCK_N=64, BLOCK_K=64, num_stages=3),
-    wgrad=_wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-)
-THIN_FP32 = ThinConfig(
-    gemm=dict(BLOCK_N=64, BLOCK_K=16, num_stages=2),
-    wgrad=_wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
+THIN = Tables(
+    hopper=ThinConfig(
+        gemm=dict(BLOCK_N=128, BLOCK_K=128, num_stages=3),
+        wgrad=_wgrad(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+    ),
+    portable=ThinConfig(
+        gemm=dict(BLOCK_N=64, BLOCK_K=64, num_stages=3),
+        wgrad=_wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    ),
+    fp32=ThinConfig(
+        gemm=dict(BLOCK_N=64, BLOCK_K=16, num_stages=2),
+        wgrad=_wgrad(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
+    ),
 )
 
 # --- router_logits ----------------------------------------------------------------------------------------------------
 
 # Few tokens: small tiles of experts, so that many programs share in reading the weight.
-ROUTER_HOPPER = [
-    UpTo(16, RouterConfig(BLOCK_T=16, BLOCK_E=16, BLOCK_K=128, num_warps=4, num_stages=5)),
-    UpTo(64, RouterConfig(BLOCK_T=64, BLOCK_E=16, BLOCK_K=128, num_warps=4, num_stages=4)),
-    UpTo(512, RouterConfig(BLOCK_T=64, BLOCK_E=64, BLOCK_K=64, num_warps=4, num_stages=4)),
-    UpTo(math.inf, RouterConfig(BLOCK_T=128, BLOCK_E=128, BLOCK_K=64, num_warps=8, num_stages=4)),
-]
-ROUTER_PORTABLE = [
-    UpTo(16, RouterConfig(BLOCK_T=16, BLOCK_E=16, BLOCK_K=128, num_warps=4, num_stages=3)),
-    UpTo(math.inf, RouterConfig(BLOCK_T=64, BLOCK_E=64, BLOCK_K=64, num_warps=8, num_stages=3)),
-]
-ROUTER_FP32 = [
-    UpTo(16, RouterConfig(BLOCK_T=16, BLOCK_E=16, BLOCK_K=32, num_warps=4, num_stages=2)),
-    UpTo(math.inf, RouterConfig(BLOCK_T=64, BLOCK_E=64, BLOCK_K=32, num_warps=8, num_stages=2)),
-]
+ROUTER = Tables(
+    hopper=[
+        UpTo(16, RouterConfig(BLOCK_T=16, BLOCK_E=16, BLOCK_K=128, num_warps=4, num_stages=5)),
+        UpTo(64, RouterConfig(BLOCK_T=64, BLOCK_E=16, BLOCK_K=128, num_warps=4, num_stages=4)),
+        UpTo(512, RouterConfig(BLOCK_T=64, BLOCK_E=64, BLOCK_K=64, num_warps=4, num_stages=4)),
+        UpTo(math.inf, RouterConfig(BLOCK_T=128, BLOCK_E=128, BLOCK_K=64, num_warps=8, num_stages=4)),
+    ],
+    portable=[
+        UpTo(16, RouterConfig(BLOCK_T=16, BLOCK_E=16, BLOCK_K=128, num_warps=4, num_stages=3)),
+        UpTo(math.inf, RouterConfig(BLOCK_T=64, BLOCK_E=64, BLOCK_K=64, num_warps=8, num_stages=3)),
+    ],
+    fp32=[
+        UpTo(16, RouterConfig(BLOCK_T=16, BLOCK_E=16, BLOCK_K=32, num_warps=4, num_stages=2)),
+        UpTo(math.inf, RouterConfig(BLOCK_T=64, BLOCK_E=64, BLOCK_K=32, num_warps=8, num_stages=2)),
+    ],
+)
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
@@ -283,22 +312,6 @@ def decode_config(dtype: torch.dtype, transposed: bool) -> ExpertsConfig:
     if transposed:
         return DECODE_TRANSPOSED
     return DECODE_FP32 if dtype == torch.float32 else DECODE
-
-
-def _for_gpu(dtype: torch.dtype, capability: tuple[int, int], fp32, hopper, portable):
-    """The one of three tables that is for this dtype on a GPU of this compute capability."""
-    if dtype == torch.float32:
-        return fp32
-    return hopper if capability[0] == 9 else portable
-
-
-def _heuristics(dtype: torch.dtype, capability: tuple[int, int]) -> list[UpTo]:
-    return _for_gpu(dtype, capability, FP32, HOPPER, PORTABLE)
-
-
-def all_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[ExpertsConfig]:
-    """Every heuristic configuration that may be used for this dtype on a GPU of this compute capability."""
-    return [entry.config for entry in _heuristics(dtype, capability)]
 
 
 def experts_config(rows: int, shape, dtype: torch.dtype, capability: tuple[int, int], device_name: str):
@@ -321,45 +334,24 @@ def experts_table(shape, dtype: torch.dtype, capability: tuple[int, int], device
     try:
         entries = read_configs(path, dtype, capability)
     except FileNotFoundError:
-        return _heuristics(dtype, capability)
+        return EXPERTS.of(dtype, capability)
     except (OSError, ValueError) as error:
         warnings.warn(f"{path}: {error}. Heuristic configurations are used instead.", stacklevel=3)
-        return _heuristics(dtype, capability)
+        return EXPERTS.of(dtype, capability)
     # Nearest in log(rows): neighbours meet at the geometric mean of theirs.
     limits = [math.sqrt(a * b) / shape[0] for (a, _), (b, _) in zip(entries, entries[1:])]
     return [UpTo(limit, config) for limit, (_, config) in zip([*limits, math.inf], entries)]
 
 
-def fp8_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[UpTo]:
-    """The table for fp8 weights and activations of this dtype."""
-    hopper, portable = FP8_WEIGHTS_HOPPER, FP8_WEIGHTS_PORTABLE
-    if dtype == torch.float8_e4m3fn:
-        hopper, portable = FP8_HOPPER, FP8_PORTABLE
-    return _for_gpu(dtype, capability, FP8_WEIGHTS_FP32, hopper, portable)
-
-
 def fp8_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> ExpertsConfig:
     """Configuration for `rows` routed rows of this dtype over `num_experts` experts in fp8."""
-    return _first_serving(fp8_configs(dtype, capability), rows / num_experts)
-
-
-def fp8_dgrad_config(dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
-    """Configuration of the dgrad of experts in fp8, for gradients of this dtype."""
-    return _for_gpu(dtype, capability, FP8_DGRAD_FP32, FP8_DGRAD_HOPPER, FP8_DGRAD_PORTABLE)
-
-
-def wgrad_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[UpTo]:
-    """The table of wgrad."""
-    return _for_gpu(dtype, capability, WGRAD_FP32, WGRAD_HOPPER, WGRAD_PORTABLE)
+    tables = FP8 if dtype == torch.float8_e4m3fn else FP8_WEIGHTS
+    return _first_serving(tables.of(dtype, capability), rows / num_experts)
 
 
 def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
     """Configuration of wgrad for `rows` routed rows over `num_experts` experts."""
-    return _first_serving(wgrad_configs(dtype, capability), rows / num_experts)
-
-
-def _thin_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> ThinConfig:
-    return _for_gpu(dtype, capability, THIN_FP32, THIN_HOPPER, THIN_PORTABLE)
+    return _first_serving(WGRAD.of(dtype, capability), rows / num_experts)
 
 
 def _narrowed(block: int, size: int) -> int:
@@ -369,7 +361,7 @@ def _narrowed(block: int, size: int) -> int:
 
 def thin_config(config: GemmConfig, N: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
     """Configuration of a GEMM whose N is an adapter's rank; rows are cut as by `config`, as in its schedule."""
-    thin = config._replace(**_thin_tiles(dtype, capability).gemm)
+    thin = config._replace(**THIN.of(dtype, capability).gemm)
     return thin._replace(
         BLOCK_N=_narrowed(thin.BLOCK_N, N),
         num_warps=4 if config.BLOCK_M < 128 and dtype != torch.float32 else 8,
@@ -380,15 +372,10 @@ def thin_config(config: GemmConfig, N: int, dtype: torch.dtype, capability: tupl
 
 def thin_wgrad_config(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
     """Configuration of a wgrad whose M or N is an adapter's rank."""
-    config = _thin_tiles(dtype, capability).wgrad
+    config = THIN.of(dtype, capability).wgrad
     return config._replace(BLOCK_M=_narrowed(config.BLOCK_M, M), BLOCK_N=_narrowed(config.BLOCK_N, N))
-
-
-def router_configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[UpTo]:
-    """The router's table; dtype is that of the products: fp32 unless both operands share a 16-bit type."""
-    return _for_gpu(dtype, capability, ROUTER_FP32, ROUTER_HOPPER, ROUTER_PORTABLE)
 
 
 def router_config(tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> RouterConfig:
     """Configuration for this many tokens on a GPU of this compute capability."""
-    return _first_serving(router_configs(dtype, capability), tokens)
+    return _first_serving(ROUTER.of(dtype, capability), tokens)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from .. import gpu, reference, tuning
-from ..routing import route_fake, route_torch
+from ..routing import route_torch
 from ..torch_ops import register_autograd, register_op
 from ..weights import Projection, format_of
 from ..weights.layout import by_rows, is_transposed
@@ -22,7 +22,12 @@ def _route(top_k_index, num_experts):
         return gpu.launchers().route(top_k_index.contiguous(), num_experts, block_m=128)[:3]
 
 
-route = register_op("route", "(Tensor top_k_index, int num_experts) -> (Tensor, Tensor, Tensor)", _route, route_fake)
+def _route_fake(top_k_index, num_experts):
+    slots = top_k_index.numel()
+    return tuple(top_k_index.new_empty(n, dtype=torch.int32) for n in (num_experts + 1, slots, slots))
+
+
+route = register_op("route", "(Tensor top_k_index, int num_experts) -> (Tensor, Tensor, Tensor)", _route, _route_fake)
 
 # --- grouped_gemm -----------------------------------------------------------------------------------------------------
 

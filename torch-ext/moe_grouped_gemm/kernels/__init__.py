@@ -15,36 +15,3 @@ from .grouped_gemm_hopper import can_specialize
 from .quantize import quantize_rows, quantize_slots, scale_shift
 from .router import router_logits, router_topk
 from .routing import pad, route, tile_schedule
-
-__all__ = [
-    "can_specialize",
-    "combine",
-    "dgrad_fp8",
-    "down_decode",
-    "down_decode_fp8",
-    "fp8_weights_gemm_hopper",
-    "gate_up",
-    "gate_up_decode",
-    "gate_up_decode_fp8",
-    "gate_up_fp8",
-    "gate_up_fp8_hopper",
-    "gather",
-    "glu",
-    "glu_backward",
-    "grouped_gemm",
-    "grouped_gemm_fp8",
-    "grouped_gemm_fp8_hopper",
-    "pad",
-    "quantize_rows",
-    "quantize_slots",
-    "route",
-    "router_logits",
-    "router_topk",
-    "row_sums",
-    "scale_rows",
-    "scale_shift",
-    "tile_schedule",
-    "wgrad",
-    "zero_skipped",
-    "zero_tail",
-]

@@ -17,23 +17,3 @@ from .grouped import (
     sort_slots,
 )
 from .router import router_dtype, topk_router
-
-__all__ = [
-    "ACTIVATIONS",
-    "Gate",
-    "acc_dtype",
-    "apply_gate",
-    "combine",
-    "empty_gradient",
-    "gate_backward",
-    "grouped_gemm",
-    "grouped_gemm_dw",
-    "is_transposed",
-    "moe_experts",
-    "moe_experts_backward",
-    "moe_experts_training",
-    "router_dtype",
-    "row_sums",
-    "sort_slots",
-    "topk_router",
-]

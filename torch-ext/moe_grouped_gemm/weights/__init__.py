@@ -14,8 +14,6 @@ from __future__ import annotations
 from . import dense, fp8
 from .projection import Plan, Projection, are_adapted, are_fp8
 
-__all__ = ["Plan", "Projection", "format_of", "are_adapted", "are_fp8"]
-
 
 def format_of(projection: Projection):
     """The module that knows the kernels for this weight."""

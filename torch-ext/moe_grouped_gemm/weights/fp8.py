@@ -75,7 +75,7 @@ def second_gemm(a, down, rows, plan):
 def row_config(rows, weight, dtype, transposed=False):
     device = weight.device.index
     if transposed:
-        return tuning.fp8_dgrad_config(dtype, gpu.capability(device))
+        return tuning.FP8_DGRAD.of(dtype, gpu.capability(device))
     return _experts_config(rows, weight.shape[0], dtype, device).down
 
 
