@@ -16,6 +16,7 @@ import torch
 from cases import covering
 from flat import ByKind
 from interpreted import DEVICE, DTYPES, INTERPRETED, ROWS_FIRST, on_triton, under_the_interpreter
+from low_rank import adapters
 from oracle import FORMS, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
 
 test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
@@ -305,6 +306,42 @@ def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_di
     exact_grads = in_torch.backward(dout.double(), None, *inputs, *saved, needs_grad, *SILU)
     for got, expected in zip((out, *grads), (exact, *exact_grads)):
         assert error(got, expected) <= 4 * torch.finfo(DTYPES[0]).eps
+
+
+@on_triton
+@pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[1:4])
+def test_adapters(kernel, whole, tokens, experts, top_k, hidden_dim, inter, ids, form):
+    """Against merged weights: outputs, and gradients of all but the frozen weights."""
+    args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
+    dout = layer(*args, seed=3)[0]
+    factors = [t.to(DEVICE) for seed, w in enumerate(weights) for t in adapters(w.to(DTYPES[0]), [16], seed)]
+    factors = [t if t.shape[0] == experts else t.permute(2, 0, 1).contiguous() for t in factors]
+    path, inputs = ByKind(whole.ops, 10, scales), (top_k_weights, *weights, None, None, *factors)
+    out, *saved = path.training(x, index, *inputs, *SILU)
+    needs_grad = [True, True, False, False, False, False, True, True, True, True]
+    grads = path.backward(dout, x, *inputs, *saved, needs_grad, *SILU)
+    leaves = [t.double().requires_grad_() for t in (x, top_k_weights, *factors)]
+    merged = [w + B @ A for w, A, B in zip(fp8_weights_in_fp64(weights, scales), leaves[2::2], leaves[3::2])]
+    exact = kernel.reference.moe_experts(leaves[0], index, leaves[1], *merged)
+    exact_grads = torch.autograd.grad(exact, leaves, dout.double())
+    for got, expected in zip((out, *grads[:2], *grads[6:]), (exact, *exact_grads)):
+        assert error(got, expected) <= 6 * torch.finfo(DTYPES[0]).eps
+
+
+@on_triton
+@pytest.mark.parametrize("quantize_activations", [False, True])
+@pytest.mark.parametrize(
+    "gate", [{"limit": 0.5}, {"interleaved": True}, {"activation": "swigluoai", "limit": 1.0}], ids=str
+)
+def test_any_gate_of_ours(kernel, whole, gate, quantize_activations):
+    args = (20, 8, 2, 256, 128, DTYPES[0], DEVICE, "sentinels")
+    inputs, weights, scales = fp8_layer(kernel, *args)
+    exact_weights = fp8_weights_in_fp64(weights, scales)
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights, **gate)
+    projections = [whole.weights.Projection(weight, None, scale) for weight, scale in zip(weights, scales)]
+    out = whole.forward.forward(*inputs, *projections, kernel.reference.Gate(**gate), quantize_activations)
+    assert error(out, exact) <= (0.1 if quantize_activations and "interleaved" not in gate else 2e-3)
 
 
 @on_triton
