@@ -54,7 +54,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="moe_grouped_gemm")
 model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.down_proj"]))
 functional = kernel.functional
-functional.moe_experts_lora = lambda x, *_: print("served") or x
+functional.moe_experts_lora = lambda x, *_, **__: print("served") or x
 model(torch.ones(1, 3, dtype=torch.int64))
 """
 

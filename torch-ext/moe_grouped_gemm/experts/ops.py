@@ -186,9 +186,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _training_backward(ctx, dout, *_):
-    args = (dout, *ctx.saved_tensors, ctx.needs, *ctx.gate)
-    # With gradients of its own asked for, the op says that there are none.
-    as_op = torch.is_grad_enabled() or needs_op(moe_experts_backward, args[:19])
+    saved = ctx.saved_tensors
+    args = (dout, *saved, ctx.needs, *ctx.gate)
+    as_op = needs_op(moe_experts_backward, args[:19])
+    if torch.is_grad_enabled():
+        # For second derivatives, of which the op says that there are none; all gradients are of z.
+        saved[12].requires_grad_()
+        as_op = True
     grads = (moe_experts_backward if as_op else _backward)(*args)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, ctx.needs))
     return dx, None, *others, *(None for _ in ctx.gate)
