@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from cases import in_turn
 from oracle import DTYPES, dequantized, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
@@ -211,9 +212,22 @@ def test_frozen_weights_are_named(kernel):
 def test_second_derivatives_are_refused(kernel):
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
     x.requires_grad_()
-    (dx,) = torch.autograd.grad(run(kernel, (x, index, top_k_weights), weights, scales).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        dx.sum().backward()
+    for differentiate in (lambda loss: loss.backward(), lambda loss: torch.autograd.grad(loss, x)):
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            differentiate(out.sum() + dx.pow(2).sum())
+
+
+def test_backward_under_autocast_of_a_forward_that_was_an_op(kernel):
+    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(run(kernel, (x, index, top_k_weights), weights, scales).sum(), x)
+    with FlopCounterMode(display=False):
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])

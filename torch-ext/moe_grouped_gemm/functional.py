@@ -80,7 +80,7 @@ def moe_experts(
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
     if are_fp8(gate_up, down):
-        refuse_with_fp8(limit=limit, interleaved=interleaved)
+        refuse_with_fp8(limit=limit, interleaved=bool(interleaved))
     hidden_states, gate_up, down = _in_one_dtype(hidden_states, gate_up, down)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     check_experts(*inputs, activation, limit, True, block_size)

@@ -57,40 +57,47 @@ def register_autograd(op, backward: Callable, setup_context: Callable | None = N
 
     Zeros in their place would be of the size of the outputs, also of those that only the backward reads.
     """
+    setup = functools.partial(_setup, setup_context)
+    op.register_autograd(functools.partial(_backward_if_defined, backward), setup_context=setup)
 
-    def setup(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
 
-    def backward_if_defined(ctx, *grads):
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
+def differentiable(name: str, impl: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """The first output of `impl`, with this gradient: the same as an op, for calls that `needs_op` says no to.
+
+    All outputs go through autograd, as an op's: a saved one leads back to the inputs, so that second derivatives meet
+    the error of the backward's op.
+    """
+
+    def forward(ctx, tensor, *args):
+        with without_autocast(tensor):
+            output = impl(tensor, *args)
+        _setup(setup_context, ctx, (tensor, *args), output)
+        return output
+
+    function = type(
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(functools.partial(_backward_if_defined, backward)),
+        },
+    )
+    return lambda *args: function.apply(*args)[0]
+
+
+def _setup(setup_context, ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    if setup_context is not None:
+        setup_context(ctx, inputs, output)
+
+
+def _backward_if_defined(backward, ctx, *grads):
+    """In the dtypes that it is given, whatever autocast is on around it."""
+    grad = next((grad for grad in grads if grad is not None), None)
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
+    with without_autocast(grad):
         return backward(ctx, *grads)
-
-    op.register_autograd(backward_if_defined, setup_context=setup)
-
-
-def differentiable(impl: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """The first output of `impl`, with this gradient: the same as an op, for calls that `needs_op` says no to."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, tensor, *args):
-            ctx.set_materialize_grads(False)
-            with without_autocast(tensor):
-                output = impl(tensor, *args)
-            setup_context(ctx, (tensor, *args), output)
-            return output[0]
-
-        @staticmethod
-        def backward(ctx, grad):
-            if grad is None:
-                return (None,) * len(ctx.needs_input_grad)
-            with without_autocast(grad):
-                return backward(ctx, grad)
-
-    return Function.apply
 
 
 def needs_op(op, tensors) -> bool:
@@ -105,7 +112,7 @@ def needs_op(op, tensors) -> bool:
     if not _PLAIN.issuperset(map(type, tensors)):
         refuse_dtensors(zip((argument.name for argument in op._opoverload._schema.arguments), tensors))
         return True
-    if _len_torch_dispatch_stack():
+    if _len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
         _tell_flop_counters()
         return True
     return _get_tracing_state() is not None or tensors[0].is_meta

@@ -19,7 +19,7 @@ from .rows import PAD, route
 @gpu.on_its_device
 def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
     """(T, H) -> (T, H)."""
-    if top_k_index.numel() == 0 or hidden_states.numel() == 0:
+    if is_empty(hidden_states, top_k_index, down):
         return hidden_states.new_zeros(hidden_states.shape)
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
     if not are_adapted(gate_up, down):
@@ -34,6 +34,11 @@ def forward_and_save(hidden_states, top_k_index, top_k_weights, gate_up, down, g
     """`forward` of inputs that are not empty, and what the backward reads: z (S, 2I), u1, u2 (S, R), and their rows."""
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
     return _of_many_rows(*inputs, quantize_activations=False, save=True)
+
+
+def is_empty(hidden_states, routing, down):
+    """routing: ids or weights. No kernel is launched then."""
+    return routing.numel() == 0 or hidden_states.numel() == 0 or down.weight.numel() == 0
 
 
 def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save):

@@ -13,7 +13,7 @@ from ..weights import Projection, are_adapted
 from ..weights.layout import is_transposed
 from .backward import Differentiable, backward
 from .forward import forward as forward_on_gpu
-from .forward import forward_and_save
+from .forward import forward_and_save, is_empty
 from .rows import padded_size
 
 
@@ -27,10 +27,6 @@ _GATE = "str activation, float? limit, float alpha, bool interleaved"
 # Of _INPUTS, without their types.
 INPUT_NAMES = [argument.split()[1] for argument in _INPUTS.split(", ")]
 _TENSORS = len(INPUT_NAMES)
-
-
-def _is_empty(hidden_states, top_k_weights, down):
-    return top_k_weights.numel() == 0 or hidden_states.numel() == 0 or down.weight.numel() == 0
 
 
 # --- moe_experts ------------------------------------------------------------------------------------------------------
@@ -87,7 +83,7 @@ def _training_on_cpu(hidden_states, top_k_index, *args):
 
 def _training_on_gpu(hidden_states, top_k_index, *args):
     inputs, gate = Differentiable.of((hidden_states, *args[:11])), Gate(*args[11:])
-    if _is_empty(hidden_states, inputs.top_k_weights, inputs.down):
+    if is_empty(hidden_states, inputs.top_k_weights, inputs.down):
         return tuple(t.zero_() for t in _training_fake(hidden_states, top_k_index, *args))
     out, z, u1, u2, rows = forward_and_save(hidden_states, top_k_index, *inputs[1:], gate)
     u1, u2 = (out.new_empty(0) if u is None else u for u in (u1, u2))
@@ -123,7 +119,7 @@ def _backward_args(args):
 
 def _backward_on_gpu(dout, *args):
     inputs, (z, u1, u2, *routing), needs, gate = _backward_args(args)
-    if _is_empty(dout, inputs.top_k_weights, inputs.down):
+    if is_empty(dout, inputs.top_k_weights, inputs.down):
         return tuple(t.zero_() for t in _backward_fake(dout, *args))
     return _without_none(dout, backward(dout, inputs, z, u1, u2, routing, needs, gate))
 
@@ -186,13 +182,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _training_backward(ctx, dout, *_):
-    saved = ctx.saved_tensors
-    args = (dout, *saved, ctx.needs, *ctx.gate)
-    as_op = needs_op(moe_experts_backward, args[:19])
-    if torch.is_grad_enabled():
-        # For second derivatives, of which the op says that there are none; all gradients are of z.
-        saved[12].requires_grad_()
-        as_op = True
+    args = (dout, *ctx.saved_tensors, ctx.needs, *ctx.gate)
+    # Of second derivatives the op says that there are none.
+    as_op = torch.is_grad_enabled() or needs_op(moe_experts_backward, args[:19])
     grads = (moe_experts_backward if as_op else _backward)(*args)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, ctx.needs))
     return dx, None, *others, *(None for _ in ctx.gate)
@@ -200,4 +192,4 @@ def _training_backward(ctx, dout, *_):
 
 register_autograd(moe_experts_training, _training_backward, _setup_context)
 # For whom nobody looks on: autograd without the dispatch of two ops, 0.2 ms and more.
-training = differentiable(_training, _training_backward, _setup_context)
+training = differentiable("moe_experts_training", _training, _training_backward, _setup_context)

@@ -27,9 +27,6 @@ class Projection(NamedTuple):
     B: torch.Tensor | None = None
 
 
-# Plain comparisons: every call asks.
-
-
 def are_adapted(gate_up: Projection, down: Projection) -> bool:
     return gate_up.A is not None or down.A is not None
 
