@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -37,6 +38,16 @@ def test_a_mode_sees_one_node(kernel, device, name):
         got = function(*args)
     assert [seen.split("::")[1] for seen in recorder.names] == [ONE_NODE[name]]
     public.assert_same(got, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_pre_dispatch_tracing_sees_one_node(kernel, device, training):
+    """Its modes are on a stack of their own."""
+    function, inputs = public.fp8(kernel)
+    args = public.leaves(inputs(0, device), training)
+    graph = make_fx(function, pre_dispatch=True)(*args)
+    ours = [str(node.target) for node in graph.graph.nodes if "moe_grouped_gemm" in str(node.target)]
+    assert [name.split(".")[1] for name in ours] == ["moe_experts_training" if training else "moe_experts"]
 
 
 def test_a_mode_sees_forward_and_backward(kernel, device):

@@ -11,7 +11,15 @@ from .experts import blocks, composed, ops
 from .experts.lora import RANK_MULTIPLE, LoraFactors, adapted
 from .reference import Gate
 from .routing import Routing
-from .torch_ops import autocast, is_autocast, needs_gradients, needs_op, refuse_dtensors, rejects_transforms
+from .torch_ops import (
+    autocast,
+    is_autocast,
+    needs_gradients,
+    needs_op,
+    refuse_dtensors,
+    refuse_dtensors_for,
+    rejects_transforms,
+)
 from .weights import Projection, are_adapted, are_fp8
 
 _SILU = Gate("silu")
@@ -131,7 +139,7 @@ def moe_experts_lora(
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     if is_ours and gated and norm is None and (on_gpu or not are_adapted(gate_up, down)):
         return _experts(*inputs, gate, quantize_activations=False)
-    refuse_dtensors(zip(ops.INPUT_NAMES, (*inputs[:3], *gate_up, *down)))
+    refuse_dtensors_for(ops.moe_experts, (*inputs[:3], *gate_up, *down))
     return composed.forward(*inputs, gate, norm)
 
 

@@ -25,6 +25,9 @@ class GemmConfig(NamedTuple):
 
 GEMM_FIELD_TYPES = get_type_hints(GemmConfig)
 
+# Rows of each expert are padded to a multiple of this, the rows that wgrad takes at a time.
+PAD = 64
+
 # The one tile of that kernel, whose schedule and shared memory are made for it.
 SPECIALIZED_TILE = {"BLOCK_M": 128, "MIN_M": 64, "BLOCK_N": 256, "BLOCK_K": 64}
 

@@ -7,6 +7,7 @@ import torch
 from . import gpu, reference, tuning
 from .checks import FLOATS, device_type, shape
 from .torch_ops import needs_gradients, needs_op, register_autograd, register_op, rejects_transforms, without_autocast
+from .weights.layout import by_rows
 
 
 @rejects_transforms
@@ -59,21 +60,13 @@ def topk_router(
     return _router_gpu(*inputs)
 
 
+@gpu.on_its_device
 def _router_gpu(hidden_states, weight, bias, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor):
     tokens = hidden_states.shape[0]
     if tokens == 0:
         return _empty(hidden_states, weight, top_k)
-    device = hidden_states.device.index
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _router_gpu(
-                hidden_states, weight, bias, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor
-            )
-    kernels = gpu.launchers()
-    if hidden_states.stride(1) != 1:
-        hidden_states = hidden_states.contiguous()
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
+    kernels, device = gpu.launchers(), hidden_states.device.index
+    hidden_states, weight = by_rows(hidden_states), by_rows(weight)
     dtype = hidden_states.dtype if weight.dtype == hidden_states.dtype else torch.float32
     partials = kernels.router_logits(hidden_states, weight, tuning.router_config(tokens, dtype, gpu.capability(device)))
     return kernels.router_topk(

@@ -9,7 +9,12 @@ from typing import Callable
 
 import torch
 from torch import library
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
@@ -110,9 +115,9 @@ def needs_op(op, tensors) -> bool:
     if torch.compiler.is_compiling():
         return True
     if not _PLAIN.issuperset(map(type, tensors)):
-        refuse_dtensors(zip((argument.name for argument in op._opoverload._schema.arguments), tensors))
+        refuse_dtensors_for(op, tensors)
         return True
-    if _len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+    if _len_torch_dispatch_stack() or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch):
         _tell_flop_counters()
         return True
     return _get_tracing_state() is not None or tensors[0].is_meta
@@ -127,6 +132,13 @@ def needs_gradients(tensors) -> bool:
     if not torch.is_grad_enabled() and _get_tracing_state() is None:
         return False
     return any(x is not None and x.requires_grad for x in tensors)
+
+
+def refuse_dtensors_for(op, tensors) -> None:
+    """The same for the first arguments of `op`. torch.compile cannot read a schema: only who refuses does."""
+    for position, x in enumerate(tensors):
+        if type(x) not in _PLAIN:
+            refuse_dtensors([(op._opoverload._schema.arguments[position].name, x)])
 
 
 def refuse_dtensors(named_tensors) -> None:

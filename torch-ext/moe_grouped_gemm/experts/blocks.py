@@ -36,9 +36,9 @@ def _grouped_gemm(x, weight, bias, scale, expert_offsets, transposed):
     """y[r] = W[e] @ x[r] + bias[e]; transposed: W[e]^T @ x[r]. The weight is read in place."""
     if x.device.type == "cpu":
         return reference.grouped_gemm(x, weight, expert_offsets, bias, scale, transposed)
-    y = _grouped_gemm_fake(x, weight, bias, scale, expert_offsets, transposed)
-    if y.numel() == 0 or weight.numel() == 0 and bias is None:
-        return y.zero_()
+    rows, columns = x.shape[0], weight.shape[2 if transposed else 1]
+    if rows == 0 or columns == 0 or (x.shape[1] == 0 and bias is None):
+        return x.new_zeros(rows, columns)
     return _grouped_gemm_on_gpu(x, Projection(weight, bias, scale), expert_offsets, transposed)
 
 

@@ -10,10 +10,11 @@ are made by a launch each, and GEMMs read rows one after another; else the first
 from __future__ import annotations
 
 from .. import gpu
+from ..launch_configs import PAD
 from ..weights import are_adapted, format_of
 from ..weights.layout import by_rows
 from .lora import product
-from .rows import PAD, route
+from .rows import route
 
 
 @gpu.on_its_device

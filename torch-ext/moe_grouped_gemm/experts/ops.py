@@ -10,7 +10,6 @@ from .. import reference
 from ..reference import Gate
 from ..torch_ops import differentiable, needs_op, register_autograd, register_op
 from ..weights import Projection, are_adapted
-from ..weights.layout import is_transposed
 from .backward import Differentiable, backward
 from .forward import forward as forward_on_gpu
 from .forward import forward_and_save, is_empty
@@ -24,9 +23,7 @@ def _projection(name: str) -> str:
 _WEIGHTS = f"Tensor top_k_weights, {_projection('gate_up')}, {_projection('down')}"
 _INPUTS = f"Tensor hidden_states, Tensor top_k_index, {_WEIGHTS}"
 _GATE = "str activation, float? limit, float alpha, bool interleaved"
-# Of _INPUTS, without their types.
-INPUT_NAMES = [argument.split()[1] for argument in _INPUTS.split(", ")]
-_TENSORS = len(INPUT_NAMES)
+_TENSORS = 3 + 2 * len(Projection._fields)
 
 
 # --- moe_experts ------------------------------------------------------------------------------------------------------
@@ -142,7 +139,7 @@ def _backward_fake(dout, *args):
 
 
 def _empty(t):
-    return reference.empty_gradient(t) if t.ndim == 3 and is_transposed(t) else t.new_empty(t.shape)
+    return reference.empty_gradient(t) if t.ndim == 3 else t.new_empty(t.shape)
 
 
 def _backward_flops(dout, *args, **_):

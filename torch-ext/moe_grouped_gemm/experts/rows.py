@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .. import gpu
-
-PAD = 64  # as in kernels/routing.py
+from ..launch_configs import PAD
 
 
 class Rows(NamedTuple):

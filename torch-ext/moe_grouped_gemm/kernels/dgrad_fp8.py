@@ -7,11 +7,10 @@ Tiles and grid as in grouped_gemm.py; a tile of columns has one scale for each w
 
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import cdiv, launch
 from .quantize import _BLOCK, _from_codes, _load_scale, _scale_row
-from .tiles import locate_tile, store_rows
+from .tiles import locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -72,7 +71,7 @@ def dgrad_fp8(x, w, w_scale, schedule, input_precision, config, shift=0):
     _, K, N = w.shape
     tiles = schedule.shape[1]
     y = x.new_empty(x.shape[0], N)
-    w_arg = TensorDescriptor(w, w.shape, w.stride(), [1, config.BLOCK_K, config.BLOCK_N]) if config.USE_TMA else w
+    w_arg = weight_descriptor(w, config.BLOCK_K, config.BLOCK_N) if config.USE_TMA else w
     launch(
         _dgrad_fp8_kernel,
         (tiles * cdiv(N, config.BLOCK_N), 1, 1),

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch_configs import PAD
 from .launch import cdiv, launch, next_power_of_2
 
 BLOCK_S = 128
 CHUNK = 1024
 CHUNKS = 4
-PAD = 64  # the rows that wgrad takes at a time
 
 
 @triton.jit
