@@ -94,7 +94,7 @@ def fork(setting):
 
 # The first two, one of each precision, compile the kernels that the others find in Triton's cache.
 settings = json.loads(sys.argv[4])
-for begin, end in ((0, 2), *((i, i + 4) for i in range(2, len(settings), 4))):
+for begin, end in ((0, 2), *((i, i + 10) for i in range(2, len(settings), 10))):
     for pid in list(map(fork, settings[begin:end])):
         os.waitpid(pid, 0)
 """

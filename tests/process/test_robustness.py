@@ -186,7 +186,7 @@ def run_short_of_memory(kernel, training):
     peak = torch.cuda.max_memory_allocated()
     failures = 0
     try:
-        for extra in range(0, peak - before, 2**22):
+        for extra in range(0, peak - before, 2**23):
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + extra) / total)
             try:

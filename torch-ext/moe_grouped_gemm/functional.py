@@ -6,8 +6,9 @@ from typing import Callable
 
 import torch
 
-from .checks import check_experts, check_floats, check_index, refuse_with_fp8, shape
+from .checks import check_floats, check_index, shape
 from .experts import blocks, composed, ops
+from .experts.arguments import check_experts
 from .experts.lora import RANK_MULTIPLE, LoraFactors, adapted
 from .reference import Gate
 from .routing import Routing
@@ -20,7 +21,7 @@ from .torch_ops import (
     refuse_dtensors_for,
     rejects_transforms,
 )
-from .weights import Projection, are_adapted, are_fp8
+from .weights import Projection, are_adapted, are_quantized, format_of_both
 
 _SILU = Gate("silu")
 
@@ -87,8 +88,7 @@ def moe_experts(
     gate = Gate(activation, limit, alpha, interleaved)
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
-    if are_fp8(gate_up, down):
-        refuse_with_fp8(limit=limit, interleaved=bool(interleaved))
+    format_of_both(gate_up, down).check_gate(limit, interleaved)
     hidden_states, gate_up, down = _in_one_dtype(hidden_states, gate_up, down)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     check_experts(*inputs, activation, limit, True, block_size)
@@ -147,7 +147,7 @@ def _in_one_dtype(hidden_states, gate_up, down):
     """The dtype that autocast asks for, of all operands; over weights in fp8 of hidden_states alone."""
     if is_autocast(hidden_states):
         hidden_states, *dense = autocast(hidden_states, *gate_up[:2], *down[:2])
-        if not are_fp8(gate_up, down):
+        if not are_quantized(gate_up, down):
             gate_up, down = Projection(*dense[:2]), Projection(*dense[2:])
     return hidden_states, gate_up, down
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .. import functional, gpu
 from ..experts.lora import LoraFactors
 from ..reference import Gate
-from ..weights import Projection, are_fp8, quantize
+from ..weights import Projection, are_quantized, quantize
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
@@ -110,12 +110,12 @@ def obstacle(module: nn.Module, weights: Weights) -> str | None:
         if weight.ndim != 3:
             return f"{name} is {tuple(weight.shape)}, not (E, N, K)"
         reason = _unreadable(weight)
-        if reason is None and not are_fp8(*weights) and weight.dtype not in _DENSE:
+        if reason is None and not are_quantized(*weights) and weight.dtype not in _DENSE:
             reason = weight.dtype
         if reason is not None:
             return f"{name} is {reason}"
     reason = _missing_triton(weights.down.weight)
-    return _obstacle_fp8(module, weights) if reason is None and are_fp8(*weights) else reason
+    return _obstacle_fp8(module, weights) if reason is None and are_quantized(*weights) else reason
 
 
 def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
@@ -222,7 +222,7 @@ def _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapter
     """
     gate_up, down = weights
     factors = [tuple(factors for name, factors in adapters if name == weight) for weight in weight_names(module)]
-    if are_fp8(*weights):
+    if are_quantized(*weights):
         # They get no gradient, as in Transformers, whatever their `requires_grad` says.
         gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in weights)
     else:
@@ -237,7 +237,8 @@ def _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapter
     gated = getattr(module, "has_gate", True)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     gate = gate_of(module) if gated else None
-    if gate is not None and norm is None and not adapters and (not are_fp8(*weights) or gate == Gate(gate.activation)):
+    is_whole = gate is not None and norm is None and not adapters
+    if is_whole and (not are_quantized(*weights) or gate == Gate(gate.activation)):
         activation, limit, alpha, interleaved = gate
         # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
         others["quantize_activations"] = not module.training

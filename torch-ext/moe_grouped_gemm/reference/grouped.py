@@ -1,7 +1,7 @@
 """Rows sorted by expert: the order, the GEMMs over it, and back to tokens.
 
-A weight is (E, N, K), with a scale one in float8_e4m3fn (see weights/quantize.py), of which only one expert's is
-dequantised at a time.
+A weight is (E, N, K), with a scale one in codes (see weights/quantize.py), of which only one expert's is dequantised
+at a time.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..weights import Projection, format_of
 from ..weights.layout import is_transposed
-from ..weights.quantize import dequantize
 
 # Before 2.11 torch's grouped_mm asked for aligned memory on the CPU, which a mapped checkpoint does not give.
 _HAS_GROUPED_MM = torch.__version__ >= (2, 11)
@@ -43,7 +43,9 @@ def sort_slots(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
 
 def matrix(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """(N, K) of one expert in dtype."""
-    return weight[expert] if scale is None else dequantize(weight[expert], scale[expert], dtype)
+    if scale is None:
+        return weight[expert]
+    return format_of(Projection(weight, None, scale)).dequantize(weight[expert], scale[expert], dtype)
 
 
 def grouped_linear(x, weight, expert_offsets, bias=None, scale=None, transposed=False) -> torch.Tensor:

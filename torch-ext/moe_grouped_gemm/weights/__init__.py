@@ -1,5 +1,9 @@
 """What a weight is, and which kernels read it: one file for each format, all answering the same questions.
 
+check         what the layer's tensors have to be, before their shapes are looked at
+check_scales  whether the scales fit the weights
+check_gate    what keyword arguments of a gate the format takes
+dequantize    one expert's numbers, for plain PyTorch; a format that has no scales has none
 decode        the layer for a few rows, in two launches; or None
 plan          how the two GEMMs of a forward are launched
 first_gemm    a = gate(x W1^T + bias1) of routed rows, in whatever form second_gemm takes it
@@ -12,9 +16,14 @@ wgrad         the gradient of W; a format whose weights are frozen has none
 from __future__ import annotations
 
 from . import dense, fp8
-from .projection import Plan, Projection, are_adapted, are_fp8
+from .projection import Plan, Projection, are_adapted, are_quantized
 
 
 def format_of(projection: Projection):
     """The module that knows the kernels for this weight."""
     return dense if projection.scale is None else fp8
+
+
+def format_of_both(gate_up: Projection, down: Projection):
+    """Of two that have not been checked: the one with scales tells what the other should have been."""
+    return format_of(down if gate_up.scale is None else gate_up)

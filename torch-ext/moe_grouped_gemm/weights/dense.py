@@ -5,8 +5,23 @@ from __future__ import annotations
 import torch
 
 from .. import gpu, tuning
+from ..checks import check_floats
 from .layout import as_readable, is_transposed
 from .projection import Plan
+
+
+def check(hidden_states, gate_up, down, block_size):
+    biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
+    biases = {name: bias for name, bias in biases.items() if bias is not None}
+    check_floats(hidden_states=hidden_states, gate_up_proj=gate_up.weight, down_proj=down.weight, **biases)
+
+
+def check_scales(gate_up, down, gated):
+    pass
+
+
+def check_gate(limit, interleaved):
+    pass
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):

@@ -10,10 +10,60 @@ from __future__ import annotations
 import torch
 
 from .. import gpu, tuning
-from . import dense
+from ..checks import check_floats, shape
+from . import dense, quantize
 from .layout import as_readable, by_rows, tma_can_read
 from .projection import Plan
-from .quantize import FP8
+from .quantize import FP8, dequantize  # noqa: F401, an answer
+
+BLOCK_SIZE = (quantize.BLOCK, quantize.BLOCK)
+
+
+def check(hidden_states, gate_up, down, block_size):
+    _refuse(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
+    check_floats(hidden_states=hidden_states)
+    if block_size is not None and tuple(block_size) != BLOCK_SIZE:
+        raise ValueError(f"block_size: expected {BLOCK_SIZE}, got {tuple(block_size)}")
+    for name, (weight, _, scale, *_) in {"gate_up_proj": gate_up, "down_proj": down}.items():
+        if scale is None:
+            raise ValueError(f"{name}_scale: expected a scale for each block, as the other weight has, got None")
+        if weight.dtype != FP8:
+            raise TypeError(f"{name}: expected {FP8}, since {name}_scale is given, got {weight.dtype}")
+        if scale.dtype not in quantize.SCALES:
+            raise TypeError(f"{name}_scale: expected {' or '.join(map(str, quantize.SCALES))}, got {scale.dtype}")
+        if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
+            raise ValueError(f"{name}: fp8 weights are frozen, expected requires_grad=False for it and its scale")
+        for tensor_name, tensor in ((name, weight), (f"{name}_scale", scale)):
+            if tensor.device != hidden_states.device:
+                raise ValueError(
+                    f"{tensor_name}: expected on {hidden_states.device} like hidden_states, got {tensor.device}"
+                )
+
+
+def check_scales(gate_up, down, gated):
+    experts, rows, hidden_dim = gate_up.weight.shape
+    allowed = [quantize.scale_shape(*gate_up.weight.shape)]
+    if gated:
+        of_halves = (experts, 2 * quantize.scale_shape(rows // 2, hidden_dim)[0], allowed[0][2])
+        if of_halves != allowed[0]:
+            allowed.append(of_halves)
+    if gate_up.scale.shape not in allowed:
+        expected = " or, with blocks of gate and up apart, ".join(map(str, allowed))
+        raise ValueError(f"gate_up_proj_scale: expected {expected}, got {shape(gate_up.scale)}")
+    expected = quantize.scale_shape(*down.weight.shape)
+    if down.scale.shape != expected:
+        raise ValueError(f"down_proj_scale: expected {expected} to fit down_proj, got {shape(down.scale)}")
+
+
+def check_gate(limit, interleaved):
+    _refuse(limit=limit, interleaved=bool(interleaved))
+
+
+def _refuse(**given):
+    for name, value in given.items():
+        if value is not None and value is not False:
+            got = shape(value) if isinstance(value, torch.Tensor) else value
+            raise ValueError(f"{name}: expected {False if value is True else None} with weights in fp8, got {got}")
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):

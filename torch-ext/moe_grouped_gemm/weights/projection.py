@@ -15,7 +15,7 @@ class Projection(NamedTuple):
     Attributes:
         weight: (E, N, K), perhaps a view of (E, K, N).
         bias: (E, N), or None.
-        scale: of each block of a weight in fp8, as in quantize.py; else None.
+        scale: of each block of a weight in codes, as in quantize.py; else None.
         A: (E, R, K), or None: the adapters of this weight, joined as in experts/lora.py.
         B: (E, N, R), or None.
     """
@@ -31,7 +31,8 @@ def are_adapted(gate_up: Projection, down: Projection) -> bool:
     return gate_up.A is not None or down.A is not None
 
 
-def are_fp8(gate_up: Projection, down: Projection) -> bool:
+def are_quantized(gate_up: Projection, down: Projection) -> bool:
+    """Codes and scales in place of numbers: frozen, and of a dtype of their own."""
     return gate_up.scale is not None or down.scale is not None
 
 
