@@ -93,6 +93,7 @@ def main() -> None:
     parser = common.argument_parser(__doc__, "docs/measurements/<gpu>-fp8.json")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     args = parser.parse_args()
+    common.need_gpu()
     kernel = common.staged_kernel()
     ceilings = common.measure_ceilings(fp8_flops=fp8_rate, bf16_flops=common.matmul_rate)
     dense = expert_weights(*WORKLOADS["dsv3"][:3], "cuda")

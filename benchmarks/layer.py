@@ -206,6 +206,7 @@ def main() -> None:
     parser = common.argument_parser(__doc__, "benchmarks/results/<gpu>.json")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     args = parser.parse_args()
+    common.need_gpu()
     kernel = common.staged_kernel()
     ceilings = common.measure_ceilings(flops=common.matmul_rate)
     result = common.header(transformers, ceilings=ceilings)

@@ -89,6 +89,7 @@ def run_case(kernel, rate, workload, tokens) -> dict:
 
 def main() -> None:
     args = common.argument_parser(__doc__, "docs/measurements/<gpu>-training.json").parse_args()
+    common.need_gpu()
     kernel = common.staged_kernel()
     torch.manual_seed(0)
     rate = common.matmul_rate()

@@ -40,12 +40,16 @@ def _first_line(error: BaseException) -> str:
 def _remedy(error: BaseException) -> str | None:
     """By the names of its classes: those of huggingface_hub and torch need not be imported."""
     names = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return "it comes with PyTorch for GPUs, and this needs a GPU"
     if isinstance(error, ModuleNotFoundError):
         return f"`make` installs what its commands need; for {sys.prefix}, pip install -r requirements.txt"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         return "make room, or choose another place"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return "choose a place that you may write to"
+    if "SafetensorError" in names:
+        return "a file of weights is damaged or cut short, download it again"
     if "OutOfMemoryError" in names:
         return "take a smaller model, or a GPU that nothing else uses"
     if "GatedRepoError" in names:

@@ -131,4 +131,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        raise SystemExit(f"not built: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("not built: stopped by Ctrl-C") from None

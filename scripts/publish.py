@@ -71,8 +71,9 @@ def upload(repo_id: str, branch: str, files: dict[str, Path], card: str, message
                 **repo, revision=branch, folder_path=folder, delete_patterns=stale, commit_message=message
             )
         api.upload_file(**repo, path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message=message)
-    except HfHubHTTPError as error:
-        hint = ": log in with `hf auth login`, or set HF_TOKEN" if error.response.status_code in (401, 403) else ""
+    except HfHubHTTPError.__bases__ as error:  # the HTTP library's, without an answer, and the system's
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        hint = ": log in with `hf auth login`, or set HF_TOKEN" if refused else ""
         raise SystemExit(f"not published{hint}\n{error}") from None
     return f"{api.endpoint}/kernels/{repo_id}/tree/{branch}"
 
@@ -103,4 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped by Ctrl-C: run it again, an upload begins anew") from None

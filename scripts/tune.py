@@ -21,6 +21,9 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+import one_line_errors
 import torch
 import triton
 from tqdm import tqdm
@@ -215,6 +218,7 @@ def fingerprint() -> str:
 
 def main() -> None:
     args = parse_args()
+    one_line_errors.need_gpu()
     dtype, device_name = getattr(torch, args.dtype), torch.cuda.get_device_name()
     capability = torch.cuda.get_device_capability()
     layers = [Layer(E, H, I, top_k) for H, I, E, top_k, _ in map(WORKLOADS.get, args.workloads)]
