@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ["USE_HUB_KERNELS"] = "NO"
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))  # which has a generate.py, too
 
+import one_line_errors  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers

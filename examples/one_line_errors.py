@@ -28,7 +28,8 @@ def explanation(error: BaseException) -> str | None:
     for cause in causes:
         remedy = _remedy(cause)
         if remedy is not None:
-            return f"{_first_line(error)}: {remedy}"
+            is_name = type(cause).__name__ == "HFValidationError"  # which quotes it at its end
+            return f"{str(cause).split(chr(39))[-2] if is_name else _first_line(error)}: {remedy}"
     # Transformers' own words about a checkpoint; an error of the system has a number.
     return _first_line(error) if type(error) is OSError and error.errno is None else None
 

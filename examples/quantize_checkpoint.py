@@ -136,8 +136,8 @@ def sizes(source: Path, names: list[str], form, linear: bool) -> dict[str, tuple
                 has_experts = has_experts or EXPERTS.search(key) is not None
         found[name] = before, after
     if not has_experts:
-        names = ".experts.N.down_proj.weight or .experts.down_proj"
-        raise SystemExit(f"{source}: no experts to quantize, no weight has a name that ends in {names}")
+        endings = ".experts.N.down_proj.weight or .experts.down_proj"
+        raise SystemExit(f"{source}: no experts to quantize, no weight has a name that ends in {endings}")
     return found
 
 
