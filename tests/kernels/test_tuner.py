@@ -132,6 +132,7 @@ def test_the_whole_tuner(tuning, monkeypatch, tmp_path, capsys):
     properties = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448})
     driver = SimpleNamespace(utils=properties, get_current_target=lambda: None)
     monkeypatch.setattr(tune.triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(tune.one_line_errors, "need_gpu", lambda: None)
     for name, value in (("current_device", 0), ("get_device_name", GPU), ("get_device_capability", SM90)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(tune, "expert_weights", lambda *_: [torch.empty(0)] * 2)
