@@ -22,14 +22,13 @@ def explanation(error: BaseException) -> str | None:
     """What happened and the remedy; None of a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C"
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    for cause in causes:
+    cause = error
+    while cause is not None:
         remedy = _remedy(cause)
         if remedy is not None:
-            is_name = type(cause).__name__ == "HFValidationError"  # which quotes it at its end
-            return f"{str(cause).split(chr(39))[-2] if is_name else _first_line(error)}: {remedy}"
+            words = str(cause).split("'")[-2] if "Repo id must" in str(cause) else _first_line(error)
+            return f"{words}: {remedy}"
+        cause = cause.__cause__
     # Transformers' own words about a checkpoint; an error of the system has a number.
     return _first_line(error) if type(error) is OSError and error.errno is None else None
 
@@ -43,7 +42,7 @@ def _remedy(error: BaseException) -> str | None:
     names = {cls.__name__ for cls in type(error).__mro__}
     if isinstance(error, ModuleNotFoundError) and error.name == "triton":
         return "it comes with PyTorch for GPUs, and this needs a GPU"
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):
         return f"`make` installs what its commands need; for {sys.prefix}, pip install -r requirements.txt"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         return "make room, or choose another place"
