@@ -81,6 +81,6 @@ finetune: build
 ifneq ($(filter quantize,$(MAKECMDGOALS)),)
   $(if $(and $(MODEL),$(OUT)),,$(error MODEL or OUT is missing: make quantize MODEL=path/to/model OUT=path/to/model-fp8))
 endif
+quantize: OPTIONS = $(if $(FORMAT),--format $(FORMAT)) $(if $(LINEAR),--linear) $(if $(DEVICE),--device $(DEVICE))
 quantize: build
-	$(python) examples/quantize_checkpoint.py "$(MODEL)" "$(OUT)" \
-	    $(if $(FORMAT),--format $(FORMAT)) $(if $(LINEAR),--linear) $(if $(DEVICE),--device $(DEVICE))
+	$(python) examples/quantize_checkpoint.py "$(MODEL)" "$(OUT)" $(strip $(OPTIONS))

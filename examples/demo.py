@@ -185,7 +185,7 @@ def compare_speed(models: dict[str, PreTrainedModel]) -> str:
         columns = with_spread(stock[phase], 0), with_spread(ours[phase], 0), with_spread(ratios, 2)
         print(f"{phase:9} {columns[0]:24} {columns[1]:24} {columns[2]}")
         times = f"{statistics.median(ratios):.2f} times as fast"
-        verdicts.append(f"{phase} is {'as fast, within the spread' if min(ratios) <= 1 <= max(ratios) else times}")
+        verdicts.append(f"{phase} is {'as fast (within the spread)' if min(ratios) <= 1 <= max(ratios) else times}")
     return ", ".join(verdicts)
 
 

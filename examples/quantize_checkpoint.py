@@ -95,7 +95,7 @@ def check_folders(source: Path, target: Path, state: str) -> None:
         raise SystemExit(f"{target}: not a folder")
     if target.exists() and any(target.iterdir()):
         if not (target / STATE).exists():
-            raise SystemExit(f"{target}: not empty, and no conversion was interrupted there")
+            raise SystemExit(f"{target}: not empty, and no conversion was interrupted there: choose another place")
         if (target / STATE).read_text() != state:
             raise SystemExit(f"{target}: another conversion was interrupted there: {(target / STATE).read_text()}")
 

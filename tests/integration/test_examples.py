@@ -87,15 +87,17 @@ def test_verdict_on_speed(demo, monkeypatch, capsys):
     stock = {"prefill": [10.0, 12.0, 11.0], "decode": [10.0, 10.0, 10.0]}
     ours = {"prefill": [20.0, 30.0, 22.0], "decode": [9.0, 11.0, 12.0]}
     monkeypatch.setattr(demo, "speeds", lambda models: {"stock": stock, "use_kernels": ours})
-    assert demo.compare_speed({}) == "prefill is 2.00 times as fast, decode is as fast, within the spread"
+    assert demo.compare_speed({}) == "prefill is 2.00 times as fast, decode is as fast (within the spread)"
     assert "2.00 (2.00 to 2.50)" in capsys.readouterr().out
 
 
-@pytest.mark.gpu
-def test_demo_in_fp8(demo, kernel, capsys):
+def test_demo_in_fp8(demo, kernel, device, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "DEVICE", device)
+    monkeypatch.setattr(demo, "LENGTH", 8)
     experts = torch.nn.Module()
-    experts.gate_up_proj = torch.nn.Parameter(torch.randn(8, 256, 256, device="cuda", dtype=torch.bfloat16))
-    experts.down_proj = torch.nn.Parameter(torch.randn(8, 256, 128, device="cuda", dtype=torch.bfloat16))
+    for name, shape in (("gate_up_proj", (8, 256, 256)), ("down_proj", (8, 256, 128))):
+        weight = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        setattr(experts, name, torch.nn.Parameter(weight))
     demo.compare_fp8(kernel, experts)
     output = capsys.readouterr().out
     assert all(0 < float(error) < 0.1 for error in re.findall("differ by (.*)", output))
