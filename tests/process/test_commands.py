@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import one_line_errors
 import pytest
@@ -79,6 +81,28 @@ def test_folder_without_a_checkpoint(tmp_path):
     assert re.match(
         f".*{tmp_path}.*: name a folder that save_pretrained", last_line(run("examples/generate.py", tmp_path))
     )
+
+
+class NoSuchModel(BaseHTTPRequestHandler):
+    """What the Hub answers about an id that nobody has."""
+
+    def do_HEAD(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+
+def test_wrong_id(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoSuchModel) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{hub.server_port}"
+        command = "examples/demo.py", "--model", "someone/nothing"
+        line = last_line(run(*command, HF_ENDPOINT=url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0"))
+        hub.shutdown()
+    assert line.startswith("someone/nothing is not a local folder and is not a valid model identifier")
+    assert line.endswith("a private one needs `hf auth login`")
 
 
 def test_no_network():
