@@ -120,7 +120,7 @@ def test_figure_of_the_layer(monkeypatch, tmp_path):
     path = tmp_path / "NVIDIA-H200.json"
     path.write_text(json.dumps({"gpu": "NVIDIA H200", "cases": cases}))
     run("plot.py", path, monkeypatch=monkeypatch)
-    assert {"dsv3", "moonlight", "roof", "this kernel"} <= set(texts(path.with_suffix(".svg")))
+    assert {"DeepSeek-V3", "Moonlight-16B-A3B", "limit", "this kernel"} <= set(texts(path.with_suffix(".svg")))
 
 
 def test_figure_of_the_model(monkeypatch, tmp_path):
