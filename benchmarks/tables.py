@@ -16,7 +16,7 @@ from plot import LAYERS, MODES, best_stock, others_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
-TABLE = re.compile(r"(<!-- (\w+): benchmarks/tables.py -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (\w+): benchmarks/tables.py -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def measured(path: str) -> dict:
@@ -212,7 +212,7 @@ def standing() -> str:
 
 def written(page: str) -> str:
     """The page with the tables of today."""
-    return TABLE.sub(lambda match: f"{match[1]}{globals()[match[2]]()}{match[3]}", page)
+    return TABLE.sub(lambda match: f"{match[1]}\n{globals()[match[2]]()}\n\n{match[3]}", page)
 
 
 if __name__ == "__main__":
