@@ -71,9 +71,22 @@ def hub(cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # a Trainer writes here
 
 
-def run(page, namespace):
+@pytest.fixture
+def calls(kernel, record):
+    """Of every experts module that this kernel computes, with adapters or without."""
+    return record(kernel.integration.modules, "_experts")
+
+
+def run(page, namespace, calls):
+    """Every model that a snippet makes has to compute its experts with this kernel."""
     for line, code in snippets(page):
+        before = namespace.get("model")
         exec(compile("\n" * line + code, page.name, "exec"), namespace)
+        model = namespace.get("model")
+        if isinstance(model, torch.nn.Module) and model is not before:
+            calls.clear()
+            model(input_ids=torch.tensor([[1, 2, 3]], device=model.device))
+            assert calls, f"{page.name}:{line}: nothing ran on the kernel"
 
 
 @pytest.fixture
@@ -90,12 +103,10 @@ def test_snippets(page, kernel, calls, dataset, monkeypatch, capsys):
     namespace = {"dataset": dataset}
     if page.name == "troubleshooting.md":  # about a model of the reader's
         namespace |= {"moe": kernel, "model": AutoModelForCausalLM.from_pretrained(QWEN)}
-    run(page, namespace)
+    run(page, namespace, calls)
     if loaded:
         config = loaded[0]["distributed_config"]
         assert isinstance(config, transformers.distributed.DistributedConfig) and config.ep_size == 8
-    if page.name in ("README.md", "use.md", "training-and-lora.md", "formats.md"):
-        assert calls, "nothing ran on the kernel"
     if page.name == "README.md":
         printed = "model.layers.0.mlp.experts moe_grouped_gemm"
         assert printed in page.read_text() and printed in capsys.readouterr().out.splitlines()

@@ -132,4 +132,4 @@ def test_figure_of_the_model(monkeypatch, tmp_path):
         drawn.append(path.with_suffix(".svg").read_bytes())
     assert drawn[0] == drawn[1]
     # Against the faster of the two stock implementations.
-    assert {"1.41x", "64,000/s", "1.25x", "4,000/s", "batch 64"} <= set(texts(path.with_suffix(".svg")))
+    assert {"1.41x", "64,000/s", "1.25x", "4,000/s", "decode, batch 64"} <= set(texts(path.with_suffix(".svg")))
