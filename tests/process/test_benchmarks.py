@@ -37,7 +37,7 @@ def test_hub_benchmarks_stand_alone(path, monkeypatch, tmp_path):
 def no_gpu(monkeypatch):
     """The small model of the CPU, on any machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("demo", "benchmark_moe", "common"):
+    for module in ("demo", "benchmark", "common"):
         monkeypatch.delitem(sys.modules, module, raising=False)
 
 
