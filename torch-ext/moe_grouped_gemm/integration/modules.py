@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .. import functional, gpu
 from ..experts.lora import LoraFactors
 from ..reference import Gate
-from ..weights import Projection, are_quantized, quantize
+from ..weights import Projection, are_quantized, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
@@ -146,12 +146,12 @@ def _obstacle_fp8(module: nn.Module, experts: Experts) -> str | None:
     if module.activation_scheme != "dynamic":
         return f"activation_scheme={module.activation_scheme!r}"
     for name, (weight, *_) in zip(weight_names(module), experts[:2]):
-        if weight.dtype != quantize.FP8:
+        if weight.dtype != quantize_fp8.FP8:
             return f"{name} is {weight.dtype}"
-    if module.block_size is None or tuple(module.block_size) != (quantize.BLOCK, quantize.BLOCK):
+    if module.block_size is None or tuple(module.block_size) != (quantize_fp8.BLOCK, quantize_fp8.BLOCK):
         return f"block_size={module.block_size}"
     inter = experts.down.weight.shape[2]
-    if inter % quantize.BLOCK > quantize.BLOCK // 2:
+    if inter % quantize_fp8.BLOCK > quantize_fp8.BLOCK // 2:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
     if any(projection.bias is not None for projection in experts[:2]):
