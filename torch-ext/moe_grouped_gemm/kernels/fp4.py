@@ -35,7 +35,7 @@ def _from_fp4(codes, scale, dtype: tl.constexpr):
 def _load_scales(w_scale_ptr, rows, N, k, K, GROUPS: tl.constexpr):
     """[rows, GROUPS], of columns from k on. Past the last row or column: somewhere's, for codes that are zero."""
     groups = K // _GROUP
-    offs_g = tl.minimum(k // _GROUP + tl.arange(0, GROUPS), groups - 1)
+    offs_g = tl.minimum(tl.arange(0, GROUPS) + k // _GROUP, groups - 1)
     rows = tl.minimum(rows, N - 1)
     return _load_scale(w_scale_ptr + rows[:, None].to(tl.int64) * groups + offs_g[None, :])
 
