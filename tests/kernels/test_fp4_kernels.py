@@ -67,8 +67,10 @@ def test_dgrad(kernel, launch, config, sizes, N, K, variant, form, dtype):
     dy = layer(sum(sizes) + 5, 1, 1, N, 1)[0].to(DEVICE, dtype)
     config = config(**variant)
     schedule = launch.tile_schedule(offsets, dy.shape[0], config.BLOCK_M)
-    dx = launch.dgrad_fp4(dy, codes, scale, schedule, "ieee", config)
+    dx = torch.full((dy.shape[0], K), float("nan"), dtype=dtype, device=DEVICE)
+    launch.dgrad_fp4(dy, codes, scale, schedule, "ieee", config, dx)
     rows = sum(sizes)
+    assert dx[rows:].isnan().all()
     expected = kernel.reference.grouped_gemm(dy.double(), exact.mT, offsets)[:rows]
     assert error(dx[:rows], expected) <= 4 * torch.finfo(dtype).eps
 
@@ -88,7 +90,8 @@ def test_every_byte_and_every_exponent(launch, config, transposed):
         rows = x.shape[0]
         schedule = launch.tile_schedule(torch.tensor([0, rows], dtype=torch.int32, device=DEVICE), rows, 16)
         if transposed:
-            y = launch.dgrad_fp4(x, codes, exponents, schedule, "ieee", config(BLOCK_N=32))
+            y = torch.empty(rows, 32, device=DEVICE)
+            launch.dgrad_fp4(x, codes, exponents, schedule, "ieee", config(BLOCK_N=32), y)
         else:
             y = torch.empty(rows, 256, device=DEVICE)
             y = launch.grouped_gemm_fp4(x, codes, exponents, schedule, "ieee", config(), y).T

@@ -135,7 +135,9 @@ def _down_decode_fp4_kernel(
         for k in range(0, I, _STEP):
             x = gl.load(x_ptrs + k, mask=mask_x & (k_of_x < I - k), other=0.0)
             ahead = k + _STEP
-            next_words = gl.load(w_ptrs + ahead // 4, mask=mask_n & gl.expand_dims(offs_w < (I - ahead) // 4, 0), other=0)
+            next_words = gl.load(
+                w_ptrs + ahead // 4, mask=mask_n & gl.expand_dims(offs_w < (I - ahead) // 4, 0), other=0
+            )
             next_scale = _load_scales(scale_ptrs, ahead, I, SCALES)
             acc = _multiply(acc, words, scale, x, MMA)
             words, scale = next_words, next_scale

@@ -13,7 +13,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .launch import cdiv, launch
-from .quantize import _load_scale
 from .tiles import locate_tile
 
 _GROUP = gl.constexpr(32)
@@ -68,7 +67,7 @@ def _x_columns(COLUMNS: gl.constexpr, dtype: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def _load_scales(row_ptrs, k, K, LAYOUT: gl.constexpr):
-    """[ROWS, groups of a step] of rows of scales, from column k on. Past the last column: somewhere's, for codes that are zero."""
+    """[ROWS, groups of a step] from column k on; past the last one those of another, for codes that are zero."""
     groups = k // _GROUP + gl.arange(0, _STEP // _GROUP, gl.SliceLayout(0, LAYOUT))
     return gl.load(gl.expand_dims(row_ptrs, 1) + gl.expand_dims(gl.minimum(groups, K // _GROUP - 1), 0))
 
@@ -202,7 +201,7 @@ def _grouped_gemm_fp4_few_kernel(
 
 
 def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
-    """As grouped_gemm_fp4, x in 16 bits, rows and experts of w a multiple of 16 bytes apart, from such an address on."""
+    """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes."""
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
     words = w.view(torch.int16)
