@@ -59,7 +59,7 @@ repeats: $(DEVELOPMENT) build
 	for seed in $$(seq 50); do $(python) -m pytest -q -m "not gpu" -n auto --seed $$seed $(ORACLE_TESTS) || exit; done
 
 bench: build
-	$(python) benchmarks/benchmark_moe.py
+	$(python) benchmarks/layer.py
 	$(python) benchmarks/generate.py
 	$(python) benchmarks/plot.py
 

@@ -18,7 +18,7 @@ from kernels import get_kernel
 from one_line_errors import need_gpu  # noqa: F401
 from torch.utils.benchmark import Timer
 
-from benchmark_moe import WORKLOADS, routed_tokens
+from benchmark import WORKLOADS, routed_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/moe-grouped-gemm"

@@ -35,7 +35,7 @@ def last_line(result, code=1):
 @pytest.mark.parametrize(
     "script",
     [
-        "benchmarks/benchmark_moe.py",
+        "benchmarks/layer.py",
         "scripts/tune.py",
         pytest.param("benchmarks/training.py", marks=pytest.mark.matrix),
         pytest.param("benchmarks/lora.py", marks=pytest.mark.matrix),

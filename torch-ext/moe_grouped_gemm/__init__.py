@@ -9,13 +9,15 @@ from .integration.status import status
 from .layers import register
 from .router import topk_router
 from .routing import Routing
-from .weights.quantize import quantize_fp8
+from .weights.quantize_fp4 import quantize_fp4
+from .weights.quantize_fp8 import quantize_fp8
 
 __all__ = [
     "Routing",
     "grouped_gemm",
     "layers",
     "moe_experts",
+    "quantize_fp4",
     "quantize_fp8",
     "reference",
     "register",

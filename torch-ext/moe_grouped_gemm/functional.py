@@ -21,7 +21,7 @@ from .torch_ops import (
     refuse_dtensors_for,
     rejects_transforms,
 )
-from .weights import Projection, are_adapted, are_quantized, format_of_both
+from .weights import Projection, are_adapted, are_quantized
 
 _SILU = Gate("silu")
 
@@ -88,7 +88,6 @@ def moe_experts(
     gate = Gate(activation, limit, alpha, interleaved)
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
-    format_of_both(gate_up, down).check_gate(limit, interleaved)
     hidden_states, gate_up, down = _in_one_dtype(hidden_states, gate_up, down)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     check_experts(*inputs, activation, limit, True, block_size)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .. import functional, gpu
 from ..experts.lora import LoraFactors
 from ..reference import Gate
-from ..weights import Projection, are_quantized, quantize
+from ..weights import Projection, are_quantized, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
@@ -31,11 +31,24 @@ _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 _NONE = (None, None)
 
 
-class Weights(NamedTuple):
-    """(E, N, K) of both projections as the module's own layout has them, their biases and, if they are fp8, scales."""
+class Experts(NamedTuple):
+    """What a module computes with, its weights as (E, N, K) whatever order it has them in.
+
+    Attributes:
+        gate_up: a weight, its bias and, of codes, the scales.
+        down: likewise.
+        gate: between the two products: one of ours, or the module's own function (S, 2I) -> (S, I).
+        gated: if not, gate_up is (E, I, H) and the function (S, I) -> (S, I).
+        norm: the module's own function of the rows (S, H) of the second product; or None.
+        lora: the active adapters of each of the two weights.
+    """
 
     gate_up: Projection
     down: Projection
+    gate: Gate | Callable
+    gated: bool
+    norm: Callable | None
+    lora: tuple[tuple[LoraFactors, ...], tuple[LoraFactors, ...]]
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -90,7 +103,7 @@ def is_fp8_experts(module: nn.Module) -> bool:
     return "activation_scheme" in module.__dict__  # a miss of nn.Module's getattr takes over a microsecond
 
 
-def read(module: nn.Module, get: Callable = getattr) -> Weights:
+def read(module: nn.Module, get: Callable = getattr) -> Experts:
     """Each parameter is asked for once: a parametrized one is computed anew every time, and may change as it is."""
     names = weight_names(module)
     up, down = (get(module, name, None) for name in names)
@@ -99,11 +112,20 @@ def read(module: nn.Module, get: Callable = getattr) -> Weights:
         biases = tuple(getattr(module, f"{name}_bias") for name in names)
     if is_fp8_experts(module) and not (_is_dense(up) or _is_dense(down)):  # of dense ones no blocks could be cut
         scales = tuple(getattr(module, f"{name}_scale_inv", None) for name in names)
-    return Weights(*map(Projection, (up, down), biases, scales))
+    adapters = adapters_of(module)
+    lora = [tuple(factors for owner, factors in adapters if owner == name) for name in names]
+    if getattr(module, "is_transposed", False):
+        up, down = (weight.mT if weight is not None and weight.ndim == 3 else weight for weight in (up, down))
+        lora = [tuple(LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in factors) for factors in lora]
+    gated = getattr(module, "has_gate", True)
+    gate = (gate_of(module) or module._apply_gate) if gated else module.act_fn
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    return Experts(*map(Projection, (up, down), biases, scales), gate, gated, norm, tuple(lora))
 
 
-def obstacle(module: nn.Module, weights: Weights) -> str | None:
+def obstacle(module: nn.Module, experts: Experts) -> str | None:
     """Why we do not compute this module; None if we do."""
+    weights = experts[:2]
     for name, (weight, *_) in zip(weight_names(module), weights):
         if weight is None:
             return f"it has no {name}"
@@ -114,25 +136,25 @@ def obstacle(module: nn.Module, weights: Weights) -> str | None:
             reason = weight.dtype
         if reason is not None:
             return f"{name} is {reason}"
-    reason = _missing_triton(weights.down.weight)
-    return _obstacle_fp8(module, weights) if reason is None and are_quantized(*weights) else reason
+    reason = _missing_triton(experts.down.weight)
+    return _obstacle_fp8(module, experts) if reason is None and are_quantized(*weights) else reason
 
 
-def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
-    if not getattr(module, "has_gate", True):
+def _obstacle_fp8(module: nn.Module, experts: Experts) -> str | None:
+    if not experts.gated:
         return "its fp8 experts have no gate"
     if module.activation_scheme != "dynamic":
         return f"activation_scheme={module.activation_scheme!r}"
-    for name, (weight, *_) in zip(weight_names(module), weights):
-        if weight.dtype != quantize.FP8:
+    for name, (weight, *_) in zip(weight_names(module), experts[:2]):
+        if weight.dtype != quantize_fp8.FP8:
             return f"{name} is {weight.dtype}"
-    if module.block_size is None or tuple(module.block_size) != (quantize.BLOCK, quantize.BLOCK):
+    if module.block_size is None or tuple(module.block_size) != (quantize_fp8.BLOCK, quantize_fp8.BLOCK):
         return f"block_size={module.block_size}"
-    inter = weights.down.weight.shape[2]
-    if inter % quantize.BLOCK > quantize.BLOCK // 2:
+    inter = experts.down.weight.shape[2]
+    if inter % quantize_fp8.BLOCK > quantize_fp8.BLOCK // 2:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
-    if any(projection.bias is not None for projection in weights):
+    if any(projection.bias is not None for projection in experts[:2]):
         return "its fp8 experts have biases"
     return None
 
@@ -183,11 +205,12 @@ def experts_forward(
 
 def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """What `module` computes, by us or, where we cannot, by `stock(module, ...)`."""
-    weights, adapters = read(module), adapters_of(module)
-    reason = obstacle(module, weights)
+    experts = read(module)
+    reason = obstacle(module, experts)
     if reason is None:
-        return _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
-    if adapters:
+        out = _compute(experts, hidden_states, top_k_index, top_k_weights, module.training)
+        return out.to(hidden_states.dtype)
+    if any(experts.lora):
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
     if not torch.compiler.is_compiling():
         _warn(type(module).__name__, reason)
@@ -215,40 +238,29 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
     return inspect.unwrap(type(module).forward)(module, *args)
 
 
-def _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
-    """(T, H) -> (T, H), in the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
-
-    adapters: (name of a weight, factors of an adapter of it in the weight's own layout).
-    """
-    gate_up, down = weights
-    factors = [tuple(factors for name, factors in adapters if name == weight) for weight in weight_names(module)]
-    if are_quantized(*weights):
+def _compute(experts: Experts, hidden_states, top_k_index, top_k_weights, training: bool) -> torch.Tensor:
+    """(T, H) in the dtype of the weights, as by Transformers' grouped_mm: under autocast, norms hand over fp32."""
+    gate_up, down, gate, gated, norm, lora = experts
+    quantized = are_quantized(gate_up, down)
+    if quantized:
         # They get no gradient, as in Transformers, whatever their `requires_grad` says.
-        gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in weights)
+        gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in (gate_up, down))
     else:
         hidden_states = hidden_states.to(gate_up.weight.dtype)
-        gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(p.weight.dtype)) for p in weights)
-    if getattr(module, "is_transposed", False):
-        gate_up, down = (p._replace(weight=p.weight.mT) for p in (gate_up, down))
-        factors = [tuple(LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in fs) for fs in factors]
+        gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(p.weight.dtype)) for p in (gate_up, down))
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
     others = dict(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
     others.update(gate_up_proj_scale=gate_up.scale, down_proj_scale=down.scale)
-    gated = getattr(module, "has_gate", True)
-    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-    gate = gate_of(module) if gated else None
-    is_whole = gate is not None and norm is None and not adapters
-    if is_whole and (not are_quantized(*weights) or gate == Gate(gate.activation)):
+    is_whole = isinstance(gate, Gate) and gated and norm is None and not any(lora)
+    if is_whole and (not quantized or gate == Gate(gate.activation)):
         activation, limit, alpha, interleaved = gate
         # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
-        others["quantize_activations"] = not module.training
+        others["quantize_activations"] = not training
         return functional.moe_experts(*inputs, activation, limit=limit, alpha=alpha, interleaved=interleaved, **others)
-    if gate is None:
-        gate = module._apply_gate if gated else module.act_fn
-    return functional.moe_experts_lora(*inputs, *factors, gate, norm=norm, gated=gated, **others)
+    return functional.moe_experts_lora(*inputs, *lora, gate, norm=norm, gated=gated, **others)
 
 
 def runs_composed(module: nn.Module) -> bool:
     """Whether the module's gate or norm runs as it is, between our GEMMs."""
-    gated, norm = getattr(module, "has_gate", True), getattr(module, "has_post_expert_norm", False)
-    return not gated or norm or gate_of(module) is None
+    experts = read(module, unparametrized)
+    return not isinstance(experts.gate, Gate) or experts.norm is not None

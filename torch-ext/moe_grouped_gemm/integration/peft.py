@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..experts.lora import LoraFactors
-from ..weights import quantize
+from ..weights import quantize_fp8
 from . import modules, switching
 from .adapters import activated
 
@@ -98,7 +98,7 @@ def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[LoraFactors
         for adapter in active_adapters:
             if adapter not in wrapper.lora_A:
                 continue
-            if wrapper.get_param().dtype == quantize.FP8:
+            if wrapper.get_param().dtype == quantize_fp8.FP8:
                 uncast = _UncastFactors(wrapper, adapter)
                 B, A, scaling = type(wrapper).get_delta_factors(uncast, adapter)
             else:
