@@ -208,7 +208,9 @@ def dequantized_fp4(codes, scale):
     columns = torch.arange(2 * codes.shape[2], device=codes.device)
     nibbles = codes[:, :, columns // 2] // torch.where(columns % 2 == 0, 1, 16) % 16
     if scale.dtype == torch.uint8:
-        scale = torch.where(scale == 255, float("nan"), 2.0 ** (scale.double() - 127))
+        scale = torch.where(
+            scale == 255, float("nan"), torch.ldexp(torch.ones_like(scale, dtype=float), scale.int() - 127)
+        )
     scale = scale.double()
     return numbers[nibbles] * scale[:, :, columns // 32]
 

@@ -2,8 +2,8 @@
 
     y[r] = w[e] @ x[r], w (E, N, K)      or, for gradients, y[r] = w[e]^T @ x[r], w (E, K, N)
 
-Codes are float8_e4m3fn with a scale for each 128 x 128, or two of 4 bits in a byte (uint8) with a scale for each 32
-columns of a row of w. As grouped_gemm_hopper.py, but the loader has four warps and loads codes. Those it turns into
+Codes are float8_e4m3fn with a scale for each 128 x 128, or four of 4 bits in an int16 with a scale for each 32 columns
+of a row of w. As grouped_gemm_hopper.py, but the loader has four warps and loads codes. Those it turns into
 weights in the dtype of x, rounded once, from shared memory to shared memory: some steps ahead of the tensor cores,
 which see nothing but 16-bit operands.
 """
@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .fp4 import GROUP
-from .fp4_registers import _as_scales
+from .fp4_registers import _WORDS, TOO_SMALL, as_factors, four_numbers, scaled
 from .hopper import (
     BLOCK_K,
     BLOCK_M,
@@ -38,9 +38,6 @@ from .quantize import _BLOCK, BLOCK, _load_scale
 from .tiles import locate_tile
 
 _GROUP = gl.constexpr(GROUP)
-# Of 4-bit codes in the loader's four warps: 16 bytes of a row, which have one scale.
-_BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0]))
-_TRANSPOSED_BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
 _W_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
@@ -74,9 +71,10 @@ def _load_group_scales(w_scale_ptr, tile_n, k, scale_rows, scale_columns, TRANSP
     """Those of the two halves of the weights of step k, [128, 2] or transposed [BLOCK_K, 4]; past the end, others'."""
     ROWS: gl.constexpr = BLOCK_K if TRANSPOSED else _BLOCK
     GROUPS: gl.constexpr = _BLOCK // _GROUP if TRANSPOSED else BLOCK_K // _GROUP
-    CODES: gl.constexpr = _TRANSPOSED_BYTES if TRANSPOSED else _BYTES
-    like = gl.fp4_to_fp(gl.zeros((ROWS, GROUPS * _GROUP // 2), gl.uint8, CODES), gl.bfloat16, 1)
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, like.reshape([ROWS, GROUPS, _GROUP]).type.layout)
+    LANES: gl.constexpr = 4 if TRANSPOSED else 2  # of a row, a group each
+    CODES: gl.constexpr = gl.BlockedLayout([1, _WORDS], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    like = gl.zeros((ROWS, GROUPS * _WORDS), gl.int16, CODES).reshape([ROWS, GROUPS, _WORDS])
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, like.type.layout)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     group = gl.arange(0, GROUPS, gl.SliceLayout(0, LAYOUT))
     if TRANSPOSED:
@@ -97,24 +95,24 @@ def _load_group_scales(w_scale_ptr, tile_n, k, scale_rows, scale_columns, TRANSP
 
 
 @gluon.jit
-def _from_fp4(codes, scale, dtype: gl.constexpr):
-    """Bytes [A, B / 2] and scales [A, B / 32] -> [A, B]."""
-    A: gl.constexpr = scale.shape[0]
-    GROUPS: gl.constexpr = scale.shape[1]
-    scale = gl.expand_dims(_as_scales(scale, dtype), 2)
-    w = gl.fp4_to_fp(codes, dtype, 1).reshape([A, GROUPS, _GROUP])
-    w = w * scale if scale.dtype == dtype else (w.to(gl.float32) * scale).to(dtype)
-    return w.reshape([A, GROUPS * _GROUP])
+def _from_words(words, scale, dtype: gl.constexpr):
+    """Words [A, B / 4] and scales [A, B / 32] -> [A, B]; in bf16 and with exponents TOO_SMALL times that."""
+    numbers = four_numbers(words, dtype)
+    factor = as_factors(scale, dtype)
+    even = gl.join(scaled(numbers[0], factor), scaled(numbers[2], factor))
+    odd = gl.join(scaled(numbers[1], factor), scaled(numbers[3], factor))
+    return gl.join(even, odd).reshape([words.shape[0], 4 * words.shape[1]])
 
 
 @gluon.jit
-def _dequantize_fp4(codes_smem, w_smem, scales, TRANSPOSED: gl.constexpr):
-    CODES: gl.constexpr = _TRANSPOSED_BYTES if TRANSPOSED else _BYTES
+def _dequantize_fp4(words_smem, w_smem, scales, TRANSPOSED: gl.constexpr):
+    LANES: gl.constexpr = 4 if TRANSPOSED else 2
+    CODES: gl.constexpr = gl.BlockedLayout([1, _WORDS], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     DIM: gl.constexpr = 1 if TRANSPOSED else 0
-    HALF: gl.constexpr = _BLOCK // 2 if TRANSPOSED else _BLOCK
+    HALF: gl.constexpr = _BLOCK // 4 if TRANSPOSED else _BLOCK
     for half in gl.static_range(2):
-        codes = codes_smem.slice(half * HALF, HALF, DIM).load(CODES)
-        w_smem.slice(half * _BLOCK, _BLOCK, DIM).store(_from_fp4(codes, scales[half], w_smem.dtype))
+        words = words_smem.slice(half * HALF, HALF, DIM).load(CODES)
+        w_smem.slice(half * _BLOCK, _BLOCK, DIM).store(_from_words(words, scales[half], w_smem.dtype))
     fence_async_shared()
 
 
@@ -139,9 +137,9 @@ def _load_codes(w_desc, codes, stage, expert, tile_n, k, N, K):
     codes_smem, codes_full = codes
     bar = codes_full.index(stage)
     smem = codes_smem.index(stage)
-    mbarrier.expect(bar, smem.shape[0] * smem.shape[1])
+    mbarrier.expect(bar, smem.shape[0] * smem.shape[1] * (smem.dtype.primitive_bitwidth // 8))
     if smem.shape[0] == BLOCK_N:
-        # A byte is one code, or two.
+        # A code, or four.
         _load_weight(w_desc, smem, bar, expert, tile_n, k // (BLOCK_K // smem.shape[1]), _BLOCK, N, K, BLOCK_N)
     else:
         column = tile_n * smem.shape[1]
@@ -220,7 +218,7 @@ def _load_and_dequantize(
 @gluon.jit(do_not_specialize=["max_tiles"])
 def _codes_hopper_kernel(
     x_desc,  # (S, K)
-    w_desc,  # (E * N, K), or with TRANSPOSED (E * K, N), fp8; of 4-bit codes half as many columns
+    w_desc,  # (E * N, K), or with TRANSPOSED (E * K, N), fp8; of 4-bit codes a quarter of the columns
     w_scale_ptr,  # (E, scale_rows, scale_columns) fp32 | e8m0 as uint8
     y_ptr,  # (S, N)
     schedule_ptr,  # (5, max_tiles) int32
@@ -234,20 +232,24 @@ def _codes_hopper_kernel(
     TRANSPOSED: gl.constexpr,
 ):
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED else [STAGES, BLOCK_N, BLOCK_K]
-    FP4: gl.constexpr = w_desc.dtype == gl.uint8
-    CODES_SHAPE: gl.constexpr = [STAGES, W_SHAPE[1], W_SHAPE[2] // 2] if FP4 else W_SHAPE
+    FP4: gl.constexpr = w_desc.dtype == gl.int16
+    CODES_SHAPE: gl.constexpr = [STAGES, W_SHAPE[1], W_SHAPE[2] // 4] if FP4 else W_SHAPE
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_smem = gl.allocate_shared_memory(x_desc.dtype, W_SHAPE, _W_LAYOUT)
     codes_smem = gl.allocate_shared_memory(w_desc.dtype, CODES_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS))
     codes = (codes_smem, _barriers(STAGES, 1))
     queue = _queue()
+    # What `as_factors` leaves out.
+    FACTOR: gl.constexpr = (
+        1.0 / TOO_SMALL if FP4 and w_scale_ptr.dtype.element_ty == gl.uint8 and x_desc.dtype == gl.bfloat16 else 1.0
+    )
     schedule = (schedule_ptr, max_tiles)
     sizes = (N, K, scale_rows, scale_columns)
     gl.warp_specialize(
         [
-            (_multiply, (0, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED)),
-            (_multiply, (1, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED)),
+            (_multiply, (0, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED, 0, FACTOR)),
+            (_multiply, (1, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED, 0, FACTOR)),
             (
                 _load_and_dequantize,
                 (
@@ -276,9 +278,10 @@ def codes_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False):
     w may be of 4-bit codes, uint8, in half as many columns. Blocks of scales of fp8 are counted through all rows of w.
     """
     N, K = y.shape[1], x.shape[1]
-    codes_a_byte = 2 if w.dtype == torch.uint8 else 1
+    if w.dtype == torch.uint8:
+        w = w.view(torch.int16)
     box = [BLOCK_K.value, BLOCK_N.value] if transposed else [BLOCK, BLOCK_K.value]
-    box[1] //= codes_a_byte
+    box[1] //= 4 if w.dtype == torch.int16 else 1
     launch(
         _codes_hopper_kernel,
         (multiprocessors(x.device), 1, 1),

@@ -17,8 +17,8 @@ from .tiles import locate_tile
 
 _GROUP = gl.constexpr(32)
 _WORDS = gl.constexpr(8)  # of a group: four codes in 16 bits
-STEP = 256  # columns: four threads in a row of mma, a group each, twice
-_STEP = gl.constexpr(STEP)
+# Weights in bf16 with exponents for scales are this much too small until the end, see `_as_factors`.
+TOO_SMALL = gl.constexpr(2.0**-32)
 
 # The four codes of each half of $4, a sign and three bits, become the sign and the last bits of exponent and mantissa,
 # in bf16 or fp16: numbers that are 2^126 or 2^14 times too small. In bf16 a product moves both at once.
@@ -45,20 +45,76 @@ and.b32 m, m, 0x0E000E00; or.b32 $3, m, sign;
 
 
 @gluon.jit
-def _scale_layout(ROWS: gl.constexpr, A: gl.constexpr):
-    """A tensor [ROWS, groups of a step] laid out so that a thread has the scales of its words."""
-    like = gl.zeros((ROWS, _STEP // 4), gl.int16, A).reshape([ROWS, _STEP // _GROUP, _WORDS])
-    return gl.zeros((ROWS, _STEP // _GROUP), gl.int32, gl.SliceLayout(2, like.type.layout))
+def four_numbers(words, dtype: gl.constexpr):
+    """Of each word its nibbles 0 to 3, as tensors of their own, and by what they are too small."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            _TO_BF16,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            _TO_FP16,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=True,
+            pack=2,
+        )
 
 
 @gluon.jit
-def _x_columns(COLUMNS: gl.constexpr, dtype: gl.constexpr, MMA: gl.constexpr):
+def as_factors(scale, dtype: gl.constexpr):
+    """What takes `four_numbers` to weights: for exponents in bf16 TOO_SMALL times that, in one exact product.
+
+    So scales from 2^-94 to 2^33 give what they should, greater ones NaN. Otherwise in fp32.
+    """
+    if scale.dtype != gl.uint8:
+        return scale * (2.0**126 if dtype == gl.bfloat16 else 2.0**14)
+    elif dtype == gl.bfloat16:
+        # 2^126 * 2^(exponent - 127) * 2^-32
+        bits = gl.where(scale > 160, 0x7FC0, (scale.to(gl.int32) + (126 - 32)) << 7)
+        return bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
+    else:
+        bits = gl.maximum(scale.to(gl.int32) << 23, 1 << 22)
+        return gl.where(scale == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True) * 2.0**14
+
+
+@gluon.jit
+def scaled(numbers, factor):
+    """[ROWS, words] times factors [ROWS, groups], rounded once."""
+    ROWS: gl.constexpr = numbers.shape[0]
+    W: gl.constexpr = numbers.shape[1]
+    LAYOUT: gl.constexpr = numbers.type.layout
+    dtype: gl.constexpr = numbers.dtype
+    grouped = numbers.reshape([ROWS, W // _WORDS, _WORDS])
+    factor = gl.expand_dims(factor, 2)
+    if factor.dtype == dtype:
+        grouped = grouped * factor
+    else:
+        grouped = (grouped.to(gl.float32) * factor).to(dtype)
+    return gl.convert_layout(grouped.reshape([ROWS, W]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _scale_layout(ROWS: gl.constexpr, STEP: gl.constexpr, A: gl.constexpr):
+    """A tensor [ROWS, groups of a step] laid out so that a thread has the scales of its words."""
+    like = gl.zeros((ROWS, STEP // 4), gl.int16, A).reshape([ROWS, STEP // _GROUP, _WORDS])
+    return gl.zeros((ROWS, STEP // _GROUP), gl.int32, gl.SliceLayout(2, like.type.layout))
+
+
+@gluon.jit
+def _x_columns(COLUMNS: gl.constexpr, STEP: gl.constexpr, dtype: gl.constexpr, MMA: gl.constexpr):
     """Where x is loaded: columns of K [STEP / 4, 1, 4] and rows [1, COLUMNS, 1], each thread what it multiplies."""
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, _WORDS)
-    one = gl.zeros((_STEP // 4, COLUMNS), dtype, B)
+    one = gl.zeros((STEP // 4, COLUMNS), dtype, B)
     two = gl.join(one, one)
-    LAYOUT: gl.constexpr = gl.join(two, two).reshape([_STEP // 4, COLUMNS, 4]).type.layout
-    word = gl.arange(0, _STEP // 4, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    LAYOUT: gl.constexpr = gl.join(two, two).reshape([STEP // 4, COLUMNS, 4]).type.layout
+    word = gl.arange(0, STEP // 4, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
     row = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     nibble = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     k = gl.expand_dims(gl.expand_dims(word, 1), 2) * 4 + gl.expand_dims(gl.expand_dims(nibble, 0), 1)
@@ -66,82 +122,53 @@ def _x_columns(COLUMNS: gl.constexpr, dtype: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _load_scales(row_ptrs, k, K, LAYOUT: gl.constexpr):
-    """[ROWS, groups of a step] from column k on; past the last one those of another, for codes that are zero."""
-    groups = k // _GROUP + gl.arange(0, _STEP // _GROUP, gl.SliceLayout(0, LAYOUT))
-    return gl.load(gl.expand_dims(row_ptrs, 1) + gl.expand_dims(gl.minimum(groups, K // _GROUP - 1), 0))
+def _load_x(x_ptrs, k_of_x, k, K, EVEN: gl.constexpr):
+    return gl.load(x_ptrs + k) if EVEN else gl.load(x_ptrs + k, mask=k_of_x < K - k, other=0.0)
 
 
 @gluon.jit
-def _as_scales(scale, dtype: gl.constexpr):
-    """Exponents in the dtype of x if they all are numbers in it, everything else in fp32."""
-    if scale.dtype != gl.uint8:
-        return scale
-    elif dtype == gl.bfloat16:
-        bits = gl.maximum(scale.to(gl.int32) << 7, 1 << 6)  # 0 is 2^-127
-        return gl.where(scale == 255, 0x7FC0, bits).to(gl.int16).to(gl.bfloat16, bitcast=True)
+def _load_step(w_ptrs, scale_row_ptrs, k, K, STEP: gl.constexpr, EVEN: gl.constexpr, mask=None):
+    """Words [ROWS, STEP / 4] and scales [ROWS, groups of a step], from column k on. EVEN: K is a multiple of STEP.
+
+    mask: rows that are read.
+    """
+    A: gl.constexpr = w_ptrs.type.layout
+    SCALES: gl.constexpr = scale_row_ptrs.type.layout
+    GROUPS: gl.constexpr = gl.SliceLayout(0, SCALES.parent)
+    groups = k // _GROUP + gl.arange(0, STEP // _GROUP, GROUPS)
+    if EVEN and mask is None:
+        words = gl.load(w_ptrs + k // 4)
+    elif EVEN:
+        words = gl.load(w_ptrs + k // 4, mask=mask, other=0)
     else:
-        bits = gl.maximum(scale.to(gl.int32) << 23, 1 << 22)
-        return gl.where(scale == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _scaled(numbers, scale, dtype: gl.constexpr):
-    """[ROWS, STEP / 4] times the scales [ROWS, STEP / 32], rounded once."""
-    ROWS: gl.constexpr = numbers.shape[0]
-    LAYOUT: gl.constexpr = numbers.type.layout
-    TO_ONE: gl.constexpr = 2.0**126 if dtype == gl.bfloat16 else 2.0**14
-    grouped = numbers.reshape([ROWS, _STEP // _GROUP, _WORDS])
-    one = gl.full([1, 1, 1], TO_ONE, dtype, grouped.type.layout)
-    if scale.dtype == dtype:
-        grouped = grouped * one * gl.expand_dims(scale, 2)  # exactly
-    else:
-        grouped = ((grouped * one).to(gl.float32) * gl.expand_dims(scale, 2)).to(dtype)
-    return gl.convert_layout(grouped.reshape([ROWS, _STEP // 4]), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _four_bf16(words):
-    return gl.inline_asm_elementwise(
-        _TO_BF16,
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def _four_fp16(words):
-    return gl.inline_asm_elementwise(
-        _TO_FP16,
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
-        is_pure=True,
-        pack=2,
-    )
+        # Codes past the last column are zero, whatever scale they get.
+        groups = gl.minimum(groups, K // _GROUP - 1)
+        there = gl.expand_dims(gl.arange(0, STEP // 4, gl.SliceLayout(0, A)) < (K - k) // 4, 0)
+        words = gl.load(w_ptrs + k // 4, mask=there if mask is None else there & mask, other=0)
+    return words, gl.load(gl.expand_dims(scale_row_ptrs, 1) + gl.expand_dims(groups, 0))
 
 
 @gluon.jit
 def _multiply(acc, words, scale, x, MMA: gl.constexpr):
     """acc [ROWS, COLUMNS] + weights [ROWS, STEP] @ x: words [ROWS, STEP / 4], x [STEP / 4, COLUMNS, 4]."""
     dtype: gl.constexpr = x.dtype
-    if dtype == gl.bfloat16:
-        numbers = _four_bf16(words)
-    else:
-        numbers = _four_fp16(words)
-    scale = _as_scales(scale, dtype)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, _WORDS)
+    numbers = four_numbers(words, dtype)
+    factor = as_factors(scale, dtype)
     even, odd = gl.split(x.reshape([x.shape[0], x.shape[1], 2, 2]))
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, _WORDS)
-    acc = mma_v2(_scaled(numbers[0], scale, dtype), gl.convert_layout(x0, B, assert_trivial=True), acc)
-    acc = mma_v2(_scaled(numbers[1], scale, dtype), gl.convert_layout(x1, B, assert_trivial=True), acc)
-    acc = mma_v2(_scaled(numbers[2], scale, dtype), gl.convert_layout(x2, B, assert_trivial=True), acc)
-    acc = mma_v2(_scaled(numbers[3], scale, dtype), gl.convert_layout(x3, B, assert_trivial=True), acc)
+    acc = mma_v2(scaled(numbers[0], factor), gl.convert_layout(x0, B, assert_trivial=True), acc)
+    acc = mma_v2(scaled(numbers[1], factor), gl.convert_layout(x1, B, assert_trivial=True), acc)
+    acc = mma_v2(scaled(numbers[2], factor), gl.convert_layout(x2, B, assert_trivial=True), acc)
+    acc = mma_v2(scaled(numbers[3], factor), gl.convert_layout(x3, B, assert_trivial=True), acc)
     return acc
+
+
+@gluon.jit
+def _rescaled(acc, scale, dtype: gl.constexpr):
+    """acc without what `as_factors` left out."""
+    return acc * (1.0 / TOO_SMALL) if dtype == gl.bfloat16 and scale.dtype == gl.uint8 else acc
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
@@ -160,36 +187,34 @@ def _grouped_gemm_fp4_few_kernel(
     stride_wn,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    STEP: gl.constexpr,
     GROUP_M: gl.constexpr,
+    EVEN: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
+    SCALES: gl.constexpr = _scale_layout(BLOCK_N, STEP, A).type.layout
     expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, gl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
     expert = expert.to(gl.int64)
-    offs_n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
-    offs_w = gl.arange(0, _STEP // 4, gl.SliceLayout(0, A))
-    w_ptrs = w_ptr + expert * stride_we + gl.expand_dims(offs_n.to(gl.int64) * stride_wn, 1) + gl.expand_dims(offs_w, 0)
-    mask_n = gl.expand_dims(offs_n < N, 1)
-    SCALES: gl.constexpr = _scale_layout(BLOCK_N, A).type.layout
+    # Rows and weight rows past the last are the last again, and their products are not stored.
+    offs_n = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A)), N - 1)
+    w_ptrs = w_ptr + expert * stride_we + gl.expand_dims(offs_n.to(gl.int64) * stride_wn, 1)
+    w_ptrs += gl.expand_dims(gl.arange(0, STEP // 4, gl.SliceLayout(0, A)), 0)
     scale_rows = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), N - 1)
     scale_ptrs = w_scale_ptr + (expert * N + scale_rows) * (K // _GROUP)
-    k_of_x, row_of_x = _x_columns(BLOCK_M, x_ptr.dtype.element_ty, MMA)
-    offs_x = row + row_of_x
-    x_ptrs = x_ptr + offs_x.to(gl.int64) * stride_xm + k_of_x
-    mask_x = offs_x < row_end
+    k_of_x, row_of_x = _x_columns(BLOCK_M, STEP, x_ptr.dtype.element_ty, MMA)
+    x_ptrs = x_ptr + gl.minimum(row + row_of_x, row_end - 1).to(gl.int64) * stride_xm + k_of_x
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    words = gl.load(w_ptrs, mask=mask_n & gl.expand_dims(offs_w < K // 4, 0), other=0)
-    scale = _load_scales(scale_ptrs, 0, K, SCALES)
-    for k in range(0, K, _STEP):
-        x = gl.load(x_ptrs + k, mask=mask_x & (k_of_x < K - k), other=0.0)
-        ahead = k + _STEP
-        next_words = gl.load(w_ptrs + ahead // 4, mask=mask_n & gl.expand_dims(offs_w < (K - ahead) // 4, 0), other=0)
-        next_scale = _load_scales(scale_ptrs, ahead, K, SCALES)
+    words, scale = _load_step(w_ptrs, scale_ptrs, 0, K, STEP, EVEN)
+    for k in range(STEP, K, STEP):
+        x = _load_x(x_ptrs, k_of_x, k - STEP, K, EVEN)
+        next_words, next_scale = _load_step(w_ptrs, scale_ptrs, k, K, STEP, EVEN)
         acc = _multiply(acc, words, scale, x, MMA)
-        words = next_words
-        scale = next_scale
+        words, scale = next_words, next_scale
+    x = _load_x(x_ptrs, k_of_x, (gl.cdiv(K, STEP) - 1) * STEP, K, EVEN)
+    acc = _rescaled(_multiply(acc, words, scale, x, MMA), scale, x.dtype)
     offs_n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     offs_m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))
     if bias_ptr is not None:
@@ -201,7 +226,7 @@ def _grouped_gemm_fp4_few_kernel(
 
 
 def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
-    """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes."""
+    """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes. BLOCK_K: 128 or 256."""
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
     words = w.view(torch.int16)
@@ -211,7 +236,7 @@ def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
         (tiles * cdiv(N, config.BLOCK_N), 1, 1),
         (x, words, w_scale, bias, y, schedule),
         (tiles,),
-        (*sizes, config.BLOCK_M, config.BLOCK_N, config.GROUP_M),
+        (*sizes, config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M, K % config.BLOCK_K == 0),
         num_warps=config.num_warps,
     )
     return y
