@@ -29,7 +29,7 @@ def example(monkeypatch, tmp_path):
 @pytest.fixture
 def calls(kernel, record):
     """The arguments of every experts module that is computed here: what proves that a model runs on this kernel."""
-    return record(kernel.integration.modules, "_experts")
+    return record(kernel.integration.modules, "_compute")
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
