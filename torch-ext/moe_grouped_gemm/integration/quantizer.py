@@ -52,7 +52,7 @@ def _quantizer_class() -> type:
         requires_calibration = False
         is_trainable = True  # adapters, and what else is dense
         is_compileable = True
-        quantized_element_size = 0.5
+        quantized_element_size = 1  # two codes
         # What stands beside a weight is sharded as it is.
         serialized_names = {name: [name, _scale(name)] for name in _WEIGHTS}
 
@@ -71,7 +71,7 @@ def _quantizer_class() -> type:
             if not experts:
                 raise ValueError(f"{type(model).__name__} has no experts that moe-grouped-gemm could hold in 4 bits")
             for name, module in experts.items():
-                _make_room(name, module, with_codes=self.pre_quantized)
+                _make_room(name, module, self.pre_quantized)
             for config in (model.config, *(module.config for module in experts.values())):
                 config._experts_implementation = modules.EXPERTS_IMPLEMENTATION
 
@@ -117,22 +117,24 @@ def _operations() -> tuple[type, type]:
         def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
             (weight,) = map(_only, input_dict.values())
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
-            return _named(full_layer_name, *quantize_fp4.quantize_fp4(weight.mT if module.is_transposed else weight))
+            codes, scale = quantize_fp4.quantize_fp4(weight.mT if module.is_transposed else weight)
+            return _named(model, full_layer_name, codes, scale)
 
     class Deserialize(ConversionOps):
         """Blocks and scales as files have them."""
 
-        def convert(self, input_dict, full_layer_name=None, **kwargs):
+        def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
             name = full_layer_name.rpartition(".")[2]
             blocks, scales = (_only(input_dict[key]) for key in _in_files(name))
-            return _named(full_layer_name, blocks.flatten(-2), scales)
+            return _named(model, full_layer_name, blocks.flatten(-2), scales)
 
     return Quantize, Deserialize
 
 
-def _make_room(path: str, module: nn.Module, with_codes: bool) -> None:
-    """Parameters of a module that is being loaded: scales, and in the place of its weights codes, or dense still."""
-    reason = modules.obstacle(module, experts := modules.read(module))
+def _make_room(path: str, module: nn.Module, pre_quantized: bool) -> None:
+    """Parameters for codes and scales in a module that is being loaded."""
+    experts = modules.read(module)
+    reason = modules.obstacle(module, experts)
     if reason is not None:
         raise ValueError(f"{path} cannot be held in 4 bits: {reason}")
     for name, projection in zip(modules.weight_names(module), experts):
@@ -141,17 +143,18 @@ def _make_room(path: str, module: nn.Module, with_codes: bool) -> None:
             raise ValueError(
                 f"{path}.{name} cannot be held in 4 bits: it has {K} columns, no multiple of {quantize_fp4.GROUP}"
             )
-        module.register_parameter(_scale(name), _bytes(num_experts, N, K // quantize_fp4.GROUP))
-        if with_codes:
-            setattr(module, name, _bytes(num_experts, N, K // 2))
+        # To another dtype than the parameter's, Transformers would cast a dense weight before it is quantised.
+        dtype = torch.uint8 if pre_quantized else projection.weight.dtype
+        setattr(module, name, _parameter(num_experts, N, K // 2, dtype=dtype))
+        module.register_parameter(_scale(name), _parameter(num_experts, N, K // quantize_fp4.GROUP))
 
 
 def _quantized(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in model.named_modules() if hasattr(module, _scale("down_proj"))]
 
 
-def _bytes(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
+def _parameter(*shape: int, dtype: torch.dtype = torch.uint8) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 def _scale(name: str) -> str:
@@ -166,5 +169,8 @@ def _only(tensors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-def _named(name: str, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+def _named(model: nn.Module, name: str, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What Transformers sets as parameters."""
+    if any(getattr(placement, "dim", 0) != 0 for placement in getattr(model.get_parameter(name), "placements", ())):
+        raise ValueError(f"{name} in 4 bits cannot be cut into slices of experts, as by tensor parallelism")
     return {name: codes.view(torch.uint8), _scale(name): scale.view(torch.uint8)}
