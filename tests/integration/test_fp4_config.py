@@ -2,6 +2,7 @@
 
 import json
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -229,6 +230,79 @@ def in_groups(sizes):
 def output(model):
     out = model(prompt(100))
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).double()
+
+
+# --- situations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp4_checkpoint(checkpoint, kernel, tmp_path):
+    load(checkpoint, quantization_config=kernel.fp4_config()).save_pretrained(tmp_path / "fp4")
+    return tmp_path / "fp4"
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "fp4_checkpoint"])
+def test_device_map_with_disk(request, checkpoint, kernel, record, tmp_path, source):
+    path, names = request.getfixturevalue(source), ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
+    expected = logits(load(checkpoint, quantization_config=kernel.fp4_config()))
+    device_map = {**dict.fromkeys([*names, "model.layers.0", "model.layers.1"], "cpu"), "model.layers.2": "disk"}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    model = load(path, quantization_config=kernel.fp4_config(), **options)
+    experts = model.model.layers[2].mlp.experts
+    assert experts.gate_up_proj.is_meta and experts.gate_up_proj_scale_inv.is_meta
+    calls = record(kernel.functional, "moe_experts")
+    with torch.no_grad():
+        out = model(prompt()).logits  # takes its input from the CPU, though it says that it is on "meta"
+    assert torch.equal(out.double(), expected) and len(calls) == NUM_MOE_LAYERS
+
+
+def test_cpu_offload(fp4_checkpoint, kernel, record):
+    model = load(fp4_checkpoint, quantization_config=kernel.fp4_config())
+    expected = logits(model)
+    model = accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.model.layers[2].mlp.experts.down_proj.is_meta
+    calls = record(kernel.functional, "moe_experts")
+    with torch.no_grad():
+        assert torch.equal(model(prompt()).logits.double(), expected)
+    assert len(calls) == NUM_MOE_LAYERS
+
+
+@pytest.fixture
+def experts(checkpoint, kernel, device):
+    model = load(checkpoint, quantization_config=kernel.fp4_config(), device_map=device)
+    return model.model.layers[2].mlp.experts
+
+
+def inputs(device, tokens):
+    generator = torch.Generator().manual_seed(3)
+    x, index = torch.randn(tokens, 64, generator=generator), torch.rand(tokens, 8, generator=generator).topk(2)[1]
+    return [t.to(device) for t in (x, index, torch.rand(tokens, 2, generator=generator))]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_two_calls_are_equal(experts, device, tokens):
+    x, *others = inputs(device, tokens)
+    results = []
+    for _ in range(2):
+        x = x.detach().requires_grad_()
+        out = experts(x, *others)
+        assert out.shape == (tokens, 64)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    assert all(map(torch.equal, *results))
+
+
+def test_sentinels_and_nan(experts, device):
+    """A slot of no expert here adds nothing; a NaN stays in its token."""
+    x, index, weights = inputs(device, 70)
+    out = experts(x, index, weights)
+    elsewhere, others = index.clone(), weights.clone()
+    elsewhere[::2, 1] = 8
+    others[::2, 1] = 0
+    torch.testing.assert_close(experts(x, elsewhere, weights), experts(x, index, others))
+    x[3] = float("nan")
+    broken = experts(x, index, weights)
+    assert broken[3].isnan().all() and torch.equal(broken.nan_to_num(), torch.where(broken.isnan(), 0, out))
+    assert not broken[torch.arange(70) != 3].isnan().any()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -146,15 +146,17 @@ def _make_room(path: str, module: nn.Module, pre_quantized: bool) -> None:
         # To another dtype than the parameter's, Transformers would cast a dense weight before it is quantised.
         dtype = torch.uint8 if pre_quantized else projection.weight.dtype
         setattr(module, name, _parameter(num_experts, N, K // 2, dtype=dtype))
-        module.register_parameter(_scale(name), _parameter(num_experts, N, K // quantize_fp4.GROUP))
+        module.register_parameter(_scale(name), _parameter(num_experts, N, K // quantize_fp4.GROUP, dtype=torch.uint8))
 
 
 def _quantized(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in model.named_modules() if hasattr(module, _scale("down_proj"))]
 
 
-def _parameter(*shape: int, dtype: torch.dtype = torch.uint8) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+def _parameter(*shape: int, **options) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
+    parameter._is_hf_initialized = True  # never at random: what a disk keeps stays as it is here
+    return parameter
 
 
 def _scale(name: str) -> str:
@@ -170,7 +172,13 @@ def _only(tensors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
 
 
 def _named(model: nn.Module, name: str, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What Transformers sets as parameters."""
-    if any(getattr(placement, "dim", 0) != 0 for placement in getattr(model.get_parameter(name), "placements", ())):
+    """What Transformers sets as parameters, or writes to a disk."""
+    path, _, weight = name.rpartition(".")
+    module = model.get_submodule(path)
+    there = getattr(module, weight)
+    if any(getattr(placement, "dim", 0) != 0 for placement in getattr(there, "placements", ())):
         raise ValueError(f"{name} in 4 bits cannot be cut into slices of experts, as by tensor parallelism")
+    if not hasattr(there, "placements"):
+        # Of which, on a disk, this tells shape and dtype.
+        setattr(module, weight, _parameter(*codes.shape, dtype=torch.uint8, device="meta"))
     return {name: codes.view(torch.uint8), _scale(name): scale.view(torch.uint8)}
