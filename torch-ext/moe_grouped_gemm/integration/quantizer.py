@@ -86,11 +86,11 @@ def _quantizer_class() -> type:
         def _process_model_after_weight_loading(self, model, **kwargs):
             for _, module in _quantized(model):
                 module.is_transposed = False
-            # Of the model's own, of which files have no trace: `get_state_dict_and_metadata` is what saves codes.
+            # Of weights that are codes now nothing is to be converted back: what is saved is in files' own form.
             model._weight_conversions = [
                 conversion
                 for conversion in model._weight_conversions
-                if not any(isinstance(op, deserialize) for op in getattr(conversion, "operations", ()))
+                if not (isinstance(conversion, WeightConverter) and all(map(_is_weight, conversion.target_patterns)))
             ]
             skipped = self.quantization_config.modules_to_not_convert
             model.config.quantization_config = self.quantization_config = Mxfp4Config(skipped)
@@ -157,6 +157,10 @@ def _parameter(*shape: int, **options) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
     parameter._is_hf_initialized = True  # never at random: what a disk keeps stays as it is here
     return parameter
+
+
+def _is_weight(pattern: str) -> bool:
+    return pattern.rstrip("$").endswith(_WEIGHTS)
 
 
 def _scale(name: str) -> str:
