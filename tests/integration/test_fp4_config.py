@@ -323,3 +323,13 @@ def test_model_without_experts(kernel, tmp_path):
     )
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts that moe-grouped-gemm could hold in 4 bits"):
         load(tmp_path, quantization_config=kernel.fp4_config())
+
+
+def test_codes_where_the_kernel_does_not_run(checkpoint, kernel, monkeypatch):
+    """Nobody else could take them for what they are."""
+    model = load(checkpoint, quantization_config=kernel.fp4_config())
+    monkeypatch.setattr(kernel.integration.modules, "_missing_triton", lambda weight: "no Triton")
+    with pytest.raises(
+        RuntimeError, match="cannot compute DeepseekV3Experts in 4 bits: no Triton. Nor can Transformers"
+    ):
+        model(prompt())

@@ -30,11 +30,12 @@ def calls(kernel, record):
 def models(request, checkpoint, kernel):
     """(ours, stock), without adapters."""
 
-    def models(way=BY_NAME):
+    def models(way=BY_NAME, dtype=torch.float32):
+        stock = load(checkpoint, dtype)
         if request.param == "dense":
-            return load(checkpoint, **way), load(checkpoint)
-        ours = load(checkpoint, quantization_config=kernel.fp4_config(), **way)
-        return ours, with_the_numbers_of(ours, load(checkpoint))
+            return load(checkpoint, dtype, **way), stock
+        ours = load(checkpoint, dtype, quantization_config=kernel.fp4_config(), **way)
+        return ours, with_the_numbers_of(ours, stock)
 
     return models
 
@@ -70,11 +71,11 @@ def test_one_adapter(pair, calls, way, options):
     assert (logits(stock) - bare).abs().max() > 0.1
 
 
-def test_bf16(checkpoint, calls):
+def test_bf16(checkpoint, models, calls):
     """PEFT keeps the factors of a bf16 model in fp32. Against fp32 we may be twice as far off as PEFT."""
-    stock = adapted(load(checkpoint, torch.bfloat16))
-    assert {p.dtype for n, p in stock.named_parameters() if "lora_" in n} == {torch.float32}
-    ours = adapted(load(checkpoint, torch.bfloat16, **BY_NAME))
+    ours, stock = map(adapted, models(dtype=torch.bfloat16))
+    for model in (ours, stock):
+        assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     exact = adapted(load(checkpoint))
     exact.load_state_dict(stock.state_dict())  # what bf16 has left of the weights
     expected, stock_out, out = logits(exact), logits(stock), logits(ours)

@@ -220,6 +220,11 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
         return out.to(hidden_states.dtype)
     if any(experts.lora):
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
+    if are_quantized(*experts[:2]) and not is_fp8_experts(module):
+        raise RuntimeError(
+            f"moe-grouped-gemm cannot compute {type(module).__name__} in 4 bits: {reason}. Nor can Transformers; load "
+            "the model without quantization_config."
+        )
     if not torch.compiler.is_compiling():
         _warn(type(module).__name__, reason)
     return stock(module, hidden_states, top_k_index, top_k_weights)
