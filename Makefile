@@ -44,7 +44,7 @@ repeats: build
 	for seed in $$(seq 50); do $(PYTHON) -m pytest -q -m "not gpu" -n auto --seed $$seed $(ORACLE_TESTS) || exit; done
 
 bench: build
-	$(PYTHON) benchmarks/benchmark_moe.py
+	$(PYTHON) benchmarks/layer.py
 	$(PYTHON) benchmarks/generate.py
 	$(PYTHON) benchmarks/plot.py
 

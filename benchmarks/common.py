@@ -16,7 +16,7 @@ import triton.language as tl
 from kernels import get_kernel
 from torch.utils.benchmark import Timer
 
-from benchmark_moe import WORKLOADS, routed_tokens
+from benchmark import WORKLOADS, routed_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/moe-grouped-gemm"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from benchmark_moe import WORKLOADS, expert_weights
+from benchmark import WORKLOADS, expert_weights
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
+from benchmark import WORKLOADS, expert_weights, routed_tokens
 from common import argument_parser, header, staged_kernel, stock_module
 from training import compare, run_cases
 

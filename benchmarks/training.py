@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import common
-from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
+from benchmark import WORKLOADS, expert_weights, routed_tokens
 
 CASES = [(name, tokens) for name in ("qwen3-30b", "moonlight", "glm45-air") for tokens in (4096, 16384)]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tunes the grouped GEMMs for this GPU and writes torch-ext/moe_grouped_gemm/configs/*.json, one file a layer.
 
-    python scripts/tune.py                                    # the four workloads of benchmarks/benchmark_moe.py
+    python scripts/tune.py                                    # the four workloads of benchmarks/benchmark.py
     python scripts/tune.py --shape 64 2048 1408 6             # a layer of your own: E H I top_k
 
 For a ladder of token counts, every candidate is compiled, checked against fp32 and timed in a CUDA graph; the best
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
-from benchmark_moe import WORKLOADS, expert_weights  # noqa: E402
+from benchmark import WORKLOADS, expert_weights  # noqa: E402
 from common import commit  # noqa: E402
 from tune_runs import Gpu, Layer, compile_ahead, kernels, launch_configs, one_line, tuning  # noqa: E402
 

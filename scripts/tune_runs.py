@@ -16,7 +16,7 @@ import torch
 from kernels import get_kernel
 from tqdm import tqdm
 
-from benchmark_moe import routed_tokens
+from benchmark import routed_tokens
 from compile_only import compile_only, registers_and_stack
 
 os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={Path(__file__).resolve().parent.parent}")

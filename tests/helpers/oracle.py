@@ -207,7 +207,11 @@ def dequantized_fp4(codes, scale):
     codes = codes.view(torch.uint8).int()
     columns = torch.arange(2 * codes.shape[2], device=codes.device)
     nibbles = codes[:, :, columns // 2] // torch.where(columns % 2 == 0, 1, 16) % 16
-    scale = 2.0 ** (scale.double() - 127) if scale.dtype == torch.uint8 else scale.double()
+    if scale.dtype == torch.uint8:
+        scale = torch.where(
+            scale == 255, float("nan"), torch.ldexp(torch.ones_like(scale, dtype=float), scale.int() - 127)
+        )
+    scale = scale.double()
     return numbers[nibbles] * scale[:, :, columns // 32]
 
 

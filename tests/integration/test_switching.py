@@ -42,7 +42,7 @@ def test_ways_in_situations(checkpoint, kernel, record, way, situation):
     kernel.integration.modules._warn.cache_clear()
     stock = load(checkpoint)
     model = load(checkpoint, way)
-    calls = record(kernel.integration.modules, "_experts")
+    calls = record(kernel.integration.modules, "_compute")
     for ours, expected, served in situation(model, stock, way):
         calls.clear()
         torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-4, atol=1e-4)

@@ -32,7 +32,6 @@ def test_scales_of_any_size(kernel, device):
     exponents = [e.to(device) for e in exponents]
     out = run(kernel, inputs, weights, exponents)
     weights = [dequantized_fp4(*pair) for pair in zip(weights, exponents)]
-    weights[1][3, 5] = float("nan")
     exact = kernel.reference.moe_experts(*in_fp64(inputs), *weights)
     assert torch.equal(out.isnan(), exact.isnan()) and exact.isnan().any() and not exact.isnan().all()
     assert error(out.nan_to_num(), exact.nan_to_num()) <= 1e-6

@@ -75,6 +75,12 @@ DECODE_FP8 = ExpertsConfig(
     down=DecodeConfig(BLOCK_N=4, BLOCK_K=512, num_warps=2),
 )
 
+# A tile of the first has these rows of gate and of up, one of the second these for each warp, which has a slot.
+DECODE_FP4 = ExpertsConfig(
+    gate_up=DecodeConfig(BLOCK_N=32, BLOCK_K=256, num_warps=2),
+    down=DecodeConfig(BLOCK_N=16, BLOCK_K=256, num_warps=8),
+)
+
 # --- gate_up, grouped_gemm --------------------------------------------------------------------------------------------
 
 EXPERTS = Tables(
@@ -249,7 +255,19 @@ FP4 = Tables(
     hopper=[
         UpTo(10, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4, USE_TMA=True)),
         UpTo(50, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3, USE_TMA=True)),
-        UpTo(math.inf, _gemm(BLOCK_M=128, MIN_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True)),
+        UpTo(
+            math.inf,
+            _gemm(
+                BLOCK_M=128,
+                MIN_M=64,
+                BLOCK_N=128,
+                BLOCK_K=64,
+                num_warps=8,
+                num_stages=3,
+                USE_TMA=True,
+                WARP_SPECIALIZED=True,
+            ),
+        ),
     ],
     portable=[
         UpTo(12, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
@@ -258,7 +276,7 @@ FP4 = Tables(
     fp32=[UpTo(math.inf, _gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2))],
 )
 FP4_DGRAD = Tables(
-    hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True),
+    hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True),
     portable=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
     fp32=_gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
 )

@@ -35,7 +35,7 @@ def _from_fp4(codes, scale, dtype: tl.constexpr):
 def _load_scales(w_scale_ptr, rows, N, k, K, GROUPS: tl.constexpr):
     """[rows, GROUPS], of columns from k on. Past the last row or column: somewhere's, for codes that are zero."""
     groups = K // _GROUP
-    offs_g = tl.minimum(k // _GROUP + tl.arange(0, GROUPS), groups - 1)
+    offs_g = tl.minimum(tl.arange(0, GROUPS) + k // _GROUP, groups - 1)
     rows = tl.minimum(rows, N - 1)
     return _load_scale(w_scale_ptr + rows[:, None].to(tl.int64) * groups + offs_g[None, :])
 
@@ -158,14 +158,13 @@ def grouped_gemm_fp4(x, w, w_scale, schedule, input_precision, config, y, bias=N
     return y
 
 
-def dgrad_fp4(x, w, w_scale, schedule, input_precision, config):
-    """x (S, K) contiguous, w (E, K, N / 2) uint8 by rows -> y (S, N); rows that belong to no expert stay unwritten.
+def dgrad_fp4(x, w, w_scale, schedule, input_precision, config, y):
+    """x (S, K) contiguous, w (E, K, N / 2) uint8 by rows -> y (S, N); rows that belong to no expert keep what y held.
 
     w_scale, contiguous: (E, K, N / 32), fp32 or exponents as uint8.
     """
     K, N = x.shape[1], 2 * w.shape[2]
     tiles = schedule.shape[1]
-    y = x.new_empty(x.shape[0], N)
     w_arg = weight_descriptor(w, config.BLOCK_K, config.BLOCK_N // 2) if config.USE_TMA else w
     launch(
         _dgrad_fp4_kernel,

@@ -121,7 +121,7 @@ def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, o
 def _gemm(x, weight, scale, schedule, config, shift, y, bias):
     kernels, config = gpu.launchers(), _as_readable(config, x, weight)
     if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and bias is None:
-        return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y)
+        return kernels.codes_gemm_hopper(x, weight, scale, schedule, config, y)
     precision, bias = gpu.input_precision(x.dtype), contiguous(bias)
     return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift, bias)
 
@@ -131,7 +131,7 @@ def _transposed_gemm(x, weight, scale, schedule, config, shift):
     # A box past the K rows of an expert would hold rows of the next one.
     if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and x.shape[1] % 64 == 0:
         y = x.new_empty(x.shape[0], weight.shape[2])
-        return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
+        return kernels.codes_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
     return kernels.dgrad_fp8(x.contiguous(), weight, scale, schedule, gpu.input_precision(x.dtype), config, shift)
 
 
