@@ -74,7 +74,7 @@ def hub(cache, monkeypatch, tmp_path):
 @pytest.fixture
 def calls(kernel, record):
     """Of every experts module that this kernel computes, with adapters or without."""
-    return record(kernel.integration.modules, "_experts")
+    return record(kernel.integration.modules, "_compute")
 
 
 def run(page, namespace, calls):
