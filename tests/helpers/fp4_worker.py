@@ -75,6 +75,10 @@ for checkpoint in checkpoints:
         assert all(weight.shape == (local, 64, 32) and weight.dtype == torch.uint8 for _, weight in calls)
         ids = torch.cat([ids.flatten() for ids, _ in calls])
         assert (ids == local).any() == (plan == "sentinels")
+        saved = f"{rendezvous}-{plan}"
+        model.save_pretrained(saved)
+        dist.barrier()
+        torch.testing.assert_close(results(load(saved, device_map=device)), expected, rtol=0, atol=0)
     try:
         load(checkpoint, distributed_config=DistributedConfig(tp_size=2))
     except RuntimeError:  # Transformers prints what it was

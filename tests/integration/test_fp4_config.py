@@ -254,6 +254,8 @@ def test_device_map_with_disk(request, checkpoint, kernel, record, tmp_path, sou
     with torch.no_grad():
         out = model(prompt()).logits  # takes its input from the CPU, though it says that it is on "meta"
     assert torch.equal(out.double(), expected) and len(calls) == NUM_MOE_LAYERS
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", quantization_config=kernel.fp4_config())), expected)
 
 
 def test_cpu_offload(fp4_checkpoint, kernel, record):

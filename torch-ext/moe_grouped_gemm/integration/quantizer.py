@@ -15,7 +15,6 @@ from torch import nn
 from ..weights import quantize_fp4
 from . import modules
 
-_BLOCK = quantize_fp4.GROUP // 2  # bytes
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -42,11 +41,17 @@ def config_class() -> type:
 
 def _quantizer_class() -> type:
     from transformers import Mxfp4Config
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    quantize, deserialize = _operations()
+    quantize, of_blocks = _operations()
+
+    def conversions():
+        """From files, and back to them. Only of names that end there: other modules have a `gate_up_proj.weight`."""
+        for name in _WEIGHTS:
+            yield WeightConverter(rf"\.{name}_blocks", rf"\.{name}(?![\w.])", [of_blocks()])
+            yield WeightRenaming(rf"\.{name}_scales", rf"\.{_scale(name)}")
 
     class ExpertsQuantizer(HfQuantizer):
         requires_calibration = False
@@ -79,31 +84,18 @@ def _quantizer_class() -> type:
             return quantize()
 
         def get_weight_conversions(self):
-            if not self.pre_quantized:
-                return []
-            return [WeightConverter(list(_in_files(name)), name, [deserialize()]) for name in _WEIGHTS]
+            return list(conversions()) if self.pre_quantized else []
 
         def _process_model_after_weight_loading(self, model, **kwargs):
-            for _, module in _quantized(model):
-                module.is_transposed = False
-            # Of weights that are codes now nothing is to be converted back: what is saved is in files' own form.
-            model._weight_conversions = [
-                conversion
-                for conversion in model._weight_conversions
-                if not (isinstance(conversion, WeightConverter) and all(map(_is_weight, conversion.target_patterns)))
-            ]
+            for module in model.modules():
+                if hasattr(module, _scale("down_proj")):
+                    module.is_transposed = False
+            # What is saved, whatever was loaded.
+            others = [c for c in model._weight_conversions if not all(map(_is_of_experts, c.target_patterns))]
+            model._weight_conversions = [*others, *conversions()]
             skipped = self.quantization_config.modules_to_not_convert
             model.config.quantization_config = self.quantization_config = Mxfp4Config(skipped)
             model.quantization_method = self.quantization_config.quant_method
-
-        def get_state_dict_and_metadata(self, model):
-            state_dict = model.state_dict()
-            for path, module in _quantized(model):
-                for name in modules.weight_names(module):
-                    blocks, scales = _in_files(f"{path}.{name}")
-                    state_dict[blocks] = state_dict.pop(f"{path}.{name}").unflatten(-1, (-1, _BLOCK))
-                    state_dict[scales] = state_dict.pop(_scale(f"{path}.{name}"))
-            return state_dict, {}
 
     return ExpertsQuantizer
 
@@ -116,19 +108,33 @@ def _operations() -> tuple[type, type]:
 
         def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
             (weight,) = map(_only, input_dict.values())
-            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            path, _, name = full_layer_name.rpartition(".")
+            module = model.get_submodule(path)
+            _check_whole(model, full_layer_name)
             codes, scale = quantize_fp4.quantize_fp4(weight.mT if module.is_transposed else weight)
-            return _named(model, full_layer_name, codes, scale)
+            if not hasattr(getattr(module, name), "placements"):
+                # Of codes that go to a disk this tells shape and dtype.
+                setattr(module, name, _parameter(*codes.shape, dtype=torch.uint8, device="meta"))
+            return {full_layer_name: codes.view(torch.uint8), _scale(full_layer_name): scale.view(torch.uint8)}
 
-    class Deserialize(ConversionOps):
-        """Blocks and scales as files have them."""
+    class Codes(ConversionOps):
+        """Of blocks (E, N, K / 32, 16) as files have them."""
 
         def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
-            name = full_layer_name.rpartition(".")[2]
-            blocks, scales = (_only(input_dict[key]) for key in _in_files(name))
-            return _named(model, full_layer_name, blocks.flatten(-2), scales)
+            _check_whole(model, full_layer_name)
+            (blocks,) = map(_only, input_dict.values())
+            return {full_layer_name: blocks.flatten(-2)}
 
-    return Quantize, Deserialize
+        @property
+        def reverse_op(self):
+            return Blocks()
+
+    class Blocks(ConversionOps):
+        def convert(self, input_dict, full_layer_name=None, **kwargs):
+            (codes,) = map(_only, input_dict.values())
+            return {full_layer_name: codes.unflatten(-1, (-1, quantize_fp4.GROUP // 2))}
+
+    return Quantize, Codes
 
 
 def _make_room(path: str, module: nn.Module, pre_quantized: bool) -> None:
@@ -149,40 +155,25 @@ def _make_room(path: str, module: nn.Module, pre_quantized: bool) -> None:
         module.register_parameter(_scale(name), _parameter(num_experts, N, K // quantize_fp4.GROUP, dtype=torch.uint8))
 
 
-def _quantized(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, module) for path, module in model.named_modules() if hasattr(module, _scale("down_proj"))]
-
-
 def _parameter(*shape: int, **options) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
     parameter._is_hf_initialized = True  # never at random: what a disk keeps stays as it is here
     return parameter
 
 
-def _is_weight(pattern: str) -> bool:
-    return pattern.rstrip("$").endswith(_WEIGHTS)
+def _check_whole(model: nn.Module, name: str) -> None:
+    placements = getattr(model.get_parameter(name), "placements", ())
+    if any(getattr(placement, "dim", 0) != 0 for placement in placements):
+        raise ValueError(f"{name} in 4 bits cannot be cut into slices of experts, as by tensor parallelism")
+
+
+def _is_of_experts(pattern: str) -> bool:
+    return pattern.endswith((*_WEIGHTS, *map(_scale, _WEIGHTS)))
 
 
 def _scale(name: str) -> str:
     return f"{name}_scale_inv"
 
 
-def _in_files(name: str) -> tuple[str, str]:
-    return f"{name}_blocks", f"{name}_scales"
-
-
 def _only(tensors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
-
-
-def _named(model: nn.Module, name: str, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What Transformers sets as parameters, or writes to a disk."""
-    path, _, weight = name.rpartition(".")
-    module = model.get_submodule(path)
-    there = getattr(module, weight)
-    if any(getattr(placement, "dim", 0) != 0 for placement in getattr(there, "placements", ())):
-        raise ValueError(f"{name} in 4 bits cannot be cut into slices of experts, as by tensor parallelism")
-    if not hasattr(there, "placements"):
-        # Of which, on a disk, this tells shape and dtype.
-        setattr(module, weight, _parameter(*codes.shape, dtype=torch.uint8, device="meta"))
-    return {name: codes.view(torch.uint8), _scale(name): scale.view(torch.uint8)}
