@@ -125,7 +125,10 @@ def test_experts_that_a_checkpoint_has_left_dense(gpt_oss, kernel, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load(tmp_path, quantization_config=kernel.fp4_config())
     assert list(experts_of(model)) == ["model.layers.1.mlp.experts"]
-    assert error(logits(model), logits(load(gpt_oss, quantization_config=kernel.fp4_config()))) < 1e-5
+    out = logits(model)
+    assert error(out, logits(load(gpt_oss, quantization_config=kernel.fp4_config()))) < 1e-5
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", quantization_config=kernel.fp4_config())), out)
 
 
 # --- dense checkpoints ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ dtype touches. In files they are as gpt-oss has them: `{name}_blocks` (E, N, K /
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 from torch import nn
@@ -47,11 +48,11 @@ def _quantizer_class() -> type:
 
     quantize, of_blocks = _operations()
 
-    def conversions():
+    def conversions(path=""):
         """From files, and back to them. Only of names that end there: other modules have a `gate_up_proj.weight`."""
-        for name in _WEIGHTS:
-            yield WeightConverter(rf"\.{name}_blocks", rf"\.{name}(?![\w.])", [of_blocks()])
-            yield WeightRenaming(rf"\.{name}_scales", rf"\.{_scale(name)}")
+        for name in (rf"{path}\.{weight}" for weight in _WEIGHTS):
+            yield WeightConverter(f"{name}_blocks", rf"{name}(?![\w.])", [of_blocks()])
+            yield WeightRenaming(f"{name}_scales", _scale(name))
 
     class ExpertsQuantizer(HfQuantizer):
         requires_calibration = False
@@ -87,12 +88,13 @@ def _quantizer_class() -> type:
             return list(conversions()) if self.pre_quantized else []
 
         def _process_model_after_weight_loading(self, model, **kwargs):
-            for module in model.modules():
+            # What is saved, whatever was loaded, of these modules alone: others may have dense experts.
+            saved = [c for c in model._weight_conversions if not all(map(_is_of_experts, c.target_patterns))]
+            for path, module in model.named_modules():
                 if hasattr(module, _scale("down_proj")):
                     module.is_transposed = False
-            # What is saved, whatever was loaded.
-            others = [c for c in model._weight_conversions if not all(map(_is_of_experts, c.target_patterns))]
-            model._weight_conversions = [*others, *conversions()]
+                    saved += conversions(re.escape(path))
+            model._weight_conversions = saved
             skipped = self.quantization_config.modules_to_not_convert
             model.config.quantization_config = self.quantization_config = Mxfp4Config(skipped)
             model.quantization_method = self.quantization_config.quant_method
