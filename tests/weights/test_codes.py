@@ -138,10 +138,13 @@ def test_skipped_slots_contribute_nothing(kernel, device, weights_in):
 @pytest.mark.parametrize("weights_in", FORMATS)
 def test_autocast(kernel, device, weights_in):
     (x, index, top_k_weights), weights, scales = weights_in.layer(kernel, 40, 4, 2, 256, 128, torch.float32, device)
+    biases = {"gate_up_proj_bias": torch.randn(4, 256), "down_proj_bias": torch.randn(4, 256)}
+    biases = {name: bias.to(device) for name, bias in biases.items()}
+    in_bf16 = {name: bias.bfloat16() for name, bias in biases.items()}
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        out = run(kernel, (x, index, top_k_weights), weights, scales, **biases)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, run(kernel, (x.bfloat16(), index, top_k_weights), weights, scales))
+    assert torch.equal(out, run(kernel, (x.bfloat16(), index, top_k_weights), weights, scales, **in_bf16))
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """An experts module of Transformers: what it holds, read once into one value, and how we compute it.
 
 Modules that carry `@use_experts_implementation` differ in `has_gate`, `has_bias`, `is_transposed`,
-`has_post_expert_norm` and in `_apply_gate`, their own function (S, 2I) -> (S, I) between the GEMMs; `FP8Experts` holds
-codes and scales. If the function is one of our gates, the whole layer is `moe_experts`; any other runs as it is between
-our grouped GEMMs.
+`has_post_expert_norm` and in `_apply_gate`, their own function (S, 2I) -> (S, I) between the GEMMs. `FP8Experts`, and
+modules that quantizer.py fills, have codes, and scales beside them. If the function is one of our gates, the whole
+layer is `moe_experts`; any other runs as it is between our grouped GEMMs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .. import functional, gpu
 from ..experts.lora import LoraFactors
 from ..reference import Gate
-from ..weights import Projection, are_quantized, quantize_fp8
+from ..weights import Projection, are_quantized, quantize_fp4, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
@@ -62,7 +62,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def is_plain(x: torch.Tensor | None) -> bool:
     """Whether this is a dense tensor that our kernels read, on a device that they run on."""
-    return _is_dense(x) and _unreadable(x) is None and _missing_triton(x) is None
+    return is_dense(x) and _unreadable(x) is None and _missing_triton(x) is None
 
 
 def _unreadable(x: torch.Tensor) -> str | None:
@@ -110,7 +110,7 @@ def read(module: nn.Module, get: Callable = getattr) -> Experts:
     biases = scales = _NONE
     if getattr(module, "has_bias", False):
         biases = tuple(getattr(module, f"{name}_bias") for name in names)
-    if is_fp8_experts(module) and not (_is_dense(up) or _is_dense(down)):  # of dense ones no blocks could be cut
+    if not (is_dense(up) or is_dense(down)):  # of which FP8Experts could cut no blocks, though it has scales
         scales = tuple(getattr(module, f"{name}_scale_inv", None) for name in names)
     adapters = adapters_of(module)
     lora = [tuple(factors for owner, factors in adapters if owner == name) for name in names]
@@ -137,26 +137,34 @@ def obstacle(module: nn.Module, experts: Experts) -> str | None:
         if reason is not None:
             return f"{name} is {reason}"
     reason = _missing_triton(experts.down.weight)
-    return _obstacle_fp8(module, experts) if reason is None and are_quantized(*weights) else reason
+    return _obstacle_codes(module, experts) if reason is None and are_quantized(*weights) else reason
 
 
-def _obstacle_fp8(module: nn.Module, experts: Experts) -> str | None:
-    if not experts.gated:
-        return "its fp8 experts have no gate"
-    if module.activation_scheme != "dynamic":
-        return f"activation_scheme={module.activation_scheme!r}"
-    for name, (weight, *_) in zip(weight_names(module), experts[:2]):
+def _obstacle_codes(module: nn.Module, experts: Experts) -> str | None:
+    weights = dict(zip(weight_names(module), experts[:2]))
+    scheme = getattr(module, "activation_scheme", "dynamic")
+    if scheme != "dynamic":
+        return f"activation_scheme={scheme!r}"
+    if all(is_fp4(weight) for weight, *_ in weights.values()):
+        for name, projection in weights.items():
+            if projection.shape[2] % quantize_fp4.GROUP:
+                return f"{name} in 4 bits is {projection.shape}, no multiple of {quantize_fp4.GROUP} columns"
+        return None
+    for name, (weight, *_) in weights.items():
         if weight.dtype != quantize_fp8.FP8:
             return f"{name} is {weight.dtype}"
     if module.block_size is None or tuple(module.block_size) != (quantize_fp8.BLOCK, quantize_fp8.BLOCK):
         return f"block_size={module.block_size}"
     inter = experts.down.weight.shape[2]
-    if inter % quantize_fp8.BLOCK > quantize_fp8.BLOCK // 2:
+    if experts.gated and inter % quantize_fp8.BLOCK > quantize_fp8.BLOCK // 2:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
-    if any(projection.bias is not None for projection in experts[:2]):
-        return "its fp8 experts have biases"
     return None
+
+
+def is_fp4(weight: torch.Tensor) -> bool:
+    """Whether this holds 4-bit codes: bytes of two."""
+    return weight.dtype in quantize_fp4.DTYPES
 
 
 def peek(module: nn.Module) -> str | None:
@@ -180,7 +188,7 @@ def is_empty(module: nn.Module) -> bool:
     return any(hasattr(weight, "to_local") or (weight.numel() == 0 and weight.ndim == 1) for weight in weights)
 
 
-def _is_dense(weight: torch.Tensor | None) -> bool:
+def is_dense(weight: torch.Tensor | None) -> bool:
     return weight is not None and weight.dtype in _DENSE
 
 
@@ -212,6 +220,11 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
         return out.to(hidden_states.dtype)
     if any(experts.lora):
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
+    if are_quantized(*experts[:2]) and not is_fp8_experts(module):
+        raise RuntimeError(
+            f"moe-grouped-gemm cannot compute {type(module).__name__} in 4 bits: {reason}. Nor can Transformers; load "
+            "the model without quantization_config."
+        )
     if not torch.compiler.is_compiling():
         _warn(type(module).__name__, reason)
     return stock(module, hidden_states, top_k_index, top_k_weights)
@@ -230,7 +243,7 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     weights = [unparametrized(module, name) for name in weight_names(module)]
-    if all(map(_is_dense, weights)) and not any(hasattr(weight, "__tensor_flatten__") for weight in weights):
+    if all(map(is_dense, weights)) and not any(hasattr(weight, "__tensor_flatten__") for weight in weights):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
     if is_fp8_experts(module):
         return ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
@@ -241,18 +254,16 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
 def _compute(experts: Experts, hidden_states, top_k_index, top_k_weights, training: bool) -> torch.Tensor:
     """(T, H) in the dtype of the weights, as by Transformers' grouped_mm: under autocast, norms hand over fp32."""
     gate_up, down, gate, gated, norm, lora = experts
-    quantized = are_quantized(gate_up, down)
-    if quantized:
+    if are_quantized(gate_up, down):
         # They get no gradient, as in Transformers, whatever their `requires_grad` says.
         gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in (gate_up, down))
     else:
         hidden_states = hidden_states.to(gate_up.weight.dtype)
-        gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(p.weight.dtype)) for p in (gate_up, down))
+    gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(hidden_states.dtype)) for p in (gate_up, down))
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
     others = dict(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
     others.update(gate_up_proj_scale=gate_up.scale, down_proj_scale=down.scale)
-    is_whole = isinstance(gate, Gate) and gated and norm is None and not any(lora)
-    if is_whole and (not quantized or gate == Gate(gate.activation)):
+    if isinstance(gate, Gate) and gated and norm is None and not any(lora):
         activation, limit, alpha, interleaved = gate
         # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
         others["quantize_activations"] = not training
