@@ -16,8 +16,8 @@ from .fp4_registers import (
     _STEP,
     _WORDS,
     STEP,
-    _load_scales,
-    _load_words,
+    _ahead,
+    _load_weights,
     _load_x,
     _multiply,
     _rescaled,
@@ -71,23 +71,20 @@ def _gate_up_decode_fp4_kernel(
     x_ptrs = x_ptr + (slot // top_k).to(gl.int64) * stride_xt + k_of_x + column * 0
     gate = gl.zeros((BLOCK_N, COLUMNS), gl.float32, MMA)
     up = gl.zeros((BLOCK_N, COLUMNS), gl.float32, MMA)
-    gate_words = _load_words(gate_ptrs, 0, H, EVEN)
-    up_words = _load_words(up_ptrs, 0, H, EVEN)
-    gate_scale = _load_scales(w_scale_ptr, gate_rows, 0, H)
-    up_scale = _load_scales(w_scale_ptr, up_rows, 0, H)
-    for k in range(_STEP, H, _STEP):
-        x = _load_x(x_ptrs, k_of_x, k - _STEP, H, EVEN)
-        next_gate_words = _load_words(gate_ptrs, k, H, EVEN)
-        next_up_words = _load_words(up_ptrs, k, H, EVEN)
-        next_gate_scale = _load_scales(w_scale_ptr, gate_rows, k, H)
-        next_up_scale = _load_scales(w_scale_ptr, up_rows, k, H)
-        gate = _multiply(gate, gate_words, gate_scale, x, MMA)
-        up = _multiply(up, up_words, up_scale, x, MMA)
-        gate_words, gate_scale = next_gate_words, next_gate_scale
-        up_words, up_scale = next_up_words, next_up_scale
-    x = _load_x(x_ptrs, k_of_x, (gl.cdiv(H, _STEP) - 1) * _STEP, H, EVEN)
-    gate = _rescaled(_multiply(gate, gate_words, gate_scale, x, MMA), gate_scale, x.dtype)
-    up = _rescaled(_multiply(up, up_words, up_scale, x, MMA), up_scale, x.dtype)
+    gate_step = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, 0, H, EVEN)
+    up_step = _load_weights(up_ptrs, w_scale_ptr, up_rows, 0, H, EVEN)
+    next_gate = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, _ahead(0, 1, H), H, EVEN)
+    next_up = _load_weights(up_ptrs, w_scale_ptr, up_rows, _ahead(0, 1, H), H, EVEN)
+    for k in range(0, H, _STEP):
+        x = _load_x(x_ptrs, k_of_x, k, H, EVEN)
+        last_gate = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, _ahead(k, 2, H), H, EVEN)
+        last_up = _load_weights(up_ptrs, w_scale_ptr, up_rows, _ahead(k, 2, H), H, EVEN)
+        gate = _multiply(gate, *gate_step, x, MMA)
+        up = _multiply(up, *up_step, x, MMA)
+        gate_step, up_step = next_gate, next_up
+        next_gate, next_up = last_gate, last_up
+    gate = _rescaled(gate, gate_step[1], x_ptr.dtype.element_ty)
+    up = _rescaled(up, up_step[1], x_ptr.dtype.element_ty)
     first = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA)) == 0, 0)
     gate = gl.sum(gl.where(first, gate, 0.0), 1)
     up = gl.sum(gl.where(first, up, 0.0), 1)
@@ -140,16 +137,14 @@ def _down_decode_fp4_kernel(
         scale_rows = expert * H + gl.minimum(first_n + rows % BLOCK_N, H - 1)
         x_ptrs = a_ptr + (token * top_k + gl.minimum(first + column % SLOTS, top_k - 1)) * I + k_of_x
         acc = gl.zeros((ROWS, COLUMNS), gl.float32, MMA)
-        words = _load_words(w_ptrs, 0, I, EVEN, is_read)
-        scale = _load_scales(w_scale_ptr, scale_rows, 0, I)
-        for k in range(_STEP, I, _STEP):
-            x = _load_x(x_ptrs, k_of_x, k - _STEP, I, EVEN)
-            next_words = _load_words(w_ptrs, k, I, EVEN, is_read)
-            next_scale = _load_scales(w_scale_ptr, scale_rows, k, I)
-            acc = _multiply(acc, words, scale, x, MMA)
-            words, scale = next_words, next_scale
-        x = _load_x(x_ptrs, k_of_x, (gl.cdiv(I, _STEP) - 1) * _STEP, I, EVEN)
-        acc = _rescaled(_multiply(acc, words, scale, x, MMA), scale, x.dtype)
+        step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, 0, I, EVEN, is_read)
+        next_step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(0, 1, I), I, EVEN, is_read)
+        for k in range(0, I, _STEP):
+            x = _load_x(x_ptrs, k_of_x, k, I, EVEN)
+            last_step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(k, 2, I), I, EVEN, is_read)
+            acc = _multiply(acc, *step, x, MMA)
+            step, next_step = next_step, last_step
+        acc = _rescaled(acc, step[1], a_ptr.dtype.element_ty)
         rows = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
         own = gl.expand_dims(rows // BLOCK_N, 1) == gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA)), 0)
         y = gl.sum(gl.where(own, acc, 0.0), 1)

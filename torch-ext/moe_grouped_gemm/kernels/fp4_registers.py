@@ -166,6 +166,18 @@ def _load_scales(w_scale_ptr, rows, k, K):
 
 
 @gluon.jit
+def _load_weights(w_ptrs, w_scale_ptr, rows, k, K, EVEN: gl.constexpr, mask=None):
+    """What `_multiply` takes of weights, from column k on."""
+    return _load_words(w_ptrs, k, K, EVEN, mask), _load_scales(w_scale_ptr, rows, k, K)
+
+
+@gluon.jit
+def _ahead(k, STEPS: gl.constexpr, K):
+    """Where these many steps after k begin; past the end, the last one again, whose weights are near."""
+    return gl.minimum(k + STEPS * _STEP, (gl.cdiv(K, _STEP) - 1) * _STEP)
+
+
+@gluon.jit
 def _multiply(acc, words, scale, x, MMA: gl.constexpr):
     """acc [ROWS, COLUMNS] + weights [ROWS, STEP] @ x: words [ROWS, STEP / 4], x [STEP / 4, COLUMNS, 4]."""
     dtype: gl.constexpr = x.dtype
@@ -222,16 +234,15 @@ def _grouped_gemm_fp4_few_kernel(
     k_of_x, row_of_x = _x_columns(BLOCK_M, x_ptr.dtype.element_ty, MMA)
     x_ptrs = x_ptr + gl.minimum(row + row_of_x, row_end - 1).to(gl.int64) * stride_xm + k_of_x
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    words = _load_words(w_ptrs, 0, K, EVEN)
-    scale = _load_scales(w_scale_ptr, scale_rows, 0, K)
-    for k in range(_STEP, K, _STEP):
-        x = _load_x(x_ptrs, k_of_x, k - _STEP, K, EVEN)
-        next_words = _load_words(w_ptrs, k, K, EVEN)
-        next_scale = _load_scales(w_scale_ptr, scale_rows, k, K)
+    words, scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, 0, K, EVEN)
+    next_words, next_scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(0, 1, K), K, EVEN)
+    for k in range(0, K, _STEP):
+        x = _load_x(x_ptrs, k_of_x, k, K, EVEN)
+        last_words, last_scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(k, 2, K), K, EVEN)
         acc = _multiply(acc, words, scale, x, MMA)
         words, scale = next_words, next_scale
-    x = _load_x(x_ptrs, k_of_x, (gl.cdiv(K, _STEP) - 1) * _STEP, K, EVEN)
-    acc = _rescaled(_multiply(acc, words, scale, x, MMA), scale, x.dtype)
+        next_words, next_scale = last_words, last_scale
+    acc = _rescaled(acc, scale, x_ptr.dtype.element_ty)
     offs_n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     offs_m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))
     if bias_ptr is not None:
