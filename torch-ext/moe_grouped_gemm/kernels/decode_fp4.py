@@ -16,10 +16,10 @@ from .fp4_registers import (
     _STEP,
     _WORDS,
     STEP,
-    _ahead,
     _load_weights,
     _load_x,
     _multiply,
+    _next_step,
     _rescaled,
     _scale_layout,
     _x_columns,
@@ -34,7 +34,7 @@ COLUMNS = gl.constexpr(8)
 @gluon.jit
 def _gate_up_decode_fp4_kernel(
     x_ptr,  # (T, H)
-    w_ptr,  # (E, 2I, H / 4) int16
+    w_ptr,  # (E, 2I, H / 8) int32
     w_scale_ptr,  # (E, 2I, H / 32) fp32 | e8m0 as uint8, or (E, 2I, H / 256) as int64
     bias_ptr,  # (E, 2I), or None
     a_ptr,  # (S, I)
@@ -51,8 +51,8 @@ def _gate_up_decode_fp4_kernel(
     GATE: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
-    SCALES: gl.constexpr = _scale_layout(BLOCK_N, A).type.layout
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS // 2)
+    SCALES: gl.constexpr = _scale_layout(BLOCK_N, MMA).type.layout
     slot = gl.program_id(0)
     expert = gl.load(top_k_index_ptr + slot).to(gl.int64)
     if (expert < 0) | (expert >= E):
@@ -63,7 +63,7 @@ def _gate_up_decode_fp4_kernel(
     first_n = gl.program_id(1) * BLOCK_N
     offs_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A)), I - 1)
     gate_ptrs = w_ptr + expert * stride_we + gl.expand_dims((offs_n * EVERY).to(gl.int64) * stride_wn, 1)
-    gate_ptrs += gl.expand_dims(gl.arange(0, _STEP // 4, gl.SliceLayout(0, A)), 0)
+    gate_ptrs += gl.expand_dims(gl.arange(0, _STEP // 8, gl.SliceLayout(0, A)), 0)
     up_ptrs = gate_ptrs + gl.cast(up_offset, gl.int64) * stride_wn
     gate_rows = gl.minimum(first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), I - 1) * EVERY + expert * (2 * I)
     up_rows = gate_rows + up_offset
@@ -73,16 +73,13 @@ def _gate_up_decode_fp4_kernel(
     up = gl.zeros((BLOCK_N, COLUMNS), gl.float32, MMA)
     gate_step = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, 0, H, EVEN)
     up_step = _load_weights(up_ptrs, w_scale_ptr, up_rows, 0, H, EVEN)
-    next_gate = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, _ahead(0, 1, H), H, EVEN)
-    next_up = _load_weights(up_ptrs, w_scale_ptr, up_rows, _ahead(0, 1, H), H, EVEN)
     for k in range(0, H, _STEP):
         x = _load_x(x_ptrs, k_of_x, k, H, EVEN)
-        last_gate = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, _ahead(k, 2, H), H, EVEN)
-        last_up = _load_weights(up_ptrs, w_scale_ptr, up_rows, _ahead(k, 2, H), H, EVEN)
+        next_gate = _load_weights(gate_ptrs, w_scale_ptr, gate_rows, _next_step(k, H), H, EVEN)
+        next_up = _load_weights(up_ptrs, w_scale_ptr, up_rows, _next_step(k, H), H, EVEN)
         gate = _multiply(gate, *gate_step, x, MMA)
         up = _multiply(up, *up_step, x, MMA)
         gate_step, up_step = next_gate, next_up
-        next_gate, next_up = last_gate, last_up
     gate = _rescaled(gate, gate_step[1], x_ptr.dtype.element_ty)
     up = _rescaled(up, up_step[1], x_ptr.dtype.element_ty)
     first = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA)) == 0, 0)
@@ -100,7 +97,7 @@ def _gate_up_decode_fp4_kernel(
 @gluon.jit
 def _down_decode_fp4_kernel(
     a_ptr,  # (S, I)
-    w_ptr,  # (E, H, I / 4) int16
+    w_ptr,  # (E, H, I / 8) int32
     w_scale_ptr,  # (E, H, I / 32) fp32 | e8m0 as uint8, or (E, H, I / 256) as int64
     bias_ptr,  # (E, H), or None
     top_k_index_ptr,  # (S,) int32 | int64
@@ -118,8 +115,8 @@ def _down_decode_fp4_kernel(
     SLOTS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = SLOTS * BLOCK_N
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SLOTS, 1], [16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
-    SCALES: gl.constexpr = _scale_layout(ROWS, A).type.layout
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS // 2)
+    SCALES: gl.constexpr = _scale_layout(ROWS, MMA).type.layout
     token = gl.program_id(0).to(gl.int64)
     first_n = gl.program_id(1) * BLOCK_N
     k_of_x, column = _x_columns(COLUMNS, a_ptr.dtype.element_ty, MMA)
@@ -130,7 +127,7 @@ def _down_decode_fp4_kernel(
         expert, is_ours = _expert_of(top_k_index_ptr, token, first + rows // BLOCK_N, top_k, E)
         offs_n = gl.minimum(first_n + rows % BLOCK_N, H - 1).to(gl.int64)
         w_ptrs = w_ptr + gl.expand_dims(expert * stride_we + offs_n * stride_wn, 1)
-        w_ptrs += gl.expand_dims(gl.arange(0, _STEP // 4, gl.SliceLayout(0, A)), 0)
+        w_ptrs += gl.expand_dims(gl.arange(0, _STEP // 8, gl.SliceLayout(0, A)), 0)
         is_read = gl.expand_dims(is_ours, 1)
         rows = gl.arange(0, ROWS, gl.SliceLayout(1, SCALES))
         expert, _ = _expert_of(top_k_index_ptr, token, first + rows // BLOCK_N, top_k, E)
@@ -138,12 +135,11 @@ def _down_decode_fp4_kernel(
         x_ptrs = a_ptr + (token * top_k + gl.minimum(first + column % SLOTS, top_k - 1)) * I + k_of_x
         acc = gl.zeros((ROWS, COLUMNS), gl.float32, MMA)
         step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, 0, I, EVEN, is_read)
-        next_step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(0, 1, I), I, EVEN, is_read)
         for k in range(0, I, _STEP):
             x = _load_x(x_ptrs, k_of_x, k, I, EVEN)
-            last_step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(k, 2, I), I, EVEN, is_read)
+            next_step = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _next_step(k, I), I, EVEN, is_read)
             acc = _multiply(acc, *step, x, MMA)
-            step, next_step = next_step, last_step
+            step = next_step
         acc = _rescaled(acc, step[1], a_ptr.dtype.element_ty)
         rows = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
         own = gl.expand_dims(rows // BLOCK_N, 1) == gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA)), 0)
@@ -177,7 +173,7 @@ def gate_up_decode_fp4(x, w, w_scale, top_k_index, gate, config, bias=None):
     experts, inter, hidden_dim = w.shape[0], w.shape[1] // 2, x.shape[1]
     slots, top_k = top_k_index.numel(), top_k_index.shape[1]
     a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
-    words = w.view(torch.int16)
+    words = w.view(torch.int32)
     sizes = (top_k, experts, inter, hidden_dim, x.stride(0), words.stride(0), words.stride(1))
     launch(
         _gate_up_decode_fp4_kernel,
@@ -195,7 +191,7 @@ def down_decode_fp4(a, w, w_scale, top_k_index, top_k_weights, config, bias=None
     (experts, hidden_dim), inter = w.shape[:2], a.shape[1]
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
-    words = w.view(torch.int16)
+    words = w.view(torch.int32)
     sizes = (top_k, experts, inter, hidden_dim, words.stride(0), words.stride(1))
     launch(
         _down_decode_fp4_kernel,

@@ -103,8 +103,9 @@ def scaled(numbers, factor):
 
 
 @gluon.jit
-def _scale_layout(ROWS: gl.constexpr, A: gl.constexpr):
+def _scale_layout(ROWS: gl.constexpr, MMA: gl.constexpr):
     """A tensor [ROWS, groups of a step] laid out so that a thread has the scales of its words."""
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
     like = gl.zeros((ROWS, _STEP // 4), gl.int16, A).reshape([ROWS, _STEP // _GROUP, _WORDS])
     return gl.zeros((ROWS, _STEP // _GROUP), gl.int32, gl.SliceLayout(2, like.type.layout))
 
@@ -130,15 +131,15 @@ def _load_x(x_ptrs, k_of_x, k, K, EVEN: gl.constexpr):
 
 @gluon.jit
 def _load_words(w_ptrs, k, K, EVEN: gl.constexpr, mask=None):
-    """[ROWS, STEP / 4] from column k on; past the last one zero. mask: rows that are read."""
+    """Pairs [ROWS, STEP / 8] from column k on; past the last one zero. mask: rows that are read."""
     if EVEN and mask is None:
-        return gl.load(w_ptrs + k // 4)
+        return gl.load(w_ptrs + k // 8)
     elif EVEN:
-        return gl.load(w_ptrs + k // 4, mask=mask, other=0)
+        return gl.load(w_ptrs + k // 8, mask=mask, other=0)
     else:
-        offs_w = gl.arange(0, _STEP // 4, gl.SliceLayout(0, w_ptrs.type.layout))
-        there = gl.expand_dims(offs_w < (K - k) // 4, 0)
-        return gl.load(w_ptrs + k // 4, mask=there if mask is None else there & mask, other=0)
+        offs_w = gl.arange(0, _STEP // 8, gl.SliceLayout(0, w_ptrs.type.layout))
+        there = gl.expand_dims(offs_w < (K - k) // 8, 0)
+        return gl.load(w_ptrs + k // 8, mask=there if mask is None else there & mask, other=0)
 
 
 @gluon.jit
@@ -172,14 +173,18 @@ def _load_weights(w_ptrs, w_scale_ptr, rows, k, K, EVEN: gl.constexpr, mask=None
 
 
 @gluon.jit
-def _ahead(k, STEPS: gl.constexpr, K):
-    """Where these many steps after k begin; past the end, the last one again, whose weights are near."""
-    return gl.minimum(k + STEPS * _STEP, (gl.cdiv(K, _STEP) - 1) * _STEP)
+def _next_step(k, K):
+    """The one after k; after the last, that one again, whose weights are near."""
+    return gl.minimum(k + _STEP, (gl.cdiv(K, _STEP) - 1) * _STEP)
 
 
 @gluon.jit
-def _multiply(acc, words, scale, x, MMA: gl.constexpr):
-    """acc [ROWS, COLUMNS] + weights [ROWS, STEP] @ x: words [ROWS, STEP / 4], x [STEP / 4, COLUMNS, 4]."""
+def _multiply(acc, pairs, scale, x, MMA: gl.constexpr):
+    """acc [ROWS, COLUMNS] + weights [ROWS, STEP] @ x: pairs of words [ROWS, STEP / 8], x [STEP / 4, COLUMNS, 4]."""
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
+    # As one tensor of registers until here: one of halves would be taken apart and put together wherever it goes.
+    words = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16)).reshape([pairs.shape[0], 2 * pairs.shape[1]])
+    words = gl.convert_layout(words, A, assert_trivial=True)
     dtype: gl.constexpr = x.dtype
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, _WORDS)
     numbers = four_numbers(words, dtype)
@@ -203,7 +208,7 @@ def _rescaled(acc, scale, dtype: gl.constexpr):
 @gluon.jit(do_not_specialize=["max_tiles"])
 def _grouped_gemm_fp4_few_kernel(
     x_ptr,  # (S, K)
-    w_ptr,  # (E, N, K / 4) int16
+    w_ptr,  # (E, N, K / 8) int32
     w_scale_ptr,  # (E, N, K / 32) fp32 | e8m0 as uint8, or (E, N, K / 256) as int64
     bias_ptr,  # (E, N), or None
     y_ptr,  # (S, N)
@@ -220,8 +225,8 @@ def _grouped_gemm_fp4_few_kernel(
     EVEN: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
-    SCALES: gl.constexpr = _scale_layout(BLOCK_N, A).type.layout
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS // 2)
+    SCALES: gl.constexpr = _scale_layout(BLOCK_N, MMA).type.layout
     expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, gl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
@@ -229,19 +234,17 @@ def _grouped_gemm_fp4_few_kernel(
     # Rows and weight rows past the last are the last again, and their products are not stored.
     offs_n = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A)), N - 1)
     w_ptrs = w_ptr + expert * stride_we + gl.expand_dims(offs_n.to(gl.int64) * stride_wn, 1)
-    w_ptrs += gl.expand_dims(gl.arange(0, _STEP // 4, gl.SliceLayout(0, A)), 0)
+    w_ptrs += gl.expand_dims(gl.arange(0, _STEP // 8, gl.SliceLayout(0, A)), 0)
     scale_rows = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), N - 1) + expert * N
     k_of_x, row_of_x = _x_columns(BLOCK_M, x_ptr.dtype.element_ty, MMA)
     x_ptrs = x_ptr + gl.minimum(row + row_of_x, row_end - 1).to(gl.int64) * stride_xm + k_of_x
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
     words, scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, 0, K, EVEN)
-    next_words, next_scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(0, 1, K), K, EVEN)
     for k in range(0, K, _STEP):
         x = _load_x(x_ptrs, k_of_x, k, K, EVEN)
-        last_words, last_scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _ahead(k, 2, K), K, EVEN)
+        next_words, next_scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _next_step(k, K), K, EVEN)
         acc = _multiply(acc, words, scale, x, MMA)
         words, scale = next_words, next_scale
-        next_words, next_scale = last_words, last_scale
     acc = _rescaled(acc, scale, x_ptr.dtype.element_ty)
     offs_n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     offs_m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))
@@ -263,7 +266,7 @@ def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
     """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes."""
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
-    words = w.view(torch.int16)
+    words = w.view(torch.int32)
     sizes = (N, K, x.stride(0), words.stride(0), words.stride(1))
     launch(
         _grouped_gemm_fp4_few_kernel,
