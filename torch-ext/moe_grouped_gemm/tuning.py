@@ -253,7 +253,8 @@ FP8_DGRAD = Tables(
 
 FP4 = Tables(
     hopper=[
-        UpTo(10, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4, USE_TMA=True)),
+        UpTo(4, _gemm(BLOCK_M=8, BLOCK_N=64, BLOCK_K=256, num_warps=2, num_stages=1)),
+        UpTo(10, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, num_warps=2, num_stages=1)),
         UpTo(50, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3, USE_TMA=True)),
         UpTo(
             math.inf,

@@ -16,6 +16,8 @@ from .launch import cdiv, launch
 from .tiles import locate_tile
 
 _GROUP = gl.constexpr(32)
+STEP = 256  # columns: four threads in a row of mma, a group each, twice
+_STEP = gl.constexpr(STEP)
 _WORDS = gl.constexpr(8)  # of a group: four codes in 16 bits
 # Weights in bf16 with exponents for scales are this much too small until the end, see `_as_factors`.
 TOO_SMALL = gl.constexpr(2.0**-32)
@@ -101,20 +103,21 @@ def scaled(numbers, factor):
 
 
 @gluon.jit
-def _scale_layout(ROWS: gl.constexpr, STEP: gl.constexpr, A: gl.constexpr):
+def _scale_layout(ROWS: gl.constexpr, MMA: gl.constexpr):
     """A tensor [ROWS, groups of a step] laid out so that a thread has the scales of its words."""
-    like = gl.zeros((ROWS, STEP // 4), gl.int16, A).reshape([ROWS, STEP // _GROUP, _WORDS])
-    return gl.zeros((ROWS, STEP // _GROUP), gl.int32, gl.SliceLayout(2, like.type.layout))
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
+    like = gl.zeros((ROWS, _STEP // 4), gl.int16, A).reshape([ROWS, _STEP // _GROUP, _WORDS])
+    return gl.zeros((ROWS, _STEP // _GROUP), gl.int32, gl.SliceLayout(2, like.type.layout))
 
 
 @gluon.jit
-def _x_columns(COLUMNS: gl.constexpr, STEP: gl.constexpr, dtype: gl.constexpr, MMA: gl.constexpr):
+def _x_columns(COLUMNS: gl.constexpr, dtype: gl.constexpr, MMA: gl.constexpr):
     """Where x is loaded: columns of K [STEP / 4, 1, 4] and rows [1, COLUMNS, 1], each thread what it multiplies."""
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, _WORDS)
-    one = gl.zeros((STEP // 4, COLUMNS), dtype, B)
+    one = gl.zeros((_STEP // 4, COLUMNS), dtype, B)
     two = gl.join(one, one)
-    LAYOUT: gl.constexpr = gl.join(two, two).reshape([STEP // 4, COLUMNS, 4]).type.layout
-    word = gl.arange(0, STEP // 4, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    LAYOUT: gl.constexpr = gl.join(two, two).reshape([_STEP // 4, COLUMNS, 4]).type.layout
+    word = gl.arange(0, _STEP // 4, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
     row = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     nibble = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     k = gl.expand_dims(gl.expand_dims(word, 1), 2) * 4 + gl.expand_dims(gl.expand_dims(nibble, 0), 1)
@@ -127,30 +130,61 @@ def _load_x(x_ptrs, k_of_x, k, K, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _load_step(w_ptrs, scale_row_ptrs, k, K, STEP: gl.constexpr, EVEN: gl.constexpr, mask=None):
-    """Words [ROWS, STEP / 4] and scales [ROWS, groups of a step], from column k on. EVEN: K is a multiple of STEP.
-
-    mask: rows that are read.
-    """
-    A: gl.constexpr = w_ptrs.type.layout
-    SCALES: gl.constexpr = scale_row_ptrs.type.layout
-    GROUPS: gl.constexpr = gl.SliceLayout(0, SCALES.parent)
-    groups = k // _GROUP + gl.arange(0, STEP // _GROUP, GROUPS)
+def _load_words(w_ptrs, k, K, EVEN: gl.constexpr, mask=None):
+    """Pairs [ROWS, STEP / 8] from column k on; past the last one zero. mask: rows that are read."""
     if EVEN and mask is None:
-        words = gl.load(w_ptrs + k // 4)
+        return gl.load(w_ptrs + k // 8)
     elif EVEN:
-        words = gl.load(w_ptrs + k // 4, mask=mask, other=0)
+        return gl.load(w_ptrs + k // 8, mask=mask, other=0)
     else:
-        # Codes past the last column are zero, whatever scale they get.
-        groups = gl.minimum(groups, K // _GROUP - 1)
-        there = gl.expand_dims(gl.arange(0, STEP // 4, gl.SliceLayout(0, A)) < (K - k) // 4, 0)
-        words = gl.load(w_ptrs + k // 4, mask=there if mask is None else there & mask, other=0)
-    return words, gl.load(gl.expand_dims(scale_row_ptrs, 1) + gl.expand_dims(groups, 0))
+        offs_w = gl.arange(0, _STEP // 8, gl.SliceLayout(0, w_ptrs.type.layout))
+        there = gl.expand_dims(offs_w < (K - k) // 8, 0)
+        return gl.load(w_ptrs + k // 8, mask=there if mask is None else there & mask, other=0)
 
 
 @gluon.jit
-def _multiply(acc, words, scale, x, MMA: gl.constexpr):
-    """acc [ROWS, COLUMNS] + weights [ROWS, STEP] @ x: words [ROWS, STEP / 4], x [STEP / 4, COLUMNS, 4]."""
+def _load_scales(w_scale_ptr, rows, k, K):
+    """[ROWS, STEP / 32] of these rows of all experts, int64, from column k on; past the last one another's.
+
+    Four threads share a row. Exponents come as int64, eight at a time and to all four, and each takes its own two.
+    """
+    GROUPS: gl.constexpr = _STEP // _GROUP
+    SCALES: gl.constexpr = rows.type.layout.parent
+    ROWS: gl.constexpr = rows.shape[0]
+    if w_scale_ptr.dtype.element_ty == gl.int64:
+        like = gl.zeros((ROWS, GROUPS), gl.int32, SCALES).reshape([ROWS, 2, 4])
+        FOURS: gl.constexpr = gl.SliceLayout(2, like.type.layout)
+        rows = gl.convert_layout(rows, gl.SliceLayout(1, FOURS), assert_trivial=True)
+        eights = gl.expand_dims(gl.load(w_scale_ptr + rows * (K // _STEP) + k // _STEP), 1)
+        half = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, FOURS)), 0)
+        fours = gl.where(half == 0, eights.to(gl.int32), (eights >> 32).to(gl.int32))
+        place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, like.type.layout)))
+        scales = gl.expand_dims(fours, 2) >> (8 * gl.expand_dims(gl.expand_dims(place, 0), 0))
+        return gl.convert_layout(scales.reshape([ROWS, GROUPS]), SCALES, assert_trivial=True).to(gl.uint8)
+    else:
+        groups = gl.minimum(k // _GROUP + gl.arange(0, GROUPS, gl.SliceLayout(0, SCALES)), K // _GROUP - 1)
+        return gl.load(w_scale_ptr + gl.expand_dims(rows * (K // _GROUP), 1) + gl.expand_dims(groups, 0))
+
+
+@gluon.jit
+def _load_weights(w_ptrs, w_scale_ptr, rows, k, K, EVEN: gl.constexpr, mask=None):
+    """What `_multiply` takes of weights, from column k on."""
+    return _load_words(w_ptrs, k, K, EVEN, mask), _load_scales(w_scale_ptr, rows, k, K)
+
+
+@gluon.jit
+def _next_step(k, K):
+    """The one after k; after the last, that one again, whose weights are near."""
+    return gl.minimum(k + _STEP, (gl.cdiv(K, _STEP) - 1) * _STEP)
+
+
+@gluon.jit
+def _multiply(acc, pairs, scale, x, MMA: gl.constexpr):
+    """acc [ROWS, COLUMNS] + weights [ROWS, STEP] @ x: pairs of words [ROWS, STEP / 8], x [STEP / 4, COLUMNS, 4]."""
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
+    # As one tensor of registers until here: one of halves would be taken apart and put together wherever it goes.
+    words = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16)).reshape([pairs.shape[0], 2 * pairs.shape[1]])
+    words = gl.convert_layout(words, A, assert_trivial=True)
     dtype: gl.constexpr = x.dtype
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, _WORDS)
     numbers = four_numbers(words, dtype)
@@ -174,8 +208,8 @@ def _rescaled(acc, scale, dtype: gl.constexpr):
 @gluon.jit(do_not_specialize=["max_tiles"])
 def _grouped_gemm_fp4_few_kernel(
     x_ptr,  # (S, K)
-    w_ptr,  # (E, N, K / 4) int16
-    w_scale_ptr,  # (E, N, K / 32) fp32 | e8m0 as uint8
+    w_ptr,  # (E, N, K / 8) int32
+    w_scale_ptr,  # (E, N, K / 32) fp32 | e8m0 as uint8, or (E, N, K / 256) as int64
     bias_ptr,  # (E, N), or None
     y_ptr,  # (S, N)
     schedule_ptr,  # (5, max_tiles) int32
@@ -187,13 +221,12 @@ def _grouped_gemm_fp4_few_kernel(
     stride_wn,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STEP: gl.constexpr,
     GROUP_M: gl.constexpr,
     EVEN: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS)
-    SCALES: gl.constexpr = _scale_layout(BLOCK_N, STEP, A).type.layout
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, _WORDS // 2)
+    SCALES: gl.constexpr = _scale_layout(BLOCK_N, MMA).type.layout
     expert, _, row, row_end, tile_n = locate_tile(schedule_ptr, max_tiles, gl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
     if expert < 0:
         return
@@ -201,20 +234,18 @@ def _grouped_gemm_fp4_few_kernel(
     # Rows and weight rows past the last are the last again, and their products are not stored.
     offs_n = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A)), N - 1)
     w_ptrs = w_ptr + expert * stride_we + gl.expand_dims(offs_n.to(gl.int64) * stride_wn, 1)
-    w_ptrs += gl.expand_dims(gl.arange(0, STEP // 4, gl.SliceLayout(0, A)), 0)
-    scale_rows = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), N - 1)
-    scale_ptrs = w_scale_ptr + (expert * N + scale_rows) * (K // _GROUP)
-    k_of_x, row_of_x = _x_columns(BLOCK_M, STEP, x_ptr.dtype.element_ty, MMA)
+    w_ptrs += gl.expand_dims(gl.arange(0, _STEP // 8, gl.SliceLayout(0, A)), 0)
+    scale_rows = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), N - 1) + expert * N
+    k_of_x, row_of_x = _x_columns(BLOCK_M, x_ptr.dtype.element_ty, MMA)
     x_ptrs = x_ptr + gl.minimum(row + row_of_x, row_end - 1).to(gl.int64) * stride_xm + k_of_x
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    words, scale = _load_step(w_ptrs, scale_ptrs, 0, K, STEP, EVEN)
-    for k in range(STEP, K, STEP):
-        x = _load_x(x_ptrs, k_of_x, k - STEP, K, EVEN)
-        next_words, next_scale = _load_step(w_ptrs, scale_ptrs, k, K, STEP, EVEN)
+    words, scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, 0, K, EVEN)
+    for k in range(0, K, _STEP):
+        x = _load_x(x_ptrs, k_of_x, k, K, EVEN)
+        next_words, next_scale = _load_weights(w_ptrs, w_scale_ptr, scale_rows, _next_step(k, K), K, EVEN)
         acc = _multiply(acc, words, scale, x, MMA)
         words, scale = next_words, next_scale
-    x = _load_x(x_ptrs, k_of_x, (gl.cdiv(K, STEP) - 1) * STEP, K, EVEN)
-    acc = _rescaled(_multiply(acc, words, scale, x, MMA), scale, x.dtype)
+    acc = _rescaled(acc, scale, x_ptr.dtype.element_ty)
     offs_n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     offs_m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))
     if bias_ptr is not None:
@@ -225,18 +256,24 @@ def _grouped_gemm_fp4_few_kernel(
     gl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def eights(w_scale, K):
+    """Exponents as int64, if each STEP columns have eight and no others."""
+    fits = w_scale.dtype == torch.uint8 and K % STEP == w_scale.data_ptr() % 8 == w_scale.storage_offset() % 8 == 0
+    return w_scale.view(torch.int64) if fits else w_scale
+
+
 def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
-    """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes. BLOCK_K: 128 or 256."""
+    """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes."""
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
-    words = w.view(torch.int16)
+    words = w.view(torch.int32)
     sizes = (N, K, x.stride(0), words.stride(0), words.stride(1))
     launch(
         _grouped_gemm_fp4_few_kernel,
         (tiles * cdiv(N, config.BLOCK_N), 1, 1),
-        (x, words, w_scale, bias, y, schedule),
+        (x, words, eights(w_scale, K), bias, y, schedule),
         (tiles,),
-        (*sizes, config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M, K % config.BLOCK_K == 0),
+        (*sizes, config.BLOCK_M, config.BLOCK_N, config.GROUP_M, K % STEP == 0),
         num_warps=config.num_warps,
     )
     return y
