@@ -37,7 +37,7 @@ def dequantized(codes, scale):
     return (blocks * scale.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
 
 
-def dequantize_and_grouped_mm(x, index, top_k_weights, codes, scales):
+def dequantize_and_grouped_mm(x, index, top_k_weights, codes, scales, dequantized=dequantized):
     """The layer by torch alone, for one token and more."""
     slots = index.flatten()
     order = slots.argsort(stable=True)

@@ -78,7 +78,7 @@ DECODE_FP8 = ExpertsConfig(
 # A tile of the first has these rows of gate and of up, one of the second these for each warp, which has a slot.
 DECODE_FP4 = ExpertsConfig(
     gate_up=DecodeConfig(BLOCK_N=32, BLOCK_K=256, num_warps=2),
-    down=DecodeConfig(BLOCK_N=16, BLOCK_K=256, num_warps=8),
+    down=DecodeConfig(BLOCK_N=32, BLOCK_K=256, num_warps=4),
 )
 
 # --- gate_up, grouped_gemm --------------------------------------------------------------------------------------------
@@ -253,9 +253,7 @@ FP8_DGRAD = Tables(
 
 FP4 = Tables(
     hopper=[
-        UpTo(4, _gemm(BLOCK_M=8, BLOCK_N=64, BLOCK_K=256, num_warps=2, num_stages=1)),
-        UpTo(10, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, num_warps=2, num_stages=1)),
-        UpTo(50, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3, USE_TMA=True)),
+        UpTo(12, _gemm(BLOCK_M=8, BLOCK_N=64, BLOCK_K=64, num_warps=2, num_stages=3)),
         UpTo(
             math.inf,
             _gemm(

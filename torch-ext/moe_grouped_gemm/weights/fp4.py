@@ -17,7 +17,7 @@ from .quantize_fp4 import dequantize  # noqa: F401, an answer
 
 BLOCK_SIZE = (1, quantize_fp4.GROUP)
 
-FEW_ROWS = 16  # of a tile: what the kernels for registers hold
+FEW_ROWS = 8  # of a tile: what kernels/fp4_registers.py multiplies at the speed of memory
 _DEFAULT_BLOCK_SIZE = (128, 128)  # of the argument: nothing was said
 
 
