@@ -3,10 +3,10 @@
 
     python benchmarks/fp4.py        # on a GPU: the table, and docs/measurements/<gpu>-fp4.json
 
-Weights in the three precisions take 40 GB, torch's dequantised copies 23 GB. Roof of a case: max(FLOPs / sustained bf16
-rate, bytes of the distinct experts hit / read bandwidth), 4.25 bits a weight, both measured in the same run. Results are
-checked before anything is timed. Steps of training, at 4096 tokens, have frozen weights: gradients of the hidden states,
-and with adapters (r = 16 on both weights) those of the adapters.
+Weights in the three precisions take 40 GB, torch's dequantised copies 23 GB. Roof of a case: max(FLOPs / sustained
+bf16 rate, bytes of the distinct experts hit / read bandwidth), 4.25 bits a weight, both measured in the same run.
+Results are checked before anything is timed. Steps of training, at 4096 tokens, have frozen weights: gradients of the
+hidden states, and with adapters (r = 16 on both weights) those of the adapters.
 """
 
 from __future__ import annotations
