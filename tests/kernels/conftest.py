@@ -42,7 +42,7 @@ def with_tiles(kernel, monkeypatch, config, kinds=6):
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
     if INTERPRETED:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+        enter_no_device(monkeypatch)
     return ByKind(ops, kinds)
 
 
@@ -54,6 +54,13 @@ def tuning(kernel, monkeypatch, tmp_path):
     module.experts_table.cache_clear()
     yield module
     module.experts_table.cache_clear()
+
+
+def enter_no_device(monkeypatch):
+    """Where there is none. Not on a GPU: Triton keeps the functions that it finds when it first launches a kernel."""
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+        monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
 
 
 @pytest.fixture
@@ -69,8 +76,7 @@ def whole(kernel, monkeypatch):
     names |= {"blocks": "experts.blocks", "weights": "weights"}
     modules = {name: import_module(f"{kernel.__name__}.{path}") for name, path in names.items()}
     gpu = modules["gpu"]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    enter_no_device(monkeypatch)
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     if INTERPRETED:  # Gluon has no interpreter
         for weights in (modules["fp8"], modules["fp4"]):
