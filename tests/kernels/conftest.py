@@ -1,14 +1,12 @@
 """Launchers in small tiles, on a GPU or under the interpreter; tuned configurations in a folder of the test's."""
 
-from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from flat import ByKind
-from interpreted import INTERPRETED
+from interpreted import INTERPRETED, enter_no_device
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +52,6 @@ def tuning(kernel, monkeypatch, tmp_path):
     module.experts_table.cache_clear()
     yield module
     module.experts_table.cache_clear()
-
-
-def enter_no_device(monkeypatch):
-    """Where there is none. Not on a GPU: Triton keeps the functions that it finds when it first launches a kernel."""
-    if INTERPRETED:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-        monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
 
 
 @pytest.fixture

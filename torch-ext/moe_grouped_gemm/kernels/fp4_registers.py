@@ -257,7 +257,7 @@ def _grouped_gemm_fp4_few_kernel(
 
 
 def in_registers(w, w_scale, K):
-    """Codes and scales as these kernels load them: exponents as int64, if each STEP columns have eight and no others."""
+    """Codes and scales as these kernels load them: exponents as int64, where that many belong to each STEP columns."""
     exponents = w_scale.dtype != torch.float32
     if exponents and K % STEP == w_scale.data_ptr() % 8 == w_scale.storage_offset() % 8 == 0:
         return w.view(torch.int32), w_scale.view(torch.int64)
