@@ -6,9 +6,8 @@ Activations keep their dtype. Codes are turned into weights of that dtype, round
 from __future__ import annotations
 
 from .. import gpu, tuning
-from ..checks import shape
 from . import dense, quantize_fp4
-from .frozen import check_frozen
+from .frozen import check_codes, check_frozen, check_scale
 from .layout import as_readable, by_rows, contiguous, tma_can_read
 from .projection import Plan
 from .quantize_fp4 import dequantize  # noqa: F401, an answer
@@ -26,13 +25,20 @@ def check(hidden_states, gate_up, down, block_size):
 
 
 def check_scales(gate_up, down, gated):
-    for name, projection in {"gate_up_proj": gate_up, "down_proj": down}.items():
-        experts, N, K = projection.shape
-        if K % quantize_fp4.GROUP:
-            raise ValueError(f"{name}: expected columns in groups of {quantize_fp4.GROUP} in 4 bits, got {K}")
-        expected = (experts, N, K // quantize_fp4.GROUP)
-        if projection.scale.shape != expected:
-            raise ValueError(f"{name}_scale: expected {expected} to fit {name}, got {shape(projection.scale)}")
+    _check_scale("gate_up_proj", gate_up)
+    _check_scale("down_proj", down)
+
+
+def check_one(projection, x):
+    check_codes("weight", projection, "x", x.device, quantize_fp4.DTYPES, quantize_fp4.SCALES)
+    _check_scale("weight", projection)
+
+
+def _check_scale(name, projection):
+    experts, N, K = projection.shape
+    if K % quantize_fp4.GROUP:
+        raise ValueError(f"{name}: expected columns in groups of {quantize_fp4.GROUP} in 4 bits, got {K}")
+    check_scale(name, projection, (experts, N, K // quantize_fp4.GROUP))
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
