@@ -37,7 +37,7 @@ def with_tiles(kernel, monkeypatch, config, kinds=6):
     names = ("experts.ops", "weights.dense", "gpu", "tuning")
     ops, dense, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in names)
     monkeypatch.setattr(dense, "_experts_config", lambda *args: tuning.ExpertsConfig(config, config))
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
     if INTERPRETED:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own

@@ -266,7 +266,7 @@ def whole(kernel, monkeypatch):
     gpu, fp8 = modules["gpu"], modules["fp8"]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     if INTERPRETED:  # Gluon has no interpreter
         monkeypatch.setattr(fp8, "_can_specialize", lambda *_: False)
         monkeypatch.setattr(fp8.tuning, "is_decode", lambda *_: False)
@@ -288,10 +288,10 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
 
 
 @on_triton
-@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
+@pytest.mark.parametrize("as_gpu", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[:4])
-def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, capability):
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: capability)
+def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, as_gpu):
+    monkeypatch.setattr(whole.gpu, "traits", lambda device: whole.gpu.TRAITS[as_gpu])
     args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
     top_k_weights[(index < 0) | (index >= experts)] = float("nan")

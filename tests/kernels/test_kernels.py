@@ -236,7 +236,7 @@ def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, int
     names = ("experts.forward", "weights", "weights.dense", "gpu")
     forward, weights, dense, gpu = (import_module(f"{kernel.__name__}.{name}") for name in names)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     readable = dense.as_readable  # Gluon has no interpreter
     monkeypatch.setattr(dense, "as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
     monkeypatch.setattr(gpu, "device_name", lambda device: "")

@@ -88,7 +88,8 @@ def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group,
 def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dtype):
     module = import_module(f"{kernel.__name__}.router")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: (9, 0))
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
     x = decided(x, weight, bias, 6, 4, 2)
     args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)

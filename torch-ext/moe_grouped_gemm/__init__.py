@@ -9,6 +9,7 @@ from .integration.status import status
 from .layers import register
 from .router import topk_router
 from .routing import Routing
+from .tuner import tune
 from .weights.quantize import quantize_fp8
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "route",
     "status",
     "topk_router",
+    "tune",
 ]

@@ -81,7 +81,7 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
     """Kernels that apply the gate take halves of rows; of the specialized ones, those that dequantise have no gate."""
     device = down.weight.device.index
-    quantized = quantize_activations and not gate.interleaved and _multiplies_fp8(device)
+    quantized = quantize_activations and not gate.interleaved and gpu.traits(device).has_fp8
     experts, _, inter = down.weight.shape
     up_config, down_config = _experts_config(slots, experts, FP8 if quantized else dtype, device)
     specialized = down_config.WARP_SPECIALIZED and all(_can_specialize(p.weight) for p in (gate_up, down))
@@ -94,7 +94,7 @@ def plan(slots, gate_up, down, gate, dtype, quantize_activations):
 
 
 def _experts_config(rows, experts, dtype, device):
-    return tuning.fp8_config(rows, experts, dtype, gpu.capability(device))
+    return tuning.fp8_config(rows, experts, dtype, gpu.traits(device))
 
 
 def first_gemm(x, gate_up, rows, gate, plan, z=None):
@@ -125,7 +125,7 @@ def second_gemm(a, down, rows, plan):
 def row_config(rows, weight, dtype, transposed=False):
     device = weight.device.index
     if transposed:
-        return tuning.FP8_DGRAD.of(dtype, gpu.capability(device))
+        return tuning.FP8_DGRAD.of(dtype, gpu.traits(device))
     return _experts_config(rows, weight.shape[0], dtype, device).down
 
 
@@ -158,15 +158,10 @@ def _transposed_gemm(x, weight, scale, schedule, config, shift):
     return kernels.dgrad_fp8(x.contiguous(), weight, scale, schedule, gpu.input_precision(x.dtype), config, shift)
 
 
-def _multiplies_fp8(device: int) -> bool:
-    """Whether the GPU knows float8_e4m3fn, and its tensor cores multiply it: NVIDIA's from Ada and Hopper on."""
-    return torch.version.hip is None and gpu.capability(device) >= (8, 9)
-
-
 def _as_bits(projection):
     """What the kernels read: bytes in place of a type that Triton, or this GPU, does not know; contiguous scales."""
     weight, scale = projection.weight, projection.scale
-    if not _multiplies_fp8(weight.device.index):
+    if not gpu.traits(weight.device.index).has_fp8:
         weight = weight.view(torch.uint8)
     if scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)
