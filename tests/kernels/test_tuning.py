@@ -4,23 +4,26 @@ import json
 import math
 import os
 import re
-import sys
 from importlib import import_module
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kernels import get_kernel
 
-from suite import ROOT
+from suite import REPO_ID, ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import tune  # noqa: E402
-
-TRAITS = tune.launch_configs.TRAITS
 SHAPE = (8, 64, 32)  # E, H, I
+TRAITS = import_module(f"{get_kernel(REPO_ID, version=1).__name__}.launch_configs").TRAITS
 BF16, SM90, GPU = torch.bfloat16, TRAITS["sm_90"], "NVIDIA Test/GPU"
 SHIPPED = sorted((ROOT / "torch-ext/moe_grouped_gemm/configs").glob("*.json"))
+
+
+@pytest.fixture
+def files(kernel):
+    return import_module(f"{kernel.__name__}.tuned_files")
 
 
 def entry(rows, block_m=64, **changes):
@@ -47,8 +50,8 @@ def content(*entries):
     return {"tuned_with": {"triton": "3.6.0"}, "entries": list(entries)}
 
 
-def put(tuning, text):
-    path = tuning.config_path(SHAPE, BF16, GPU)
+def put(tuning, text, dtype=BF16, folder=None):
+    path = tuning.config_path(folder or tuning.folders()[-1], SHAPE, dtype, GPU)
     path.write_text(text if isinstance(text, str) else json.dumps(text))
     return path
 
@@ -172,33 +175,58 @@ def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
     gpu.device_name.cache_clear()
 
 
-def test_what_can_work_is_accepted(tuning):
+def test_what_can_work_is_accepted(kernel, tuning):
     """The warp-specialized tile in a file, and every heuristic as if it were in one."""
     put(tuning, content(specialized()))
     assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
+    fault_of = import_module(f"{kernel.__name__}.launch_configs").fault_of
     for dtype, traits in product((BF16, torch.float32), TRAITS.values()):
         for _, (up, down) in tuning.EXPERTS.of(dtype, traits):
-            assert not tune.launch_configs.fault_of("gate_up", up, dtype, traits)
-            assert not tune.launch_configs.fault_of("down", down, dtype, traits)
+            assert not fault_of("gate_up", up, dtype, traits)
+            assert not fault_of("down", down, dtype, traits)
 
 
 @pytest.mark.parametrize("dtype, gpu", [(torch.float32, "sm_90"), (BF16, "sm_80"), (BF16, "sm_100")], ids=str)
 def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, gpu):
-    tuning.config_path(SHAPE, dtype, GPU).write_text(json.dumps(content(specialized())))
+    put(tuning, content(specialized()), dtype)
     with pytest.warns(UserWarning, match="USE_TMA|WARP_SPECIALIZED"):
         found = tuning.experts_config(64, SHAPE, dtype, TRAITS[gpu], GPU)
     assert found == tuning.experts_config(64, SHAPE, dtype, TRAITS[gpu], "")
 
 
-def test_writing_is_atomic(tuning, monkeypatch, tmp_path):
-    path = tuning.config_path(SHAPE, BF16, GPU)
-    tune.write(path, {"triton": "3.6.0"}, [entry(1024), entry(64)], BF16, SM90)
-    assert [rows for rows, _ in tuning.read_configs(path, BF16, SM90)] == [64, 1024]
+def test_writing_is_atomic(tuning, files, monkeypatch, tmp_path):
+    path = tuning.config_path(tmp_path, SHAPE, BF16, GPU)
+    files.write_configs(path, {"triton": "3.6.0"}, [entry(1024), entry(64)], BF16, SM90)
+    assert [rows for rows, _ in files.read_configs(path, BF16, SM90)] == [64, 1024]
     before = path.read_text()
     assert len(before.splitlines()) == 7  # an entry a line
     with pytest.raises(ValueError, match="share BLOCK_M"):
-        tune.write(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)], BF16, SM90)
+        files.write_configs(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)], BF16, SM90)
+
+    def full(self, text, encoding):
+        self.write_bytes(b"{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_configs(path, {"triton": "3.6.0"}, [entry(64)], BF16, SM90)
     assert path.read_text() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_of_the_users_comes_first(tuning, monkeypatch, tmp_path):
+    put(tuning, content(entry(64, GROUP_M=1)))
+    monkeypatch.setenv("MOE_GROUPED_GEMM_CONFIGS", str(tmp_path / "mine"))
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up.GROUP_M == 1  # there is none
+    (tmp_path / "mine").mkdir()
+    path = put(tuning, content(entry(64, GROUP_M=2)), folder=tmp_path / "mine")
+    tuning.experts_table.cache_clear()
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up.GROUP_M == 2
+    # It is trusted no more than what ships.
+    path.write_text("[" * 10**6)
+    tuning.experts_table.cache_clear()
+    with pytest.warns(UserWarning, match="mine.*nested too deeply.*Heuristic"):
+        found = tuning.experts_config(64, SHAPE, BF16, SM90, GPU)
+    assert found == tuning.heuristic_config(64, SHAPE[0], BF16, SM90)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -207,9 +235,10 @@ def test_shipped_files(kernel, path):
     module = import_module(f"{kernel.__name__}.tuned_files")
     sizes = dict(part.split("=") for part in path.stem.split(","))
     shape = [int(sizes[letter]) for letter in "EHI"]
-    assert module.config_path(shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name
-    assert set(json.loads(path.read_text())["tuned_with"]) == {"compute_capability", "torch", "triton", "commit"}
-    capability = json.loads(path.read_text())["tuned_with"]["compute_capability"]
+    assert module.config_path(path.parent, shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name
+    origin = json.loads(path.read_text())["tuned_with"]
+    assert {"compute_capability", "torch", "triton"} < set(origin)
+    capability = origin["compute_capability"]
     traits = TRAITS[f"sm_{capability.replace('.', '')}"]
     assert len(module.read_configs(path, getattr(torch, sizes["dtype"]), traits)) > 5
 

@@ -124,9 +124,10 @@ EXPERTS = Tables(
         _layer(50, (64, 64), gate_up=(64, 64, 8, 3), down=(128, 64, 4, 3)),
         _layer(math.inf, (128, 64), gate_up=(64, 64, 8, 3), down=(128, 64, 8, 3)),
     ],
+    # Low tiles by plain loads: with TMA the assembler puts some registers aside.
     small_tma=[
-        _tma_layer(12, (16, 16), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
-        _tma_layer(32, (32, 32), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
+        _layer(12, (16, 16), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
+        _layer(32, (32, 32), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
         _tma_layer(50, (64, 64), gate_up=(64, 64, 8, 3), down=(128, 64, 4, 3)),
         _tma_layer(math.inf, (128, 128), gate_up=(64, 64, 8, 3), down=(128, 64, 8, 3)),
     ],
@@ -142,10 +143,6 @@ EXPERTS = Tables(
 
 # Activations in fp8, on GPUs that multiply it. The gate_up GEMM's BLOCK_N is 128, since its result leaves in fp8; both
 # GEMMs read two tiles of BLOCK_N weight rows. Measured: docs/measurements/NVIDIA-H200-fp8-sweep.txt.
-_FP8_SMALL = [
-    _layer(12, (16, 16), gate_up=(128, 64, 4, 3), down=(128, 64, 4, 3)),
-    _layer(math.inf, (64, 64), gate_up=(128, 64, 8, 3), down=(128, 64, 8, 3)),
-]
 FP8 = Tables(
     fp32=[],
     hopper=[
@@ -160,7 +157,10 @@ FP8 = Tables(
         _tma_layer(math.inf, (128, 128), gate_up=(128, 128, 8, 3), down=(64, 128, 8, 3)),
     ],
     large=[],
-    small=_FP8_SMALL,
+    small=[
+        _layer(12, (16, 16), gate_up=(128, 64, 4, 3), down=(128, 64, 4, 3)),
+        _layer(math.inf, (64, 64), gate_up=(128, 64, 8, 3), down=(128, 64, 8, 3)),
+    ],
     least=[],
 )
 # Activations in another dtype, to which the weights are dequantised. Measured: the same file.

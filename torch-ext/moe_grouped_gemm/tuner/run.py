@@ -17,7 +17,7 @@ from ..launch_configs import Traits
 from ..tuned_files import config_path, read_configs, write_configs
 from .candidates import Layer, candidates, heuristics, ladder
 from .choice import choose
-from .trials import Trials, compile_ahead
+from .trials import Trials, compile_ahead, random_weights
 
 
 def tune(
@@ -77,8 +77,7 @@ def _tune(layer: Layer, tokens: list[int], folder: Path, traits: Traits) -> Path
     if plan:
         print(f"{name}: compiling {sum(map(len, plan.values()))} candidates", flush=True)
         compile_ahead(layer, plan)
-        shapes = ((experts, 2 * inter, hidden_dim), (experts, hidden_dim, inter))
-        weights = [torch.empty(shape, dtype=dtype, device="cuda").normal_(0, 0.02) for shape in shapes]
+        weights = random_weights(layer)
     for t, wanted in plan.items():
         best, us, heuristics_us = choose(Trials(layer, t, *weights), wanted, heuristics(layer, t, traits))
         entries.append({"rows": t * top_k, **best})

@@ -84,6 +84,13 @@ def compile_ahead(layer: Layer, plan: dict[int, list]) -> None:
 # --- checking and timing ----------------------------------------------------------------------------------------------
 
 
+def random_weights(layer: Layer) -> list[torch.Tensor]:
+    """gate_up_proj (E, 2I, H) and down_proj (E, H, I)."""
+    experts, hidden_dim, inter, _, dtype = layer
+    shapes = ((experts, 2 * inter, hidden_dim), (experts, hidden_dim, inter))
+    return [torch.empty(shape, dtype=dtype, device="cuda").normal_(0, 0.02) for shape in shapes]
+
+
 class Trials:
     """One layer at one number of tokens, on the GPU. Small inputs are rotated: their weights should not sit in L2."""
 
