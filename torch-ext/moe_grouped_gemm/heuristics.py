@@ -179,15 +179,15 @@ FP8_WEIGHTS = Tables(
     ],
     large=[
         _layer(12, (16, 16), gate_up=(64, 128, 4, 3), down=(64, 128, 4, 3)),
-        _layer(math.inf, (128, 64), gate_up=(64, 64, 8, 3), down=(64, 64, 8, 3)),
+        _layer(math.inf, (128, 64), gate_up=(64, 32, 8, 4), down=(64, 32, 8, 4)),
     ],
     small=[
         _layer(12, (16, 16), gate_up=(64, 64, 4, 3), down=(64, 64, 4, 3)),
-        _layer(math.inf, (128, 64), gate_up=(64, 64, 8, 3), down=(64, 64, 8, 3)),
+        _layer(math.inf, (128, 64), gate_up=(64, 32, 8, 4), down=(64, 32, 8, 4)),
     ],
     least=[
         _layer(12, (16, 16), gate_up=(64, 64, 4, 2), down=(64, 64, 4, 2)),
-        _layer(math.inf, (64, 64), gate_up=(64, 64, 4, 2), down=(64, 64, 4, 2)),
+        _layer(math.inf, (128, 64), gate_up=(64, 32, 8, 2), down=(64, 32, 8, 2)),
     ],
 )
 
