@@ -175,8 +175,12 @@ class Hungry:
         self.launched.append((args, num_stages, options["num_warps"]))
         return self
 
-    def run(self, num_stages):
-        return (self, (1, 1, 1), (torch.ones(1),), (), (5,)), {"num_warps": 8, "num_stages": num_stages}
+    def warmup(self, *args, grid, **options):
+        self.compiled = options
+
+    def run(self, num_stages, device="cpu"):
+        args = (self, (1, 1, 1), (torch.ones(1, device=device),), (), (5,))
+        return args, {"num_warps": 8, "num_stages": num_stages}
 
 
 def test_what_does_not_fit_runs_with_fewer_stages(launch_module, monkeypatch, recwarn):
@@ -194,6 +198,15 @@ def test_what_does_not_fit_runs_with_fewer_stages(launch_module, monkeypatch, re
     args, options = kernel.run(num_stages=4)
     launch_module.launch(*args, **options)
     assert kernel.launched[0][1] == 4 and not recwarn.list
+
+
+def test_on_meta_nothing_is_launched(launch_module, monkeypatch):
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    kernel = Hungry(300)
+    args, options = kernel.run(4, device="meta")
+    launch_module.launch(*args, **options)
+    assert kernel.compiled == {"enable_fp_fusion": True, "num_warps": 8, "num_stages": 4}
+    assert not kernel.launched and not launch_module._compiled
 
 
 @pytest.mark.parametrize("hunger", [(2000,), (300, "registers")])
