@@ -77,9 +77,17 @@ def has_64_rows(name, config) -> bool:
     return first >= 64 or config.WARP_SPECIALIZED
 
 
-def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inter, has_variants):
-    """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory."""
+def ways(config) -> set:
+    """This configuration, and what weights/ makes of it for tensors that its kernel cannot read."""
+    without = config._replace(WARP_SPECIALIZED=False)
+    return {config, without, without._replace(USE_TMA=False)}
 
+
+def gemm_launches(package, dtype, config, precision, experts, hidden, inter, is_tuned=False):
+    """As `launches`, for both GEMMs of a layer. On "meta", where the weights of a real model take no memory.
+
+    is_tuned: from a file, as it is and for the layout that was tuned.
+    """
     kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
 
     def empty(*shape, dtype=dtype):
@@ -87,14 +95,14 @@ def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inte
 
     x, a, w1, w2 = empty(96, hidden), empty(96, inter), empty(experts, 2 * inter, hidden), empty(experts, hidden, inter)
     slots, schedule = empty(96, dtype=torch.int32), empty(5, 96, dtype=torch.int32)
-    for up in ways(config.gate_up):
+    for up in {config.gate_up} if is_tuned else ways(config.gate_up):
         for z in (None, empty(96, 2 * inter)):
             yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, Gate(), precision, up, z)
-    for down in ways(config.down):
+    for down in {config.down} if is_tuned else ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
         args = (empty(96, hidden), slots, empty(96, dtype=torch.float32))
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, *args)
-    if not has_variants:
+    if is_tuned:
         return
     # Transposed weights, interleaved and not, with biases.
     w1, w2 = empty(experts, hidden, 2 * inter).mT, empty(experts, inter, hidden).mT
@@ -109,7 +117,7 @@ def gemm_launches(package, ways, dtype, config, precision, experts, hidden, inte
             yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, bias=b2)
 
 
-def backward_launches(package, ways, dtype, configs, precisions):
+def backward_launches(package, dtype, configs, precisions):
     """As `launches`, for what only the backward runs."""
 
     kernels, Gate = import_module(f"{package}.kernels"), import_module(f"{package}.reference").Gate
@@ -134,7 +142,6 @@ def fp8_launches(package, traits, precisions):
     """As `launches`, for fp8 weights: as bytes where the target does not know the type."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
-    ways = import_module(f"{package}.launch_configs").ways
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -191,7 +198,6 @@ def lora_launches(package, dtype, traits, precisions):
     """As `launches`, for an adapter's products and what lies between them."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
-    ways = import_module(f"{package}.launch_configs").ways
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -221,7 +227,6 @@ def launches(package, gpu):
     """(dtype, config, launch) for all that can be launched on this GPU of TRAITS."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
-    ways = import_module(f"{package}.launch_configs").ways
     for ids in (torch.int32, torch.int64):
         for tokens in (1, 1000):  # counted in place, and by a launch of its own
             index = torch.zeros(tokens, 6, dtype=ids)
@@ -249,11 +254,9 @@ def launches(package, gpu):
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)
         for (_, config), precision in product(tuning.EXPERTS.of(dtype, traits), precisions):
-            sizes = (EXPERTS, HIDDEN, INTER)
-            yield from gemm_launches(package, ways, dtype, config, precision, *sizes, dtype != torch.float16)
-        yield from backward_launches(package, ways, dtype, tuning.WGRAD.of(dtype, traits), precisions)
-        if dtype != torch.float16:
-            yield from lora_launches(package, dtype, traits, precisions)
+            yield from gemm_launches(package, dtype, config, precision, EXPERTS, HIDDEN, INTER)
+        yield from backward_launches(package, dtype, tuning.WGRAD.of(dtype, traits), precisions)
+        yield from lora_launches(package, dtype, traits, precisions)
         for _, config in tuning.ROUTER.of(dtype, traits):
             yield dtype, config, partial(kernels.router_logits, x, torch.empty(256, HIDDEN, dtype=dtype), config)
     precisions = {dtype: ("ieee",) for dtype in (FP8, *DTYPES)}
@@ -279,7 +282,7 @@ def tuned_launches(package, gpu):
         dtype, shape = getattr(torch, sizes["dtype"]), [int(sizes[letter]) for letter in "EHI"]
         configs = tuned_files.read_configs(path, dtype, import_module(f"{package}.launch_configs").TRAITS[gpu])
         for config in dict.fromkeys(config for _, config in configs):
-            yield from gemm_launches(package, lambda config: {config}, dtype, config, "ieee", *shape, False)
+            yield from gemm_launches(package, dtype, config, "ieee", *shape, is_tuned=True)
 
 
 def one_of_each(launches):

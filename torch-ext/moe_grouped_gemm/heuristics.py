@@ -2,7 +2,7 @@
 
 A table is a list of UpTo, ascending. A tile should hold the rows of nearly every expert, so it is higher than their
 average. There is a table for each kind of GPU, by what it has. Those for Hopper were measured on an H200
-(docs/design.md); the others compile for the GPUs that they are for, without spills, and ran on Hopper alone.
+(docs/design.md); the others compile for the GPUs that they are for, without spills, and have not run there.
 """
 
 from __future__ import annotations

@@ -87,12 +87,6 @@ class ThinConfig(NamedTuple):
     wgrad: GemmConfig
 
 
-def ways(config: GemmConfig) -> set[GemmConfig]:
-    """This configuration, and what weights/ makes of it for tensors that its kernel cannot read."""
-    without = config._replace(WARP_SPECIALIZED=False)
-    return {config, without, without._replace(USE_TMA=False)}
-
-
 def fault_of(kernel: str, config: GemmConfig, dtype: torch.dtype, traits: Traits) -> str | None:
     """Why "gate_up" or "down" cannot run so on a GPU with these traits: a field, and what it must be."""
     if config.WARP_SPECIALIZED:
