@@ -174,7 +174,7 @@ FP8_WEIGHTS = Tables(
         _tma_layer(math.inf, (128, 64), gate_up=(64, 64, 8, 4), down=(64, 64, 8, 4), WARP_SPECIALIZED=True),
     ],
     blackwell=[
-        _tma_layer(10, (16, 16), gate_up=(64, 128, 4, 3), down=(64, 128, 4, 3)),
+        _layer(10, (16, 16), gate_up=(64, 128, 4, 3), down=(64, 128, 4, 3)),
         _tma_layer(math.inf, (128, 64), gate_up=(64, 64, 8, 4), down=(64, 64, 8, 4)),
     ],
     large=[
