@@ -147,7 +147,7 @@ def test_zero_tail(launch, rows, N, dtype):
     ],
 )
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
-    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 32, 4)
+    config = import_module(f"{kernel.__name__}.launch_configs").DecodeConfig(8, 32, 4)
     args = x, index, weights, gate_up_proj, down_proj = layer(
         tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids
     )
@@ -205,7 +205,7 @@ def test_pipeline_of_variants(kernel, launch, config, hidden_dim, inter, variant
     ),
 )
 def test_decode_of_variants(kernel, launch, hidden_dim, inter, variant, blocks):
-    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(*blocks, 4)
+    config = import_module(f"{kernel.__name__}.launch_configs").DecodeConfig(*blocks, 4)
     args, kwargs = variant_of(variant, layer(5, 3, 2, hidden_dim, inter, DTYPES[0], DEVICE, "sentinels"))
     x, index, weights, gate_up_proj, down_proj = args
     weights[(index < 0) | (index >= 3)] = float("nan")

@@ -31,7 +31,7 @@ SMALL_ROUTER_CONFIGS = [(16, 16, 32, 4, 2), (32, 64, 64, 4, 3)]
     ),
 )
 def test_router_logits(kernel, launch, config, tokens, experts, hidden_dim, is_split, x_dtype, weight_dtype):
-    config = import_module(f"{kernel.__name__}.tuning").RouterConfig(*config)
+    config = import_module(f"{kernel.__name__}.launch_configs").RouterConfig(*config)
     x, weight, _ = router(tokens, experts, hidden_dim, x_dtype, weight_dtype, DEVICE)
     partials = launch.router_logits(x, weight, config)
     assert (partials.shape[0] > 1) == is_split
