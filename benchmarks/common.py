@@ -7,16 +7,18 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
 import torch
-import triton
-import triton.language as tl
 from kernels import get_kernel
+from one_line_errors import need_gpu  # noqa: F401
 from torch.utils.benchmark import Timer
 
-from benchmark_moe import WORKLOADS, routed_tokens
+from benchmark import WORKLOADS, routed_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/moe-grouped-gemm"
@@ -117,21 +119,14 @@ def graph_and_eager(name, calls) -> dict[str, float]:
     return {f"{name}_graph_us": graph_time(calls), f"{name}_eager_us": eager_time(calls)}
 
 
-@triton.jit
-def _read_kernel(x_ptr, out_ptr, LOADS: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * LOADS * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(LOADS):
-        acc += tl.load(x_ptr + offs + i * BLOCK)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(acc, axis=0))
-
-
 def read_bandwidth():
     """Bytes per second of a kernel that streams 8 GiB once."""
+    from read_kernel import read_kernel  # Triton, which a CPU need not have
+
     x = torch.randn(2**31, device="cuda")
     programs = x.numel() // (8 * 2048)
     out = torch.empty(programs, device="cuda")
-    us = eager_time([lambda: _read_kernel[(programs,)](x, out, LOADS=8, BLOCK=2048, num_warps=4)])
+    us = eager_time([lambda: read_kernel[(programs,)](x, out, LOADS=8, BLOCK=2048, num_warps=4)])
     return x.numel() * 4 / (us * 1e-6)
 
 
@@ -174,7 +169,11 @@ def gpu_name() -> str:
 
 def header(*modules, **more) -> dict:
     """What every result file begins with; modules: those besides torch and Triton whose versions matter."""
-    versions = {m.__name__: m.__version__ for m in (torch, triton, *modules)}
+    if torch.cuda.is_available():
+        import triton
+
+        modules = (triton, *modules)
+    versions = {m.__name__: m.__version__ for m in (torch, *modules)}
     return {"gpu": gpu_name(), "commit": commit(), "date": date.today().isoformat(), "versions": versions, **more}
 
 

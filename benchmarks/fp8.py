@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from benchmark_moe import WORKLOADS, expert_weights
+from benchmark import WORKLOADS, expert_weights
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 
@@ -37,7 +37,7 @@ def dequantized(codes, scale):
     return (blocks * scale.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
 
 
-def dequantize_and_grouped_mm(x, index, top_k_weights, codes, scales):
+def dequantize_and_grouped_mm(x, index, top_k_weights, codes, scales, dequantized=dequantized):
     """The layer by torch alone, for one token and more."""
     slots = index.flatten()
     order = slots.argsort(stable=True)
@@ -93,6 +93,7 @@ def main() -> None:
     parser = common.argument_parser(__doc__, "docs/measurements/<gpu>-fp8.json")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     args = parser.parse_args()
+    common.need_gpu()
     kernel = common.staged_kernel()
     ceilings = common.measure_ceilings(fp8_flops=fp8_rate, bf16_flops=common.matmul_rate)
     dense = expert_weights(*WORKLOADS["dsv3"][:3], "cuda")

@@ -27,6 +27,7 @@ os.environ["USE_HUB_KERNELS"] = "NO"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import one_line_errors  # noqa: F401
 import torch
 import transformers
 from demo import DEVICE, Clock, moonlight_config, random_model, small_config

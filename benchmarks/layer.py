@@ -1,6 +1,6 @@
 """Times one expert layer, whole, against Transformers' own implementations and against the hardware's roof.
 
-    python benchmarks/benchmark_moe.py     # on a GPU: the table, and benchmarks/results/<gpu>.json
+    python benchmarks/layer.py     # on a GPU: the table, and benchmarks/results/<gpu>.json
 
 Roof of a case: max(FLOPs / sustained matmul rate, bytes of the distinct experts hit / read bandwidth), with both
 ceilings measured in the same run. Results are checked before anything is timed.
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import common
-from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
+from benchmark import WORKLOADS, expert_weights, routed_tokens
 
 SKEWED_TOKENS = 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
@@ -206,6 +206,7 @@ def main() -> None:
     parser = common.argument_parser(__doc__, "benchmarks/results/<gpu>.json")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     args = parser.parse_args()
+    common.need_gpu()
     kernel = common.staged_kernel()
     ceilings = common.measure_ceilings(flops=common.matmul_rate)
     result = common.header(transformers, ceilings=ceilings)
@@ -214,3 +215,7 @@ def main() -> None:
     result["expert_parallel_cases"] = list(expert_parallel_cases(kernel, args.workloads))
     common.write(args.out, result)
     print(args.out)
+
+
+if __name__ == "__main__":
+    main()

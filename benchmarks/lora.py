@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
-from common import argument_parser, header, staged_kernel, stock_module
+from benchmark import WORKLOADS, expert_weights, routed_tokens
+from common import argument_parser, header, need_gpu, staged_kernel, stock_module
 from training import compare, run_cases
 
 CASES = [(name, tokens) for name in ("qwen3-30b", "moonlight") for tokens in (4096, 16384)]
@@ -56,6 +56,7 @@ def run_case(workload, tokens, device="cuda") -> dict:
 
 def main() -> None:
     args = argument_parser(__doc__, "docs/measurements/<gpu>-lora.json").parse_args()
+    need_gpu()
     staged_kernel().register()
     torch.manual_seed(0)
     run_cases(run_case, CASES, header(transformers, peft), args.out)

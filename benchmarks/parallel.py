@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ["USE_HUB_KERNELS"] = "NO"
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))  # which has a generate.py, too
 
+import one_line_errors  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers
@@ -99,10 +100,16 @@ def run_case(model, way: str, length: int, noise: tuple[float, float]) -> dict:
 
 
 def main() -> None:
-    ranks = int(os.environ["WORLD_SIZE"])
-    if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    ranks, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     args = argument_parser(__doc__, f"docs/measurements/{ranks}x-<gpu>-parallel.json").parse_args()
+    if not ranks:
+        raise SystemExit(
+            "no torchrun: torchrun --nproc-per-node 2 benchmarks/parallel.py starts a process for each GPU"
+        )
+    if DEVICE == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise SystemExit(f"{ranks} processes and {torch.cuda.device_count()} GPUs: --nproc-per-node says how many")
+        torch.cuda.set_device(local_rank)
     staged_kernel().register()
     noise, cases = measure_noise(build_model()), []
     for way, plan in plans(ranks).items():

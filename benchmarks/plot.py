@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Draws benchmarks/results/<gpu>.json and, if it is there, <gpu>-generate.json as SVG files beside them.
+"""Draws each result in benchmarks/results as an SVG file beside it.
 
     python benchmarks/plot.py                              # every result
     python benchmarks/plot.py path/to/NVIDIA-H200.json     # one
 
-The same numbers give the same bytes.
+The end of a name says what it is: `-generate` a whole model, `-side-by-side` the layer beside other kernels, otherwise
+the layer beside Transformers. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OURS, STOCK, INK = "#e8762b", "#7d8fa3", "#7f858d"  # all legible on white and on GitHub's dark grey
+LAYERS = {
+    "qwen3-30b": "Qwen3-30B-A3B",
+    "moonlight": "Moonlight-16B-A3B",
+    "glm45-air": "GLM-4.5-Air",
+    "dsv3": "DeepSeek-V3",
+}
+# Of each at least 4.5:1 on white, which the pictures bring along: they are the same on a dark page.
+OURS, STOCK, OTHERS, INK = "#bc4a0e", "#5b6b7d", "#2467ad", "#3d444d"
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -39,7 +47,7 @@ STYLE = {
 
 
 def save(figure, path: Path) -> None:
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     print(path)
 
@@ -47,81 +55,106 @@ def save(figure, path: Path) -> None:
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-def best_stock(case: dict) -> float:
-    """Microseconds of Transformers' fastest."""
-    return min(case[key] for key in case if key.endswith("_us") and not key.startswith(("ours", "roof")))
+def best_stock(case: dict, mode: str = "") -> float:
+    """Microseconds of Transformers' fastest: in a CUDA "graph", "eager", or in either."""
+    return min(case[key] for key in case if key.endswith(f"{mode}_us") and not key.startswith(("ours", "roof")))
 
 
-def plot_roof(result: dict, path: Path) -> None:
-    """Fraction of the roof over T, one panel a workload."""
+def others_of(case: dict, what: str) -> dict[str, float]:
+    """What kernels beside this one and Transformers' reach in a case of a side-by-side result."""
+    return {name: value for name, value in case[what].items() if name not in ("ours", "grouped_mm")}
+
+
+def plot_layer(result: dict, path: Path) -> None:
+    """This kernel and Transformers' fastest."""
     cases = [case for case in result["cases"] if case["routing"] == "uniform"]
-    workloads = list(dict.fromkeys(case["workload"] for case in cases))
-    figure, panels = plt.subplots(1, len(workloads), figsize=(2.45 * len(workloads), 3.1), sharey=True, squeeze=False)
+    lines = {
+        ("this kernel", OURS, "o"): lambda case: case["roof_us"] / min(case["ours_graph_us"], case["ours_eager_us"]),
+        ("Transformers' fastest", STOCK, "s"): lambda case: case["roof_us"] / best_stock(case),
+    }
+    plot_shares(result, cases, lines, path)
+
+
+def plot_side_by_side(result: dict, path: Path) -> None:
+    """This kernel, the best of the others and Transformers' grouped_mm, in the first run of each case."""
+    cases = [case for case in result["cases"] if case["what"] == "bf16 forward" and case.get("run", 1) == 1]
+    lines = {
+        ("this kernel", OURS, "o"): lambda case: case["share"]["ours"],
+        ("best of two to five other kernels", OTHERS, "D"): lambda case: (
+            max(shares) if len(shares := others_of(case, "share").values()) > 1 else None
+        ),
+        ("Transformers' grouped_mm", STOCK, "s"): lambda case: case["share"].get("grouped_mm"),
+    }
+    plot_shares(result, cases, lines, path)
+
+
+def plot_shares(result: dict, cases: list[dict], lines: dict, path: Path) -> None:
+    """Share of the hardware's limit over the number of tokens, one panel a layer.
+
+    lines: (label, color, marker) -> what gives the share of a case, None where it was not timed.
+    """
+    workloads = [name for name in LAYERS if any(case["workload"] == name for case in cases)]
+    figure, panels = plt.subplots(1, len(workloads), figsize=(2.45 * len(workloads), 3.2), sharey=True, squeeze=False)
     for axes, workload in zip(panels[0], workloads):
         points = sorted((case for case in cases if case["workload"] == workload), key=lambda case: case["tokens"])
-        tokens = [case["tokens"] for case in points]
-        ours = [case["roof_us"] / min(case["ours_graph_us"], case["ours_eager_us"]) for case in points]
-        stock = [case["roof_us"] / best_stock(case) for case in points]
         axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot(tokens, stock, color=STOCK, marker="o", markersize=4, linewidth=2, label="Transformers' fastest")
-        axes.plot(tokens, ours, color=OURS, marker="o", markersize=4, linewidth=2, label="this kernel")
-        axes.set_title(workload)
+        for (label, color, marker), share in reversed(lines.items()):  # this kernel last, above the others
+            timed = [(case["tokens"], share(case)) for case in points if share(case) is not None]
+            if timed:
+                axes.plot(*zip(*timed), color=color, marker=marker, markersize=4.5, linewidth=2, label=label)
+            else:
+                axes.text(0.5, 0.04, f"{label}:\nnot timed", transform=axes.transAxes, ha="center", color=color, size=9)
+        axes.set_title(LAYERS[workload])
         axes.set_xscale("log", base=4)
         axes.set_xlim(0.6, 30000)
         axes.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
         axes.set_xlabel("tokens")
     panels[0, 0].set_ylim(0, 1.09)
-    panels[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "roof"])
+    panels[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "limit"])
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(1, 0.9))
-    figure.text(0.008, 0.945, f"One expert layer, {result['gpu']}: share of what the hardware allows", fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.93), w_pad=1.2)
+    figure.legend(
+        handles[::-1], labels[::-1], loc="upper left", ncols=len(lines), frameon=False, bbox_to_anchor=(0, 0.94)
+    )
+    title = f"One MoE layer's experts in bf16 on one {result['gpu']}: share of the hardware's limit"
+    figure.text(0.008, 0.945, title, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.88), w_pad=1.2)
     save(figure, path)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def generate_groups(cases: list[dict]) -> list[tuple[str, dict]]:
-    """(label, {mode: (tokens/s, speed-up over Transformers' fastest)}) of prefill, then of each decoding batch."""
-    groups = {}
-    for case in sorted(cases, key=lambda case: (case["phase"] != "prefill", case["batch"], case["mode"])):
-        stock = min(case[key] for key in ("stock_ms", "grouped_mm_ms") if key in case)
-        tokens = case["batch"] * (case["tokens"] if case["phase"] == "prefill" else 1)
-        label = f"prefill\n{case['tokens']} tokens" if case["phase"] == "prefill" else f"decode\nbatch {case['batch']}"
-        ours = case["use_kernels_ms"]
-        groups.setdefault(label, {})[case["mode"]] = (1e3 * tokens / ours, stock / ours)
-    return list(groups.items())
-
-
-MODES = {"eager": ("#f0b48a", "eager"), "static": (OURS, "static cache, compiled")}
+MODES = {"eager": "eager", "static": "static cache, compiled"}
 
 
 def plot_generate(result: dict, path: Path) -> None:
-    """Speed-up of `generate` in bars; the labels add our tokens per second."""
-    groups = generate_groups(result["cases"])
-    figure, axes = plt.subplots(figsize=(9.8, 3.1))
-    width = 0.38
-    for position, (_, modes) in enumerate(groups):
-        for number, (mode, (rate, speed_up)) in enumerate(modes.items()):
-            x = position + (number - (len(modes) - 1) / 2) * (width + 0.03)
-            axes.bar(x, speed_up, width, color=MODES[mode][0])
-            label = f"{speed_up:.2f}x\n{rate:,.0f}/s"
-            axes.annotate(label, (x, speed_up), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+    """Speed-up over Transformers' fastest, a bar for each case: prefill, then decoding by batch and mode."""
+    cases = sorted(result["cases"], key=lambda case: (case["phase"] != "prefill", case["batch"], case["mode"]))
+    figure, axes = plt.subplots(figsize=(9.8, 3.2))
+    highest = 1
+    for position, case in enumerate(cases):
+        ours = case["use_kernels_ms"]
+        speed_up = min(case[key] for key in ("stock_ms", "grouped_mm_ms") if key in case) / ours
+        rate = 1e3 * case["batch"] * (case["tokens"] if case["phase"] == "prefill" else 1) / ours
+        axes.bar(position, speed_up, 0.5, color=OURS)
+        label = f"{speed_up:.2f}x\n{rate:,.0f}/s"
+        axes.annotate(label, (position, speed_up), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+        highest = max(highest, speed_up)
+    sizes = [f"{case['tokens']} tokens" if case["phase"] == "prefill" else f"batch {case['batch']}" for case in cases]
+    labels = [f"{case['phase']}, {size}\n{MODES[case['mode']]}" for case, size in zip(cases, sizes)]
+    axes.set_xticks(range(len(cases)), labels)
     axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0.9)  # behind the bars
-    axes.set_xticks(range(len(groups)), [label for label, _ in groups])
     axes.tick_params(axis="x", length=0)
-    highest = max(speed_up for _, modes in groups for _, speed_up in modes.values())
-    axes.set_ylim(0, 1.25 * max(1, highest))
+    axes.set_ylim(0, 1.25 * highest)
     axes.yaxis.set_major_formatter("{x:g}x")
-    used = [mode for mode in MODES if any(mode in modes for _, modes in groups)]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=MODES[mode][0]) for mode in used]
-    labels = [MODES[mode][1] for mode in used]
-    figure.legend(handles, labels, loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(1, 0.9))
-    model = f"{result['parameters'] / 1e9:.0f}B DeepSeek-V3, {result['gpu']}"
-    figure.text(0.008, 0.945, f"{model}: times stock, and our tokens per second", fontsize=11)
+    model = f"A {result['parameters'] / 1e9:.0f}B MoE model on one {result['gpu']}"
+    title = f"{model}: speed-up over Transformers, and this kernel's tokens per second"
+    figure.text(0.008, 0.945, title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     save(figure, path)
+
+
+PLOTS = {"-generate": plot_generate, "-side-by-side": plot_side_by_side, "": plot_layer}
 
 
 def main() -> None:
@@ -130,7 +163,7 @@ def main() -> None:
     matplotlib.use("svg")
     plt.rcParams.update(STYLE)
     for path in parser.parse_args().results:
-        plot = plot_generate if path.stem.endswith("-generate") else plot_roof
+        plot = next(plot for end, plot in PLOTS.items() if path.stem.endswith(end))
         plot(json.loads(path.read_text()), path.with_suffix(".svg"))
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import common
-from benchmark_moe import WORKLOADS, expert_weights, routed_tokens
+from benchmark import WORKLOADS, expert_weights, routed_tokens
 
 CASES = [(name, tokens) for name in ("qwen3-30b", "moonlight", "glm45-air") for tokens in (4096, 16384)]
 
@@ -89,6 +89,7 @@ def run_case(kernel, rate, workload, tokens) -> dict:
 
 def main() -> None:
     args = common.argument_parser(__doc__, "docs/measurements/<gpu>-training.json").parse_args()
+    common.need_gpu()
     kernel = common.staged_kernel()
     torch.manual_seed(0)
     rate = common.matmul_rate()

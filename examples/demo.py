@@ -1,25 +1,31 @@
 #!/usr/bin/env python3
 """Runs one model twice, stock and with `use_kernels=True`, and compares logits and speed. `make demo` calls this.
 
-Without MODEL (a checkpoint folder or Hub id, as argument or environment variable) it makes a DeepSeek-V3 with random
-weights: a small one that goes through a checkpoint on disk or, on a GPU, as many layers of the 16B "moonlight" size as
-fit, made in place. Both models are in memory at once.
+Without --model (a checkpoint folder or Hub id) it makes a DeepSeek-V3 with random weights: a small one that goes
+through a checkpoint, kept in .cache/ for the next time, or, on a GPU, as many layers of the 16B "moonlight" size as
+fit, made in place. Both models are in memory at once. A GPU that multiplies fp8 also times one layer with fp8 weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import os
+import shutil
+import statistics
 import time
 from pathlib import Path
+
+import one_line_errors  # noqa: F401
 
 # Read when Transformers is imported: its own Hub kernels (RMSNorm, ...) stay off, so that only the experts differ.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 import torch
 from kernels import get_kernel
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 from transformers.generation import BaseStreamer
@@ -28,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/moe-grouped-gemm"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, LENGTH, NEW_TOKENS = (4, 512, 64) if DEVICE == "cuda" else (1, 256, 16)
-ROUNDS = 3
+ROUNDS = 5
 
 
 def small_config() -> DeepseekV3Config:
@@ -83,10 +89,21 @@ def default_model() -> str | DeepseekV3Config:
     """A config stands for random weights made on the GPU: no 30 GB checkpoint on disk."""
     if DEVICE == "cuda":
         return moonlight_config(torch.cuda.mem_get_info()[0])
-    path = ROOT / "demo-model"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(small_config()).save_pretrained(path)
-    return str(path)
+    return str(small_checkpoint(ROOT / ".cache"))
+
+
+def small_checkpoint(cache: Path) -> Path:
+    """Written once for a config, in which Transformers notes its version; that of an earlier one goes."""
+    config = small_config()
+    path = cache / f"demo-model-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:8]}"
+    if not path.exists():
+        for old in cache.glob("demo-model-*"):
+            shutil.rmtree(old)
+        part = path.with_suffix(".part")
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(part)
+        part.rename(path)  # whole, or not there
+    return path
 
 
 def random_model(config: DeepseekV3Config) -> PreTrainedModel:
@@ -128,12 +145,12 @@ class Clock(BaseStreamer):
         pass
 
 
-def speeds(models: dict[str, PreTrainedModel]) -> dict[str, tuple[float, float]]:
-    """Tokens per second of prefill and of decoding: the best of three rounds, after one to warm up.
+def speeds(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of prefill and of decoding, by model and round, after a round to warm up.
 
     The models take turns, so that whatever else runs on the machine slows all of them.
     """
-    seconds = {name: ([], []) for name in models}
+    rates = {name: {"prefill": [], "decode": []} for name in models}
     with tqdm(total=len(models) * (1 + ROUNDS) * (2 + NEW_TOKENS), desc="Generating", unit="token") as progress:
         for turn, (name, model) in itertools.product(range(1 + ROUNDS), models.items()):
             clock = Clock(progress)
@@ -148,46 +165,101 @@ def speeds(models: dict[str, PreTrainedModel]) -> dict[str, tuple[float, float]]
                 streamer=clock,
             )
             if turn > 0:
-                prefill, decode = seconds[name]
-                prefill.append(clock.times[1] - clock.times[0])
-                decode.append(clock.times[-1] - clock.times[1])
-    return {
-        name: (BATCH * LENGTH / min(prefill), BATCH * NEW_TOKENS / min(decode))
-        for name, (prefill, decode) in seconds.items()
-    }
+                rates[name]["prefill"].append(BATCH * LENGTH / (clock.times[1] - clock.times[0]))
+                rates[name]["decode"].append(BATCH * NEW_TOKENS / (clock.times[-1] - clock.times[1]))
+    return rates
+
+
+def with_spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def compare_speed(models: dict[str, PreTrainedModel]) -> str:
+    """Prints medians and spreads; returns the verdict."""
+    print(f"speed     {BATCH} x {LENGTH} tokens of prefill, then {BATCH} x {NEW_TOKENS} of decoding; {ROUNDS} rounds")
+    stock, ours = speeds(models).values()
+    print(f"tokens/s  {'stock':24} {'use_kernels':24} times as fast: median (lowest to highest)")
+    verdicts = []
+    for phase in stock:
+        ratios = [rate / stock_rate for stock_rate, rate in zip(stock[phase], ours[phase])]
+        columns = with_spread(stock[phase], 0), with_spread(ours[phase], 0), with_spread(ratios, 2)
+        print(f"{phase:9} {columns[0]:24} {columns[1]:24} {columns[2]}")
+        times = f"{statistics.median(ratios):.2f} times as fast"
+        verdicts.append(f"{phase} is {'as fast (within the spread)' if min(ratios) <= 1 <= max(ratios) else times}")
+    return ", ".join(verdicts)
+
+
+def compare_logits(stock: PreTrainedModel, ours: PreTrainedModel) -> str:
+    """Prints how far ours are from stock's; returns the verdict. How far is far, two of stock's own ways tell."""
+    expected = logits(stock)
+    difference = ((logits(ours) - expected).norm() / expected.norm()).item()
+    stock.set_experts_implementation("eager")
+    noise = ((logits(stock) - expected).norm() / expected.norm()).item()
+    print(f"logits    relative difference {difference:.1e}; stock's own grouped_mm and eager differ by {noise:.1e}")
+    if not difference <= 3 * noise + torch.finfo(stock.dtype).eps:
+        raise SystemExit(
+            "verdict   With use_kernels=True the logits are not stock's: please report this, with the lines above"
+        )
+    return "the same up to rounding"
+
+
+@torch.no_grad()
+def compare_fp8(kernel, experts: torch.nn.Module) -> None:
+    """Prints times of one layer of experts with its weights in bf16 and in fp8."""
+    weights = experts.gate_up_proj, experts.down_proj
+    codes, scales = zip(*(kernel.quantize_fp8(weight) for weight in weights))
+    options = {"gate_up_proj_scale": scales[0], "down_proj_scale": scales[1]}
+    size, size_fp8 = (sum(tensor.nbytes for tensor in tensors) / 1e6 for tensors in (weights, codes + scales))
+    print(f"fp8       one layer of experts: {size:.0f} MB in bf16, {size_fp8:.0f} MB in fp8")
+    num_experts, hidden_dim, _ = experts.down_proj.shape
+    for tokens in (64, BATCH * LENGTH):
+        x = torch.randn(tokens, hidden_dim, dtype=torch.bfloat16, device=DEVICE)
+        top_k_weights, top_k_index = torch.rand(tokens, num_experts, device=DEVICE).topk(6)
+        inputs = x, top_k_index, top_k_weights
+        calls = {
+            "bf16": lambda inputs=inputs: kernel.moe_experts(*inputs, *weights),
+            "fp8": lambda inputs=inputs: kernel.moe_experts(*inputs, *codes, **options),
+        }
+        difference = ((calls["fp8"]() - calls["bf16"]()).norm() / calls["bf16"]().norm()).item()
+        bf16, fp8 = (
+            1e6 * Timer("call()", globals={"call": call}).blocked_autorange().median for call in calls.values()
+        )
+        times = f"{tokens:5} tokens: {bf16:.0f} us in bf16, {fp8:.0f} us in fp8 ({bf16 / fp8:.2f}x)"
+        print(f"          {times}; results differ by {difference:.1e}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=os.environ.get("MODEL"))
+    parser.add_argument("--model", help="a checkpoint folder or Hub id")
     model = parser.parse_args().model or default_model()
 
+    if DEVICE == "cpu":  # threads wait for each other where something else has a core: half of them lose little
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     # Unless told otherwise, `get_kernel` takes the build staged here for the one on the Hub.
     os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
     kernel = get_kernel(REPO_ID, version=1)
     print(f"kernel    {REPO_ID} version 1, LOCAL_KERNELS={os.environ['LOCAL_KERNELS']}")
 
-    stock = load(model, use_kernels=False)
     kernel.register()
     ours = load(model, use_kernels=True)
-    size = sum(weight.numel() for weight in stock.parameters())
+    size = sum(weight.numel() for weight in ours.parameters())
     origin = model if isinstance(model, str) else "random weights"
-    print(f"model     {type(stock).__name__}, {size / 1e9:.2f}B parameters, {stock.dtype} on {DEVICE}, {origin}")
-    replaced = [name for name, served in kernel.status(ours).items() if served == "moe_grouped_gemm"]
-    replaced = [name for name in replaced if name.endswith(".experts")]
+    print(f"model     {type(ours).__name__}, {size / 1e9:.2f}B parameters, {ours.dtype} on {DEVICE}, {origin}")
+    status = {name: served for name, served in kernel.status(ours).items() if not name.endswith(".gate")}  # the router
+    replaced = [name for name, served in status.items() if served.split(",")[0] == "moe_grouped_gemm"]
+    if not replaced:
+        reasons = "; ".join(dict.fromkeys(status.values())) or "it has no experts"
+        raise SystemExit(f"verdict   Nothing to compare, no layer of this model runs on the kernel: {reasons}")
     print(f"replaced  {len(replaced)} layers:", *(replaced if len(replaced) < 4 else [replaced[0], "to", replaced[-1]]))
 
-    print(f"speed     {BATCH} x {LENGTH} tokens of prefill, then {BATCH} x {NEW_TOKENS} of decoding; tokens/s:")
-    rates = speeds({"stock": stock, "use_kernels": ours})
-    for name, stock_rate, rate in zip(("prefill", "decode"), rates["stock"], rates["use_kernels"]):
-        print(f"{name:9} stock {stock_rate:9.1f}   use_kernels {rate:9.1f}   ({rate / stock_rate:.2f}x)")
-
-    stock_logits = logits(stock)
-    difference = (logits(ours) - stock_logits).abs().max()
-    stock.set_experts_implementation("eager")
-    noise = (logits(stock) - stock_logits).abs().max()
-    print(f"logits    max difference {difference:.1e}; largest logit {stock_logits.abs().max():.1f}")
-    print(f"          for scale: stock's own grouped_mm and eager differ by {noise:.1e}")
+    models = {"stock": load(model, use_kernels=False), "use_kernels": ours}
+    speed = compare_speed(models)
+    agreement = compare_logits(*models.values())
+    if isinstance(model, DeepseekV3Config) and torch.cuda.get_device_capability() >= (8, 9):
+        compare_fp8(kernel, ours.get_submodule(replaced[0]))
+    print(f"verdict   With use_kernels=True the logits are {agreement}, {speed}.")
+    if DEVICE == "cpu":
+        print("          On a CPU both are plain PyTorch: the speed of the kernels shows on a GPU alone.")
 
 
 if __name__ == "__main__":

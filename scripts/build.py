@@ -7,6 +7,7 @@ A variant is the package's files, a generated `_ops.py` and `metadata.json`. Rel
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import shutil
@@ -14,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-from kernels._rust import Build, Digest, DigestAlgorithm
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,8 +38,6 @@ def add_op_namespace_prefix(op_name: str) -> str:
 
 
 def config() -> dict:
-    """build.toml, once kernel-builder's own parser has accepted it."""
-    Build.open(ROOT)
     return tomllib.loads((ROOT / "build.toml").read_text())
 
 
@@ -92,6 +89,23 @@ def variants() -> dict[str, str]:
     return {f"torch-{backend}": f"_{package().name}_{backend}_{rev}" for backend in config()["general"]["backends"]}
 
 
+def digests(variant: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a variant, but for its metadata and their signature, as `kernels` checks them."""
+    files = {path.relative_to(variant).as_posix(): path for path in sorted(variant.rglob("*")) if path.is_file()}
+    return {
+        name: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+        for name, path in files.items()
+        if path.suffix != ".pyc" and name not in ("metadata.json", "metadata.json.sigstore")
+    }
+
+
+def provenance() -> dict:
+    """What `kernels` warns by when it loads a build of uncommitted changes."""
+    commit = git("rev-parse", "HEAD")
+    kernel = {"kernel": {"commit": commit, "dirty": revision().endswith("_dirty")}} if commit else {}
+    return {"kernel-builder": {"version": "none, scripts/build.py"}, **kernel}
+
+
 def write_variant(variant: Path, id: str) -> None:
     for path in sources():
         copy = variant / path
@@ -104,9 +118,11 @@ def write_variant(variant: Path, id: str) -> None:
         "id": id,
         "version": general["version"],
         "license": general["license"],
+        "source": general["source"],
         "python-depends": [],
         "backend": {"type": variant.name.split("-", 1)[1]},
-        "digest": {"algorithm": "sha256", "files": Digest.hash_variant(DigestAlgorithm.SHA256, variant).files},
+        "digest": {"algorithm": "sha256", "files": digests(variant)},
+        "provenance": provenance(),
     }
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
@@ -131,4 +147,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        raise SystemExit(f"not built: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("not built: stopped by Ctrl-C") from None

@@ -8,12 +8,13 @@ branch. Only a build of the commit that is checked out, with nothing uncommitted
 from __future__ import annotations
 
 import argparse
-import re
+import ast
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
-from kernels._rust import Digest, DigestValidationError, Metadata
+from jinja2 import Template
 
 import build
 
@@ -32,23 +33,41 @@ def checked_files(variant: Path, id: str) -> list[Path]:
     """The variant's files, provided that this commit was built and nobody has touched the result."""
     if not (variant / "metadata.json").is_file():
         raise SystemExit(f"not published: {variant} does not exist, run `make build`")
-    metadata = Metadata.read_from_file(variant / "metadata.json")
-    if metadata.id != id:
-        raise SystemExit(f"not published: {variant} is {metadata.id}, this commit is {id}, run `make build`")
-    actual = Digest.hash_variant(metadata.digest.algorithm, variant)
-    try:
-        metadata.digest.validate(actual)
-    except DigestValidationError as error:
-        raise SystemExit(f"not published: {variant} changed after the build, run `make build`\n{error}") from None
-    # The digest leaves out the metadata, which holds it, and the metadata's signature, if it is signed.
+    metadata = json.loads((variant / "metadata.json").read_text())
+    if metadata["id"] != id:
+        raise SystemExit(f"not published: {variant} is {metadata['id']}, this commit is {id}, run `make build`")
+    files = build.digests(variant)
+    if changed := files.items() ^ metadata["digest"]["files"].items():
+        names = ", ".join(sorted({name for name, _ in changed}))
+        raise SystemExit(f"not published: {variant} changed after the build ({names}), run `make build`")
+    # The digests leave out the metadata, which hold them, and the metadata's signature, if they are signed.
     signature = [path.name for path in [variant / "metadata.json.sigstore"] if path.exists()]
-    return [variant / path for path in sorted([*actual.files, "metadata.json", *signature])]
+    return [variant / name for name in sorted([*files, "metadata.json", *signature])]
 
 
-def render_card(repo_id: str, license: str) -> str:
-    """CARD.md with its placeholders filled in; kernel-builder knows the same ones, and more."""
-    values = {"repo_id": repo_id, "license": license.lower()}
-    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], (build.ROOT / "CARD.md").read_text())
+def public_names() -> tuple[list[str], list[str]]:
+    """What `__all__` lists, and the layers; read without an import, as kernel-builder does."""
+    body = ast.parse((build.package() / "__init__.py").read_text()).body
+    lists = {ast.unparse(node.targets[0]): node.value for node in body if isinstance(node, ast.Assign)}
+    names = [name for name in ast.literal_eval(lists["__all__"]) if name != "layers"]
+    body = ast.parse((build.package() / "layers.py").read_text()).body
+    classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    return names, [name for name in classes if not name.startswith("_")]
+
+
+def render_card(repo_id: str) -> str:
+    """CARD.md with its placeholders filled in, the same that kernel-builder fills in when it publishes."""
+    general = build.config()["general"]
+    functions, layers = public_names()
+    return Template((build.ROOT / "CARD.md").read_text(), trim_blocks=True).render(
+        repo_id=repo_id,
+        version=general["version"],
+        functions=functions,
+        layers=layers,
+        has_benchmark=(build.ROOT / "benchmarks/benchmark.py").exists(),
+        source=general["source"],
+        license=general["license"].lower(),
+    )
 
 
 def upload(repo_id: str, branch: str, files: dict[str, Path], card: str, message: str, private: bool) -> str:
@@ -71,8 +90,9 @@ def upload(repo_id: str, branch: str, files: dict[str, Path], card: str, message
                 **repo, revision=branch, folder_path=folder, delete_patterns=stale, commit_message=message
             )
         api.upload_file(**repo, path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message=message)
-    except HfHubHTTPError as error:
-        hint = ": log in with `hf auth login`, or set HF_TOKEN" if error.response.status_code in (401, 403) else ""
+    except HfHubHTTPError.__bases__ as error:  # the HTTP library's, without an answer, and the system's
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        hint = ": log in with `hf auth login`, or set HF_TOKEN" if refused else ""
         raise SystemExit(f"not published{hint}\n{error}") from None
     return f"{api.endpoint}/kernels/{repo_id}/tree/{branch}"
 
@@ -90,7 +110,7 @@ def main() -> None:
     for variant, id in build.variants().items():
         for path in checked_files(build.ROOT / "build" / variant, id):
             files[path.relative_to(build.ROOT).as_posix()] = path
-    card = render_card(args.repo_id, general["license"])
+    card = render_card(args.repo_id)
 
     branch = f"v{general['version']}"
     print(f"{args.repo_id}, branch {branch}: {len(files)} files of commit {commit}")
@@ -103,4 +123,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped by Ctrl-C: run it again, an upload begins anew") from None

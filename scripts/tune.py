@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tunes the grouped GEMMs for this GPU and writes torch-ext/moe_grouped_gemm/configs/*.json, one file a layer.
 
-    python scripts/tune.py                                    # the four workloads of benchmarks/benchmark_moe.py
+    python scripts/tune.py                                    # the four workloads of benchmarks/benchmark.py
     python scripts/tune.py --shape 64 2048 1408 6             # a layer of your own: E H I top_k
     python scripts/tune.py --out ~/tiles                      # elsewhere, for MOE_GROUPED_GEMM_CONFIGS to name
 
@@ -15,12 +15,15 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+import one_line_errors
 import torch
 from kernels import get_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from benchmark_moe import WORKLOADS  # noqa: E402
+from benchmark import WORKLOADS  # noqa: E402
 
 CONFIGS = ROOT / "torch-ext/moe_grouped_gemm/configs"
 
@@ -38,6 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    one_line_errors.need_gpu()
     os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={ROOT}")
     moe = get_kernel("org/moe-grouped-gemm", version=1)
     layers = [(E, H, I, top_k) for H, I, E, top_k, _ in map(WORKLOADS.get, args.workloads)]

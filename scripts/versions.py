@@ -49,11 +49,15 @@ def make(version: str) -> None:
     (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     wanted = [f"transformers=={version}", f"kernels=={VERSIONS[version]}"]
     install = [sys.executable, "-m", "pip", "--python", python(version), "install", "--quiet", "--no-compile"]
-    subprocess.run([*install, *wanted], check=True)
+    if subprocess.run([*install, *wanted]).returncode:
+        raise SystemExit(f"{environment(version).name} is not complete, pip says why; the next run makes it anew")
     done.touch()
     print(f"{environment(version).name}: {' '.join(wanted)}", flush=True)
 
 
 if __name__ == "__main__":
-    for version in VERSIONS:
-        make(version)
+    try:
+        for version in VERSIONS:
+            make(version)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the next run makes what is not complete anew") from None

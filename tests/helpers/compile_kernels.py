@@ -175,7 +175,7 @@ def fp8_launches(package, traits, precisions):
                     yield dtype, config.down, partial(kernels.grouped_gemm_fp8_hopper, *args)
             elif config.down.WARP_SPECIALIZED:
                 args = (empty(96, HIDDEN, dtype=dtype), w1, s1, schedule, config.down, z)
-                yield dtype, config.down, partial(kernels.fp8_weights_gemm_hopper, *args)
+                yield dtype, config.down, partial(kernels.codes_gemm_hopper, *args)
             for down in ways(config.down._replace(WARP_SPECIALIZED=False)):
                 args = (a, a_scale, w2, s2, schedule, precision, down, y)
                 yield dtype, down, partial(kernels.grouped_gemm_fp8, *args)
@@ -186,7 +186,7 @@ def fp8_launches(package, traits, precisions):
             yield dtype, config, partial(kernels.dgrad_fp8, y, w2, s2, schedule, precision, config)
             yield dtype, config, partial(kernels.dgrad_fp8, z, w1, s1, schedule, precision, config)
             if config.WARP_SPECIALIZED:
-                yield dtype, config, partial(kernels.fp8_weights_gemm_hopper, z, w1, s1, schedule, config, y, True)
+                yield dtype, config, partial(kernels.codes_gemm_hopper, z, w1, s1, schedule, config, y, True)
         up, down = tuning.DECODE_FP8
         yield dtype, up, partial(kernels.gate_up_decode_fp8, x, w1, s1, index, Gate(), up)
         yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down)

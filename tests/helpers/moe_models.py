@@ -13,6 +13,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from oracle import dequantized_fp4
+
 DECORATOR = "use_experts_implementation"
 INSTALLED = Path(transformers.__file__).parent
 
@@ -342,3 +344,16 @@ def tiny_undecorated_model(model: str, **options) -> PreTrainedModel:
     config_class = next(c for c in config_classes(model) if c.__name__ == f"{name}Config")
     torch.manual_seed(0)
     return model_classes(model, config_class)[0](config_class(**{**config, **options})).eval()
+
+
+def with_the_numbers_of(quantized: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
+    """`dense` with what the 4-bit codes of `quantized` stand for as its experts' weights."""
+    for path, module in quantized.named_modules():
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            scale = getattr(module, f"{name}_scale_inv", None)
+            if scale is not None:
+                numbers = dequantized_fp4(getattr(module, name), scale)
+                twin = dense.get_submodule(path)
+                assert not module.is_transposed
+                getattr(twin, name).data.copy_(numbers.mT if twin.is_transposed else numbers)
+    return dense

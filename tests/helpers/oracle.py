@@ -200,6 +200,41 @@ def fp8_layer(kernel, *args, e8m0=False, split=False, **kwargs):
     return inputs, [gate_up_proj, down_proj], scales
 
 
+def dequantized_fp4(codes, scale):
+    """A weight (E, N, K) of 4-bit codes in fp64, number by number."""
+    numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    numbers = torch.tensor(numbers + [-n for n in numbers], dtype=torch.float64, device=codes.device)
+    codes = codes.view(torch.uint8).int()
+    columns = torch.arange(2 * codes.shape[2], device=codes.device)
+    nibbles = codes[:, :, columns // 2] // torch.where(columns % 2 == 0, 1, 16) % 16
+    if scale.dtype == torch.uint8:
+        scale = torch.where(
+            scale == 255, float("nan"), torch.ldexp(torch.ones_like(scale, dtype=float), scale.int() - 127)
+        )
+    scale = scale.double()
+    return numbers[nibbles] * scale[:, :, columns // 32]
+
+
+def fp4_layer(kernel, *args, form="e8m0", **kwargs):
+    """`layer` with weights in 4 bits: (hidden_states, top_k_index, top_k_weights), the two weights, their two scales.
+
+    form: of the scales: "e8m0", "uint8" as gpt-oss has them (weights too), or "fp32", which are no powers of two.
+    """
+    *inputs, gate_up_proj, down_proj = layer(*args, **kwargs)
+    weights, scales = [], []
+    for weight in (gate_up_proj.float(), down_proj.float()):
+        # No two groups alike: a wrong scale shows.
+        rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape[1:])
+        codes, scale = kernel.quantize_fp4(weight * 2.0 ** ((3 * rows[:, None] + 5 * (columns // 32)) % 7 - 3))
+        if form == "uint8":
+            codes, scale = codes.view(torch.uint8), scale.view(torch.uint8)
+        elif form == "fp32":
+            scale = scale.float() * (1 + torch.arange(scale.numel(), device=scale.device).view(scale.shape) % 5 / 5)
+        weights.append(codes)
+        scales.append(scale)
+    return inputs, weights, scales
+
+
 # Of the scales, for fp8_layer.
 FORMS = [
     pytest.param({}, id="fp32-scales"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -72,9 +73,13 @@ def is_kernelized(model, kernel):
 
 
 def tiny_model(device, kernel=None, way=None):
-    """Stock without a way; the weights are the same every time."""
+    """Stock without a way; the weights are the same every time, with the way "fp4" rounded to 4 bits."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(deepseek_v3_config()).to(device).eval()
+    if way == "fp4":
+        with tempfile.TemporaryDirectory() as path:
+            model.save_pretrained(path)
+            return load(path, device_map=device, quantization_config=kernel.fp4_config())
     if way is not None:
         kernel.register()
     if way == "use_kernels":

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kernels._rust import Digest, Metadata
-from kernels.verify import VerificationResult, verify_variant
+from kernels import Metadata
+from kernels.verify import Digest, VerificationResult, verify_variant
 
 from hub_server import HubServer, Repo
 from suite import REPO_ID, ROOT
@@ -37,11 +39,12 @@ print(moe.__file__)
 """
 
 
-def run(*command, **env):
+def run(*command, cwd=None, **env):
     """A command as a user types it: none of the suite's own settings, but those of `env`."""
     ours = ("LOCAL_KERNELS", "HF_HUB_OFFLINE", "HF_TOKEN")
     env = {**{key: value for key, value in os.environ.items() if key not in ours}, "NO_PROXY": "127.0.0.1", **env}
-    return subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, timeout=300)
+    command = [str(word) for word in command]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def git(checkout, *args):
@@ -80,7 +83,7 @@ def checkout(tmp_path):
     for file in ("build.toml", ".gitignore", "CARD.md"):
         shutil.copyfile(ROOT / file, target / file)
     (target / "benchmarks").mkdir()
-    (target / "benchmarks/benchmark_test.py").write_text("# as the Hub runs it\n")
+    shutil.copyfile(ROOT / "benchmarks/benchmark.py", target / "benchmarks/benchmark.py")
     (target / "benchmarks/helper.py").write_text("# not a benchmark\n")
     git(target, "init")
     commit(target)
@@ -100,11 +103,8 @@ def test_publish(checkout, hub):
     staged = {path for path in checkout.glob("build/*/**/*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path for path in v1 if path.startswith("build/")} == {str(path.relative_to(checkout)) for path in staged}
     assert all(v1[str(path.relative_to(checkout))] == path.read_bytes() for path in staged)
-    assert "benchmarks/benchmark_test.py" in v1 and "benchmarks/helper.py" not in v1
-
-    card = main["README.md"].decode()
-    assert "license: apache-2.0" in card and f'get_kernel("{REPO_ID}", version=1' in card
-    assert "{{" not in card
+    assert "benchmarks/benchmark.py" in v1 and "benchmarks/helper.py" not in v1
+    assert f'get_kernel("{REPO_ID}", version=1' in main["README.md"].decode()
 
 
 def test_publish_again_replaces_the_version(checkout, hub):
@@ -114,13 +114,13 @@ def test_publish_again_replaces_the_version(checkout, hub):
     assert "build/torch-cpu/reference/gate.py" in repo.commits[repo.branches["v1"]]
 
     (checkout / "torch-ext/moe_grouped_gemm/reference/gate.py").unlink()
-    (checkout / "benchmarks/benchmark_test.py").unlink()
+    (checkout / "benchmarks/benchmark.py").unlink()
     commit(checkout)
     build(checkout)
     result = publish(checkout, hub)
     assert result.returncode == 0, result.stderr
     v1 = repo.commits[repo.branches["v1"]]
-    assert "build/torch-cpu/reference/gate.py" not in v1 and "benchmarks/benchmark_test.py" not in v1
+    assert "build/torch-cpu/reference/gate.py" not in v1 and "benchmarks/benchmark.py" not in v1
     assert "reference/gate.py" not in json.loads(v1["build/torch-cpu/metadata.json"])["digest"]["files"]
 
 
@@ -181,8 +181,8 @@ def leave_git(checkout):
         (change_a_source, "uncommitted changes"),
         (add_an_untracked_file, "uncommitted changes"),
         (commit_after_the_build, "run `make build`"),
-        (change_the_build, "File hash mismatch for functional.py"),
-        (add_to_the_build, "Unknown file: extra.py"),
+        (change_the_build, "changed after the build (functional.py)"),
+        (add_to_the_build, "changed after the build (extra.py)"),
         (remove_a_variant, "torch-cuda does not exist"),
         (leave_git, "not a git checkout"),
     ],
@@ -229,6 +229,29 @@ def test_pull_and_run_then_offline(checkout, tmp_path):
     result = run(sys.executable, "-c", PULL_AND_RUN, HF_HOME=home, **offline)
     assert result.returncode == 1
     assert "Version 1 of 'org/moe-grouped-gemm' is not available in the local cache" in result.stderr
+
+
+@pytest.mark.long
+def test_benchmark_as_the_card_has_it(checkout, hub, tmp_path):
+    pytest.importorskip("tabulate", reason="needs kernels[benchmark]")
+    assert publish(checkout, hub).returncode == 0
+    repo = hub.repos[REPO_ID]
+    card = repo.commits[repo.branches["main"]]["README.md"].decode()
+    _, download, benchmark = re.search(r"## Benchmark.*?```bash\n(.*?)```", card, re.DOTALL)[1].splitlines()
+
+    words = shlex.split(download)
+    assert words[0] == "hf"
+    result = run(sys.executable, "-m", "huggingface_hub.cli.hf", *words[1:], cwd=tmp_path, HF_ENDPOINT=hub.url)
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(benchmark)
+    assert words[0] == "kernels"
+    words[1:] += ["--iterations", "1", "--warmup", "0", "--output", "times.json", "--visual", "moe"]
+    command = (sys.executable, "-c", "from kernels.cli import main; main()", *words[1:])
+    result = run(*command, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "times.json").read_text())["results"]
+    assert len(results) == 3 and all(result["verified"] for result in results)
+    assert (tmp_path / "media/moe_light_latency.svg").exists()
 
 
 # What users may see; README.md's troubleshooting names these messages.

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "register
 @pytest.fixture
 def calls(kernel, record):
     """The arguments of every call of an experts module that is computed here."""
-    return record(kernel.integration.modules, "_experts")
+    return record(kernel.integration.modules, "_compute")
 
 
 def test_enumeration():

@@ -29,7 +29,7 @@ def example(monkeypatch, tmp_path):
 @pytest.fixture
 def calls(kernel, record):
     """The arguments of every experts module that is computed here: what proves that a model runs on this kernel."""
-    return record(kernel.integration.modules, "_experts")
+    return record(kernel.integration.modules, "_compute")
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -62,12 +62,31 @@ def test_adapters_under_gradient_checkpointing(kernel, example):
     assert all(torch.equal(got[name], grad) for name, grad in expected.items())
 
 
+def test_both_curves_are_drawn(example, monkeypatch):
+    figures = []
+
+    class Figure(example.Figure):
+        def savefig(self, *args, **options):
+            figures.append(self)
+
+    monkeypatch.setattr(example, "Figure", Figure)
+    example.plot("title", {"stock": {1: 3.0, 2: 2.0}, "ours": {1: 3.0, 2: 1.0}})
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "title"
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {"stock": [3, 2], "ours": [3, 1]}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["stock", "ours"]
+
+
 def test_main(example, calls, monkeypatch, capsys):
     train = example.train
     monkeypatch.setattr(example, "train", lambda model, full, steps, logging_steps: train(model, full, 4, 2))
     monkeypatch.setattr(sys, "argv", ["finetune_lora.py"])
     example.main()
     output = capsys.readouterr().out
-    assert calls
-    assert re.search(r"speed +[0-9.]+ steps/s\nloss +[0-9.]+ over the first ten steps, [0-9.]+ over the last", output)
+    assert len(calls) == 4 * (example.config().num_hidden_layers - 1)  # of the second model alone
+    for name in ("stock", "use_kernels"):
+        assert re.search(
+            rf"^{name} +[0-9]+ s; loss [0-9.]+ over the first ten steps, [0-9.]+ over the last", output, re.M
+        )
+    assert float(re.search("curves lie within ([^ ]+) of each other", output)[1]) < 1e-4
     assert example.CURVE.read_bytes().startswith(b"\x89PNG")

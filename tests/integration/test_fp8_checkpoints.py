@@ -133,7 +133,7 @@ def test_conversion_goes_on_where_it_stopped(bf16_checkpoint, example, quantize,
         convert(kernel, source, target, name, *others)
 
     monkeypatch.setattr(example, "convert", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="stopped: the same command goes on"):
         quantize(bf16_checkpoint, tmp_path / "parts")
     assert not (tmp_path / "parts/config.json").exists()
     rest = []
@@ -146,9 +146,85 @@ def test_conversion_goes_on_where_it_stopped(bf16_checkpoint, example, quantize,
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_conversion_ends_with_sizes_and_the_line_that_loads(bf16_checkpoint, example, quantize, capsys, tmp_path):
+    """What is said is what lies there, and what was expected before anything was written."""
+    quantize(bf16_checkpoint, tmp_path / "fp8")
+    summary, line = capsys.readouterr().out.splitlines()
+    index = json.loads((tmp_path / "fp8" / example.INDEX).read_text())
+    names = example.shards(bf16_checkpoint)
+    before, after = map(sum, zip(*example.sizes(bf16_checkpoint, names, example.FORMATS["fp8"], False).values()))
+    assert after == index["metadata"]["total_size"] < before
+    assert before == json.loads((bf16_checkpoint / example.INDEX).read_text())["metadata"]["total_size"]
+    assert summary.startswith(f"{tmp_path / 'fp8'}: {after / 1e9:.2f} GB, and {before / 1e9:.2f} GB before")
+    model = eval(line, {"AutoModelForCausalLM": AutoModelForCausalLM})
+    assert len(experts_of(model)) == NUM_MOE_LAYERS
+
+
+def without_experts(source):
+    for path in source.glob("*.safetensors"):
+        tensors = {key: tensor for key, tensor in load_file(path).items() if ".experts." not in key}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def without_a_file(source):
+    sorted(source.glob("*.safetensors"))[1].unlink()
+
+
+def with_experts_in_int8(source):
+    path = max(source.glob("*.safetensors"))
+    tensors = load_file(path)
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (without_experts, "no experts to quantize"),
+        (without_a_file, "incomplete, 1 of [0-9]+ files are missing, model-00002"),
+        (with_experts_in_int8, "expected bf16, fp16 or fp32, found torch.int8"),
+    ],
+)
+@pytest.mark.parametrize("option", [[], ["--linear"]], ids=["experts", "linear"])
+def test_conversion_refuses_before_it_writes(bf16_checkpoint, quantize, tmp_path, spoil, message, option):
+    shutil.copytree(bf16_checkpoint, tmp_path / "source")
+    spoil(tmp_path / "source")
+    with pytest.raises(SystemExit, match=message):
+        quantize(*option, tmp_path / "source", tmp_path / "fp8")
+    assert not (tmp_path / "fp8").exists()
+
+
+def test_conversion_wants_room_for_what_is_not_there_yet(bf16_checkpoint, example, quantize, monkeypatch, tmp_path):
+    names = example.shards(bf16_checkpoint)
+    nbytes = example.sizes(bf16_checkpoint, names, example.FORMATS["fp8"], False)
+    others = sum(path.stat().st_size for path in example.other_files(bf16_checkpoint))
+    needed = others + sum(after for _, after in nbytes.values())
+
+    def disk(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+
+    disk(needed - 1)
+    with pytest.raises(SystemExit, match="GB are needed, .* GB are free: make room"):
+        quantize(bf16_checkpoint, tmp_path / "new/fp8")
+    assert not (tmp_path / "new").exists()
+    disk(needed)
+    quantize(bf16_checkpoint, tmp_path / "new/fp8")
+    # As if it had been interrupted before its last file.
+    (tmp_path / "new/fp8" / names[-1]).unlink()
+    state = {"source": str(bf16_checkpoint.resolve()), "format": "fp8", "linear": False}
+    (tmp_path / "new/fp8" / example.STATE).write_text(json.dumps(state))
+    disk(others + nbytes[names[-1]][1])
+    quantize(bf16_checkpoint, tmp_path / "new/fp8")
+
+
 def test_conversion_refuses(bf16_checkpoint, quantize, tmp_path):
+    with pytest.raises(SystemExit, match="no such folder; .* hf download someone/model"):
+        quantize("someone/model", tmp_path / "x")
     with pytest.raises(SystemExit, match="no checkpoint"):
         quantize(tmp_path, tmp_path / "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file: not a folder"):
+        quantize(bf16_checkpoint, tmp_path / "file")
+    (tmp_path / "file").unlink()
     quantize(bf16_checkpoint, tmp_path / "fp8")
     with pytest.raises(SystemExit, match="fp8: not empty"):
         quantize(bf16_checkpoint, tmp_path / "fp8")

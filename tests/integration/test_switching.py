@@ -42,7 +42,7 @@ def test_ways_in_situations(checkpoint, kernel, record, way, situation):
     kernel.integration.modules._warn.cache_clear()
     stock = load(checkpoint)
     model = load(checkpoint, way)
-    calls = record(kernel.integration.modules, "_experts")
+    calls = record(kernel.integration.modules, "_compute")
     for ours, expected, served in situation(model, stock, way):
         calls.clear()
         torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-4, atol=1e-4)
@@ -85,8 +85,9 @@ def test_a_device_without_a_mapping(checkpoint, kernel, device):
 def test_a_model_that_moved_to_a_device_that_we_do_not_know(checkpoint, kernel, device):
     module = experts_of(load(checkpoint, "use_kernels"))[0]
     weight = SimpleNamespace(ndim=3, shape=(1, 1, 1), device=torch.device(device), dtype=torch.bfloat16)
-    weights = kernel.integration.modules.Weights(*[kernel.integration.modules.Projection(weight)] * 2)
-    assert kernel.integration.modules.obstacle(module, weights) == f"gate_up_proj is on {device}"
+    modules = kernel.integration.modules
+    experts = modules.read(module)._replace(gate_up=modules.Projection(weight))
+    assert modules.obstacle(module, experts) == f"gate_up_proj is on {device}"
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 
 from cases import covering
+from moe_models import with_the_numbers_of
 from oracle import layer
 from suite import COMPILE_BACKENDS
 from tiny_models import NUM_MOE_LAYERS, WAYS, prompt, tiny_model
@@ -66,7 +67,7 @@ def test_moe_experts_compiles_once(kernel, device, backend, numbers, training):
 
 # How often dynamo traces is the same under every backend; of a whole block inductor takes a minute on a GPU.
 @pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
-@pytest.mark.parametrize("numbers, training, way", covering(NUMBERS, TRAINING, WAYS))
+@pytest.mark.parametrize("numbers, training, way", covering(NUMBERS, TRAINING, [*WAYS, "fp4"]))
 def test_moe_layer_compiles_once(kernel, device, backend, numbers, training, way):
     """Router, experts and shared experts of a model, each way in."""
     moe = tiny_model(device, kernel, way).train(training).model.layers[-1].mlp
@@ -81,12 +82,12 @@ def test_moe_layer_compiles_once(kernel, device, backend, numbers, training, way
 GENERATE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "fp4"])
 def test_generate_with_a_static_cache(kernel, way):
     """On a CPU `generate` compiles only if told to, without CUDA graphs."""
     torch.compiler.reset()
-    expected = tiny_model("cpu").generate(prompt(), **GENERATE)
     model = tiny_model("cpu", kernel, way)
+    expected = with_the_numbers_of(model, tiny_model("cpu")).generate(prompt(), **GENERATE)
     graphs = []
 
     def backend(graph, inputs):
@@ -105,15 +106,15 @@ def test_generate_with_a_static_cache(kernel, way):
 
 @pytest.mark.gpu
 @pytest.mark.long
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "fp4"])
 def test_generate_compiles_by_itself(kernel, monkeypatch, way):
     """Inductor and CUDA graphs, as `generate` chooses: the tokens are those of the stock model in eager mode."""
     torch.compiler.reset()
     # NaN-filling torch.empty is part of the suite, not of the model.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     tokens = prompt().cuda()
-    expected = tiny_model("cuda").generate(tokens, **GENERATE)
     model = tiny_model("cuda", kernel, way)
+    expected = with_the_numbers_of(model, tiny_model("cuda")).generate(tokens, **GENERATE)
     calls = []
     ops = kernel.functional.ops
     forward = ops.forward_on_gpu

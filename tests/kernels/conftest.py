@@ -1,6 +1,8 @@
 """Launchers in small tiles, on a GPU or under the interpreter; tuned configurations in a folder of the test's."""
 
+from contextlib import nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,3 +54,27 @@ def tuning(kernel, monkeypatch, tmp_path):
     module.experts_table.cache_clear()
     yield module
     module.experts_table.cache_clear()
+
+
+@pytest.fixture
+def whole(kernel, monkeypatch):
+    """The modules of the layer by name, with the configurations of Hopper, run on what is there."""
+    names = {
+        "gpu": "gpu",
+        "fp8": "weights.fp8",
+        "fp4": "weights.fp4",
+        "forward": "experts.forward",
+        "ops": "experts.ops",
+    }
+    names |= {"blocks": "experts.blocks", "weights": "weights"}
+    modules = {name: import_module(f"{kernel.__name__}.{path}") for name, path in names.items()}
+    gpu = modules["gpu"]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
+    if INTERPRETED:  # Gluon has no interpreter
+        for weights in (modules["fp8"], modules["fp4"]):
+            monkeypatch.setattr(weights, "_can_specialize", lambda *_: False)
+        monkeypatch.setattr(modules["fp4"], "_fits_registers", lambda *_: False)
+        monkeypatch.setattr(weights.tuning, "is_decode", lambda *_: False)
+    return SimpleNamespace(**modules)

@@ -91,7 +91,7 @@ def test_weights_warp_specialized(kernel, launch, config, tokens, experts, top_k
     results = []
     for _ in range(3):  # the same schedule serves again
         y = torch.full((index.numel(), N), float("nan"), dtype=dtype, device="cuda")
-        launch.fp8_weights_gemm_hopper(x, weight, scale, schedule, config(), y, transposed)
+        launch.codes_gemm_hopper(x, weight, scale, schedule, config(), y, transposed)
         assert y[rows:].isnan().all(), "rows that belong to no expert are never written"
         assert_as_good_as_torch(y[:rows], expected[:rows], exact[:rows])
         results.append(y[:rows])

@@ -5,10 +5,8 @@ assembly: `whole_interpreter` mends that with torch's own conversion.
 """
 
 from collections import namedtuple
-from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +59,7 @@ ROWS = [
 def test_quantize_rows(kernel, launch, tokens, columns, dtype):
     x = layer(tokens, 1, 1, columns, 1)[0].to(DEVICE, dtype)
     codes, scale = launch.quantize_rows(x)
-    expected_codes, expected_scale = import_module(f"{kernel.__name__}.weights.quantize").quantize_rows(x)
+    expected_codes, expected_scale = import_module(f"{kernel.__name__}.weights.quantize_fp8").quantize_rows(x)
     torch.testing.assert_close(scale, expected_scale)
     # A quotient may be rounded to the other side of a tie.
     assert (codes.float() - expected_codes.float()).abs().max() <= 32
@@ -255,22 +253,6 @@ WHOLE = [  # T, E, top_k, H, I, ids, form of the scales
     pytest.param(60, 4, 2, 144, 80, "any", {}, id="tall-tiles"),
     pytest.param(230, 3, 2, 128, 192, "zipf", {}, id="two-heights"),
 ]
-
-
-@pytest.fixture
-def whole(kernel, monkeypatch):
-    """The modules of the layer by name, with the configurations of Hopper, run on what is there."""
-    names = {"gpu": "gpu", "fp8": "weights.fp8", "forward": "experts.forward", "ops": "experts.ops"}
-    names |= {"blocks": "experts.blocks", "weights": "weights"}
-    modules = {name: import_module(f"{kernel.__name__}.{path}") for name, path in names.items()}
-    gpu, fp8 = modules["gpu"], modules["fp8"]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
-    if INTERPRETED:  # Gluon has no interpreter
-        monkeypatch.setattr(fp8, "_can_specialize", lambda *_: False)
-        monkeypatch.setattr(fp8.tuning, "is_decode", lambda *_: False)
-    return SimpleNamespace(**modules)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_fp8.py runs this path")

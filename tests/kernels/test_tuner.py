@@ -15,7 +15,7 @@ from triton.runtime import driver
 
 from compile_only import NoGPU
 from moe_models import experts_classes, tiny_module
-from suite import HELPERS, REPO_ID, ROOT
+from suite import HELPERS, REPO_ID
 
 PACKAGE = get_kernel(REPO_ID, version=1).__name__
 names = ("candidates", "choice", "run", "trials")
@@ -189,9 +189,6 @@ def test_what_is_no_layer(kernel, tmp_path, layers):
 def test_without_a_gpu(kernel, tmp_path):
     with pytest.raises(RuntimeError, match="tune: there is no GPU"):
         kernel.tune([(8, 64, 32, 2)], tmp_path)
-    command = [sys.executable, ROOT / "scripts/tune.py", "--out", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == "tune: there is no GPU that PyTorch can use\n"
     assert not list(tmp_path.iterdir())
 
 

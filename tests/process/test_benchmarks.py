@@ -37,7 +37,7 @@ def test_hub_benchmarks_stand_alone(path, monkeypatch, tmp_path):
 def no_gpu(monkeypatch):
     """The small model of the CPU, on any machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("demo", "benchmark_moe", "common"):
+    for module in ("demo", "benchmark", "common"):
         monkeypatch.delitem(sys.modules, module, raising=False)
 
 
@@ -120,7 +120,7 @@ def test_figure_of_the_layer(monkeypatch, tmp_path):
     path = tmp_path / "NVIDIA-H200.json"
     path.write_text(json.dumps({"gpu": "NVIDIA H200", "cases": cases}))
     run("plot.py", path, monkeypatch=monkeypatch)
-    assert {"dsv3", "moonlight", "roof", "this kernel"} <= set(texts(path.with_suffix(".svg")))
+    assert {"DeepSeek-V3", "Moonlight-16B-A3B", "limit", "this kernel"} <= set(texts(path.with_suffix(".svg")))
 
 
 def test_figure_of_the_model(monkeypatch, tmp_path):
@@ -132,4 +132,4 @@ def test_figure_of_the_model(monkeypatch, tmp_path):
         drawn.append(path.with_suffix(".svg").read_bytes())
     assert drawn[0] == drawn[1]
     # Against the faster of the two stock implementations.
-    assert {"1.41x", "64,000/s", "1.25x", "4,000/s", "batch 64"} <= set(texts(path.with_suffix(".svg")))
+    assert {"1.41x", "64,000/s", "1.25x", "4,000/s", "decode, batch 64"} <= set(texts(path.with_suffix(".svg")))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from suite import FILES, PACKAGE, REPO_ID, ROOT
+from suite import FILES, PACKAGE, ROOT
 
 # From docs/design.md: an import points to the right, or to a neighbour.
 LEVELS = [
@@ -153,21 +153,3 @@ def test_import_is_light(blocked):
     init = ROOT / "build/torch-cpu/__init__.py"
     result = subprocess.run([sys.executable, "-c", IMPORT, init, *blocked], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def public_names():
-    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
-            return set(ast.literal_eval(node.value))
-
-
-@pytest.mark.parametrize("document", ["README.md", "CARD.md"])
-def test_documents_name_what_exists(document):
-    text = (ROOT / document).read_text()
-    names = set(re.findall(r"\bmoe\.(\w+)\(", text))
-    assert names, "no use of the API found: the examples should call it `moe`"
-    assert names <= public_names()
-    layers = set(re.findall(rf"{REPO_ID}:(\w+)", text))
-    assert layers <= {
-        node.name for node in ast.parse((PACKAGE / "layers.py").read_text()).body if hasattr(node, "name")
-    }

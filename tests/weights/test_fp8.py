@@ -4,12 +4,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from cases import in_turn
-from oracle import DTYPES, dequantized, error, fp8_layer, fp8_weights_in_fp64, in_fp64, layer, round_to_fp8, w8a8
-from suite import COMPILE_BACKENDS
+from oracle import error, fp8_layer, fp8_weights_in_fp64, in_fp64, round_to_fp8, w8a8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,25 +77,6 @@ def test_activations_of_any_size(kernel, device, kind):
         assert error(out, exact) <= allowed
 
 
-def test_nan_stays_in_its_token(kernel, device):
-    for tokens in (2, 70):
-        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 64, 2, 128, 128, torch.bfloat16, device)
-        expected = run(kernel, (x, index, top_k_weights), weights, scales)
-        x[1] = float("nan")
-        out = run(kernel, (x, index, top_k_weights), weights, scales)
-        assert out[1].isnan().all()
-        others = torch.arange(tokens, device=device) != 1
-        assert torch.equal(out[others], expected[others])
-
-
-def test_skipped_slots_contribute_nothing(kernel, device):
-    for tokens in (2, 70):
-        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 64, 2, 128, 128, torch.bfloat16, device)
-        index[0], top_k_weights[0], x[0] = torch.tensor([-1, 64]), float("nan"), float("nan")
-        out = run(kernel, (x, index, top_k_weights), weights, scales)
-        assert not out[0].any() and out.isfinite().all()
-
-
 def test_strides(kernel, device):
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
     exact, allowed = oracle(kernel, (x, index, top_k_weights), weights, scales, True)
@@ -113,46 +91,6 @@ def test_strides(kernel, device):
     ):
         # Not bit by bit: a CPU's GEMM sums other layouts in another order.
         assert error(run(kernel, *inputs), exact) <= allowed
-
-
-def test_autocast(kernel, device):
-    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 40, 4, 2, 256, 128, torch.float32, device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        out = run(kernel, (x, index, top_k_weights), weights, scales)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, run(kernel, (x.bfloat16(), index, top_k_weights), weights, scales))
-
-
-# --- gradients --------------------------------------------------------------------------------------------------------
-
-
-def gradients(function, x, top_k_weights, dout):
-    x, top_k_weights = (t.detach().requires_grad_() for t in (x, top_k_weights))
-    out = function(x, top_k_weights)
-    return out, *torch.autograd.grad(out, (x, top_k_weights), dout.to(out.dtype))
-
-
-@pytest.mark.parametrize(f"{CASE}, dtype", in_turn(CASES[::-1]))  # backwards: of the 16-bit types each case's other
-def test_gradients(kernel, device, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
-    args = (tokens, experts, top_k, hidden_dim, inter, dtype, device, ids)
-    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
-    top_k_weights[(index < 0) | (index >= experts)] = float("nan")
-    dout = layer(*args, seed=3)[0]
-    exact_weights = fp8_weights_in_fp64(weights, scales)
-    exact = gradients(
-        lambda x, w: kernel.reference.moe_experts(x, index, w.nan_to_num(), *exact_weights),
-        x.double(),
-        top_k_weights.double(),
-        dout,
-    )
-    got = gradients(lambda x, w: run(kernel, (x, index, w), weights, scales), x, top_k_weights, dout)
-    tolerance = 4 * torch.finfo(dtype).eps + 4e-6
-    for of_rows, e in zip(got[:2], exact):
-        assert error(of_rows, e) <= tolerance
-    # <dout[t], y>: of a few slots the sum may be small beside its terms, which are what was rounded.
-    each_slot = x.double().repeat_interleave(top_k, 0), index.view(-1, 1), torch.ones_like(index.view(-1, 1)).double()
-    terms = dout.double().repeat_interleave(top_k, 0) * kernel.reference.moe_experts(*each_slot, *exact_weights)
-    assert (got[2] - exact[2]).norm() <= tolerance * terms.norm()
 
 
 @pytest.mark.parametrize("wanted", ["nothing", "hidden_states", "top_k_weights"])
@@ -177,73 +115,6 @@ def test_activations_that_require_gradients_are_not_quantised(kernel, monkeypatc
     with torch.no_grad():
         run(kernel, (x, index, top_k_weights), weights, scales)
     assert quantized == [wanted == "nothing"]
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("tokens", [3, 700])
-def test_checkpoint(kernel, device, tokens, use_reentrant):
-    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 8, 2, 256, 128, torch.bfloat16, device)
-    x.requires_grad_()
-
-    def function(x):
-        return run(kernel, (x, index, top_k_weights), weights, scales)
-
-    plain, checkpointed = function(x), checkpoint(function, x, use_reentrant=use_reentrant)
-    grads = []
-    for out in (plain, checkpointed):
-        out.backward(torch.ones_like(out))
-        grads.append(x.grad)
-        x.grad = None
-    assert torch.equal(*grads)
-    # Few rows without gradients, of a reentrant first pass, sum in another order.
-    if tokens == 3 and use_reentrant:
-        assert error(checkpointed, plain.double()) <= 4 * torch.finfo(torch.bfloat16).eps
-    else:
-        assert torch.equal(checkpointed, plain)
-
-
-def test_frozen_weights_are_named(kernel):
-    inputs, weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
-    weights[1].requires_grad_()
-    with pytest.raises(ValueError, match="down_proj: fp8 weights are frozen, expected requires_grad=False"):
-        run(kernel, inputs, weights, scales)
-
-
-def test_second_derivatives_are_refused(kernel):
-    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
-    x.requires_grad_()
-    for differentiate in (lambda loss: loss.backward(), lambda loss: torch.autograd.grad(loss, x)):
-        out = run(kernel, (x, index, top_k_weights), weights, scales)
-        (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="second derivatives"):
-            differentiate(out.sum() + dx.pow(2).sum())
-
-
-def test_backward_under_autocast_of_a_forward_that_was_an_op(kernel):
-    (x, index, top_k_weights), weights, scales = fp8_layer(kernel, 4, 4, 2, 64, 32)
-    x.requires_grad_()
-    (expected,) = torch.autograd.grad(run(kernel, (x, index, top_k_weights), weights, scales).sum(), x)
-    with FlopCounterMode(display=False):
-        out = run(kernel, (x, index, top_k_weights), weights, scales)
-    with torch.autocast("cpu", torch.bfloat16):
-        (found,) = torch.autograd.grad(out.sum(), x)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
-def test_torch_compile(kernel, device, requires_grad):
-    compiled = torch.compile(
-        lambda *args: run(kernel, args[:3], args[3:5], args[5:]), fullgraph=True, backend=COMPILE_BACKENDS[device]
-    )
-    for tokens in (5, 70):
-        (x, index, top_k_weights), weights, scales = fp8_layer(kernel, tokens, 8, 2, 128, 64, device=device)
-        results = []
-        for function in (lambda *args: run(kernel, args[:3], args[3:5], args[5:]), compiled):
-            x = x.detach().requires_grad_(requires_grad)
-            out = function(x, index, top_k_weights, *weights, *scales)
-            results.append([out, *(torch.autograd.grad(out.sum(), x) if requires_grad else ())])
-        for a, b in zip(*results):
-            assert torch.equal(a, b)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -277,24 +148,6 @@ def test_fp8_weights_without_scales(kernel):
     inputs, weights, _ = fp8_layer(kernel, 4, 4, 2, 64, 32)
     with pytest.raises(TypeError, match="gate_up_proj: expected torch.float32 like hidden_states, got torch.float8"):
         kernel.moe_experts(*inputs, *weights)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [300, 10, 500]], ids=str)
-def test_grouped_gemm(kernel, device, sizes, dtype):
-    """What adapters run over fp8 weights: rows of nobody, NaN here, are zero in the result and in the gradient."""
-    blocks = import_module(f"{kernel.__name__}.experts.blocks")
-    (x, *_), (weight, _), (scale, _) = fp8_layer(kernel, sum(sizes) + 40, 3, 1, 256, 128, dtype, device)
-    dy = layer(x.shape[0], 3, 1, 256, 128, dtype, device, seed=1)[0]
-    x[sum(sizes) :], dy[sum(sizes) :] = float("nan"), float("nan")
-    offsets = torch.tensor([0, *sizes], device=device).cumsum(0).int()
-    exact = dequantized(weight, scale)
-    y = blocks.grouped_gemm(x.requires_grad_(), weight, None, scale, offsets, False)
-    y.backward(dy)
-    assert not y[sum(sizes) :].any() and not x.grad[sum(sizes) :].any()
-    for expert, (begin, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):
-        for found, rows, w in ((y, x, exact[expert].T), (x.grad, dy, exact[expert])):
-            assert error(found[begin:end], rows[begin:end].double() @ w) <= 4 * torch.finfo(dtype).eps + 4e-6
 
 
 # --- what only a GPU shows --------------------------------------------------------------------------------------------

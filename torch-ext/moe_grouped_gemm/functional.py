@@ -21,7 +21,7 @@ from .torch_ops import (
     refuse_dtensors_for,
     rejects_transforms,
 )
-from .weights import Projection, are_adapted, are_quantized, format_of_both
+from .weights import Projection, are_adapted
 
 _SILU = Gate("silu")
 
@@ -88,7 +88,6 @@ def moe_experts(
     gate = Gate(activation, limit, alpha, interleaved)
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
-    format_of_both(gate_up, down).check_gate(limit, interleaved)
     hidden_states, gate_up, down = _in_one_dtype(hidden_states, gate_up, down)
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     check_experts(*inputs, activation, limit, True, block_size)
@@ -144,11 +143,11 @@ def moe_experts_lora(
 
 
 def _in_one_dtype(hidden_states, gate_up, down):
-    """The dtype that autocast asks for, of all operands; over weights in fp8 of hidden_states alone."""
+    """The dtype that autocast asks for, of all operands; weights in codes and their scales stay as they are."""
     if is_autocast(hidden_states):
-        hidden_states, *dense = autocast(hidden_states, *gate_up[:2], *down[:2])
-        if not are_quantized(gate_up, down):
-            gate_up, down = Projection(*dense[:2]), Projection(*dense[2:])
+        hidden_states, *operands = autocast(hidden_states, *gate_up[:2], *down[:2])
+        gate_up = gate_up._replace(weight=operands[0], bias=operands[1])
+        down = down._replace(weight=operands[2], bias=operands[3])
     return hidden_states, gate_up, down
 
 

@@ -33,6 +33,7 @@ class Tables(NamedTuple):
     small: list | tuple  # 96 KiB: sm_86, sm_89
     least: list | tuple  # 64 KiB: gfx942, and what is left
     small_tma: list | tuple | None = None  # where it differs from `small`: sm_120
+    large_mfma: list | tuple | None = None  # where it differs from `large`: gfx950
 
     def of(self, dtype: torch.dtype, traits: Traits):
         """For this dtype on a GPU with these traits."""
@@ -43,7 +44,7 @@ class Tables(NamedTuple):
         if traits.mma == "tcgen05":
             return self.blackwell
         if traits.shared_memory >= 160 * 1024:
-            return self.large
+            return self.large_mfma if traits.mma == "mfma" and self.large_mfma is not None else self.large
         if traits.shared_memory < 96 * 1024:
             return self.least
         return self.small_tma if traits.has_tma and self.small_tma is not None else self.small
@@ -90,6 +91,11 @@ DECODE_FP32 = ExpertsConfig(
 DECODE_FP8 = ExpertsConfig(
     gate_up=DecodeConfig(BLOCK_N=4, BLOCK_K=512, num_warps=2),
     down=DecodeConfig(BLOCK_N=4, BLOCK_K=512, num_warps=2),
+)
+# A tile of the first has these rows of gate and of up, one of the second these for each warp, which has a slot.
+DECODE_FP4 = ExpertsConfig(
+    gate_up=DecodeConfig(BLOCK_N=32, BLOCK_K=256, num_warps=2),
+    down=DecodeConfig(BLOCK_N=32, BLOCK_K=256, num_warps=4),
 )
 
 # --- gate_up, grouped_gemm --------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ FP8_WEIGHTS = Tables(
     ],
 )
 
-# --- dgrad_fp8, wgrad, an adapter's products --------------------------------------------------------------------------
+# --- dgrad_fp8 --------------------------------------------------------------------------------------------------------
 
 # A tile of columns has one scale, so BLOCK_N divides 128.
 FP8_DGRAD = Tables(
@@ -202,6 +208,61 @@ FP8_DGRAD = Tables(
     small=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     least=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2),
 )
+
+# --- 4 bits -----------------------------------------------------------------------------------------------------------
+
+# The kernel of fp4_registers.py, whose tiles have 8 rows; NVIDIA's. A dot of AMD's has at least 16.
+_FEW_FP4 = UpTo(12, _gemm(BLOCK_M=8, BLOCK_N=64, BLOCK_K=64, num_warps=2, num_stages=3))
+_LOW_FP4 = UpTo(12, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2))
+FP4 = Tables(
+    fp32=[UpTo(math.inf, _gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2))],
+    hopper=[
+        _FEW_FP4,
+        UpTo(
+            math.inf,
+            _gemm(
+                BLOCK_M=128,
+                MIN_M=64,
+                BLOCK_N=128,
+                BLOCK_K=64,
+                num_warps=8,
+                num_stages=3,
+                USE_TMA=True,
+                WARP_SPECIALIZED=True,
+            ),
+        ),
+    ],
+    blackwell=[
+        _FEW_FP4,
+        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
+    ],
+    large=[
+        _FEW_FP4,
+        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
+    ],
+    small=[
+        _FEW_FP4,
+        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
+    ],
+    least=[
+        _LOW_FP4,
+        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)),
+    ],
+    large_mfma=[
+        _LOW_FP4,
+        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
+    ],
+)
+FP4_DGRAD = Tables(
+    fp32=_gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
+    hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True),
+    blackwell=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    large=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    small=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    least=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+)
+
+# --- wgrad, an adapter's products -------------------------------------------------------------------------------------
 
 # BLOCK_K is of rows. USE_TMA goes with WARP_SPECIALIZED, whose tile is fixed. Measured:
 # docs/measurements/NVIDIA-H200-backward.json and -training.json.

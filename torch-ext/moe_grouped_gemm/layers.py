@@ -1,4 +1,4 @@
-"""nn.Modules that `kernelize` swaps in, and `register()`, which makes them known.
+"""nn.Modules that `kernelize` swaps in, `register()`, which makes them known, and `fp4_config()`.
 
 Transformers loads a layer by name and looks for its `...Layout` beside it. Importing this file does not import
 Transformers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .integration import modules, routers, stand_ins
+from .integration import modules, quantizer, routers, stand_ins
 from .integration.register import register_layers
 from .integration.switching import Layer, switches_on
 
@@ -84,3 +84,17 @@ def register() -> None:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
     """
     register_layers({cls.__name__: cls for cls in (MoEExperts, FP8Experts, DeepseekV3TopkRouter)})
+
+
+def fp4_config():
+    """The `quantization_config` of a model that `from_pretrained` is to load with its experts in 4 bits.
+
+    Whatever the checkpoint: gpt-oss's own, another that was saved so, or a dense one, whose experts are quantised one
+    weight after another as they are read. The experts run on this kernel, with gradients for all but the codes; the
+    rest of the model stays as it is.
+
+    Raises:
+        ImportError: as `register`, which this calls.
+    """
+    register()
+    return quantizer.config_class()()

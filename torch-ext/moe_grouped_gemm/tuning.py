@@ -11,10 +11,13 @@ import torch
 
 from .heuristics import (
     DECODE,
+    DECODE_FP4,  # noqa: F401, taken as it is
     DECODE_FP8,  # noqa: F401, taken as it is
     DECODE_FP32,
     DECODE_TRANSPOSED,
     EXPERTS,
+    FP4,
+    FP4_DGRAD,  # noqa: F401, taken as it is
     FP8,
     FP8_DGRAD,  # noqa: F401, taken as it is
     FP8_WEIGHTS,
@@ -82,6 +85,11 @@ def fp8_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits) 
     """Configuration for `rows` routed rows of this dtype over `num_experts` experts in fp8."""
     tables = FP8 if dtype == torch.float8_e4m3fn else FP8_WEIGHTS
     return _first_serving(tables.of(dtype, traits), rows / num_experts)
+
+
+def fp4_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits) -> GemmConfig:
+    """Configuration for `rows` routed rows of this dtype over `num_experts` experts in 4 bits."""
+    return _first_serving(FP4.of(dtype, traits), rows / num_experts)
 
 
 def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits) -> GemmConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import reference
 from ..checks import check_index, shape
-from ..weights import Projection, format_of_both
+from ..weights import Projection, biases_of, format_of_both
 
 
 def check_experts(
@@ -21,20 +21,11 @@ def check_experts(
     """block_size: of scales, if the caller says so; else what their format has."""
     weights = format_of_both(gate_up, down)
     weights.check(hidden_states, gate_up, down, block_size)
-    biases = {}
-    if gate_up.bias is not None:
-        biases["gate_up_proj_bias"] = gate_up.bias
-    if down.bias is not None:
-        biases["down_proj_bias"] = down.bias
-    _check_layer(
-        hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight, activation, biases, limit, gated
-    )
+    _check_layer(hidden_states, top_k_index, top_k_weights, gate_up, down, activation, limit, gated)
     weights.check_scales(gate_up, down, gated)
 
 
-def _check_layer(
-    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, biases, limit, gated
-) -> None:
+def _check_layer(hidden_states, top_k_index, top_k_weights, gate_up, down, activation, limit, gated) -> None:
     check_index(top_k_index)
     if hidden_states.ndim != 2:
         raise ValueError(f"hidden_states: expected (T, H), got {shape(hidden_states)}")
@@ -46,18 +37,15 @@ def _check_layer(
     if not top_k_weights.is_floating_point():
         raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")
     halves = 2 if gated else 1
-    experts, rows, columns = gate_up_proj.shape if gate_up_proj.ndim == 3 else (0, 0, None)
+    experts, rows, columns = gate_up.shape if gate_up.weight.ndim == 3 else (0, 0, None)
     if columns != hidden_dim or rows % halves:
-        raise ValueError(
-            f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {shape(gate_up_proj)}"
-        )
+        raise ValueError(f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {_given(gate_up)}")
     if experts == 0:
-        raise ValueError(f"gate_up_proj: expected at least one expert, got {shape(gate_up_proj)}")
-    if down_proj.shape != (experts, hidden_dim, rows // halves):
-        raise ValueError(
-            f"down_proj: expected {(experts, hidden_dim, rows // halves)} to fit gate_up_proj, got {shape(down_proj)}"
-        )
-    for name, bias in biases.items():
+        raise ValueError(f"gate_up_proj: expected at least one expert, got {_given(gate_up)}")
+    expected = (experts, hidden_dim, rows // halves)
+    if down.weight.ndim != 3 or down.shape != expected:
+        raise ValueError(f"down_proj: expected {expected} to fit gate_up_proj, got {_given(down)}")
+    for name, bias in biases_of(gate_up, down).items():
         expected = (experts, rows if name == "gate_up_proj_bias" else hidden_dim)
         if bias.shape != expected:
             raise ValueError(f"{name}: expected {expected} to fit the weights, got {shape(bias)}")
@@ -69,3 +57,9 @@ def _check_layer(
         raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     if limit is not None and not limit > 0:
         raise ValueError(f"limit: expected a positive number or None, got {limit}")
+
+
+def _given(projection: Projection) -> str:
+    weight = projection.weight
+    is_packed = weight.ndim == 3 and projection.shape != tuple(weight.shape)
+    return f"{projection.shape} in bytes {shape(weight)} of two" if is_packed else shape(weight)

@@ -36,10 +36,11 @@ def _grouped_gemm(x, weight, bias, scale, expert_offsets, transposed):
     """y[r] = W[e] @ x[r] + bias[e]; transposed: W[e]^T @ x[r]. The weight is read in place."""
     if x.device.type == "cpu":
         return reference.grouped_gemm(x, weight, expert_offsets, bias, scale, transposed)
-    rows, columns = x.shape[0], weight.shape[2 if transposed else 1]
+    projection = Projection(weight, bias, scale)
+    rows, columns = x.shape[0], projection.shape[2 if transposed else 1]
     if rows == 0 or columns == 0 or (x.shape[1] == 0 and bias is None):
         return x.new_zeros(rows, columns)
-    return _grouped_gemm_on_gpu(x, Projection(weight, bias, scale), expert_offsets, transposed)
+    return _grouped_gemm_on_gpu(x, projection, expert_offsets, transposed)
 
 
 @gpu.on_its_device
@@ -53,7 +54,7 @@ def _grouped_gemm_on_gpu(x, projection, expert_offsets, transposed):
 
 
 def _grouped_gemm_fake(x, weight, bias, scale, expert_offsets, transposed):
-    return x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
+    return x.new_empty(x.shape[0], Projection(weight, bias, scale).shape[2 if transposed else 1])
 
 
 grouped_gemm = register_op(

@@ -36,11 +36,10 @@ def adapted(
     """
     if not adapters:
         return projection
-    weight = projection.weight
+    weight, (experts, N, K) = projection.weight, projection.shape
     refuse_dtensors((name, factor) for adapter in adapters for factor in adapter[:2])
     As = [adapter.A.to(dtype) for adapter in adapters]
     Bs = [(adapter.scaling * adapter.B).to(dtype) for adapter in adapters]
-    experts, N, K = weight.shape
     for A, B in zip(As, Bs):
         if A.shape != (experts, A.shape[1], K) or B.shape != (experts, N, A.shape[1]):
             raise ValueError(

@@ -53,12 +53,19 @@ def _forward(hidden_states, top_k_index, *args):
 def _forward_flops(*args, **_):
     """Of shapes: two for each product of each slot, skipped or not, which only the device knows."""
     _, _, gate_up, down = Differentiable.of((args[0], *args[2:_TENSORS]))
-    return 2 * math.prod(args[1]) * sum(_size(p.weight) + _size(p.A) + _size(p.B) for p in (gate_up, down))
+    return 2 * math.prod(args[1]) * sum(_weight_size(p) + _size(p.A) + _size(p.B) for p in (gate_up, down))
 
 
-def _size(weight) -> int:
+def _size(factor) -> int:
     """Of an expert's part, given the shape of all; of None, nothing."""
-    return 0 if weight is None else math.prod(weight[1:])
+    return 0 if factor is None else math.prod(factor[1:])
+
+
+def _weight_size(projection) -> int:
+    """Given shapes: bytes of two codes have a scale for each 16."""
+    weight, scale = projection.weight, projection.scale
+    is_packed = scale is not None and (scale[1], 16 * scale[2]) == (weight[1], weight[2])
+    return _size(weight) * (2 if is_packed else 1)
 
 
 moe_experts = register_op(
@@ -145,7 +152,7 @@ def _empty(t):
 def _backward_flops(dout, *args, **_):
     inputs, _, needs, _ = _backward_args(args)
     (gate_up, A1, B1), (down, A2, B2) = (
-        (_size(p.weight), _size(p.A), _size(p.B)) for p in (inputs.gate_up, inputs.down)
+        (_weight_size(p), _size(p.A), _size(p.B)) for p in (inputs.gate_up, inputs.down)
     )
     products = down + B2 + A2  # b and v2
     products += needs.down.weight * down + needs.down.A * A2 + needs.down.B * B2

@@ -1,9 +1,9 @@
 """An experts module of Transformers: what it holds, read once into one value, and how we compute it.
 
 Modules that carry `@use_experts_implementation` differ in `has_gate`, `has_bias`, `is_transposed`,
-`has_post_expert_norm` and in `_apply_gate`, their own function (S, 2I) -> (S, I) between the GEMMs; `FP8Experts` holds
-codes and scales. If the function is one of our gates, the whole layer is `moe_experts`; any other runs as it is between
-our grouped GEMMs.
+`has_post_expert_norm` and in `_apply_gate`, their own function (S, 2I) -> (S, I) between the GEMMs. `FP8Experts`, and
+modules that quantizer.py fills, have codes, and scales beside them. If the function is one of our gates, the whole
+layer is `moe_experts`; any other runs as it is between our grouped GEMMs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .. import functional, gpu
 from ..experts.lora import LoraFactors
 from ..reference import Gate
-from ..weights import Projection, are_quantized, quantize
+from ..weights import Projection, are_quantized, quantize_fp4, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
@@ -31,11 +31,24 @@ _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 _NONE = (None, None)
 
 
-class Weights(NamedTuple):
-    """(E, N, K) of both projections as the module's own layout has them, their biases and, if they are fp8, scales."""
+class Experts(NamedTuple):
+    """What a module computes with, its weights as (E, N, K) whatever order it has them in.
+
+    Attributes:
+        gate_up: a weight, its bias and, of codes, the scales.
+        down: likewise.
+        gate: between the two products: one of ours, or the module's own function (S, 2I) -> (S, I).
+        gated: if not, gate_up is (E, I, H) and the function (S, I) -> (S, I).
+        norm: the module's own function of the rows (S, H) of the second product; or None.
+        lora: the active adapters of each of the two weights.
+    """
 
     gate_up: Projection
     down: Projection
+    gate: Gate | Callable
+    gated: bool
+    norm: Callable | None
+    lora: tuple[tuple[LoraFactors, ...], tuple[LoraFactors, ...]]
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -49,7 +62,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def is_plain(x: torch.Tensor | None) -> bool:
     """Whether this is a dense tensor that our kernels read, on a device that they run on."""
-    return _is_dense(x) and _unreadable(x) is None and _missing_triton(x) is None
+    return is_dense(x) and _unreadable(x) is None and _missing_triton(x) is None
 
 
 def _unreadable(x: torch.Tensor) -> str | None:
@@ -90,20 +103,29 @@ def is_fp8_experts(module: nn.Module) -> bool:
     return "activation_scheme" in module.__dict__  # a miss of nn.Module's getattr takes over a microsecond
 
 
-def read(module: nn.Module, get: Callable = getattr) -> Weights:
+def read(module: nn.Module, get: Callable = getattr) -> Experts:
     """Each parameter is asked for once: a parametrized one is computed anew every time, and may change as it is."""
     names = weight_names(module)
     up, down = (get(module, name, None) for name in names)
     biases = scales = _NONE
     if getattr(module, "has_bias", False):
         biases = tuple(getattr(module, f"{name}_bias") for name in names)
-    if is_fp8_experts(module) and not (_is_dense(up) or _is_dense(down)):  # of dense ones no blocks could be cut
+    if not (is_dense(up) or is_dense(down)):  # of which FP8Experts could cut no blocks, though it has scales
         scales = tuple(getattr(module, f"{name}_scale_inv", None) for name in names)
-    return Weights(*map(Projection, (up, down), biases, scales))
+    adapters = adapters_of(module)
+    lora = [tuple(factors for owner, factors in adapters if owner == name) for name in names]
+    if getattr(module, "is_transposed", False):
+        up, down = (weight.mT if weight is not None and weight.ndim == 3 else weight for weight in (up, down))
+        lora = [tuple(LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in factors) for factors in lora]
+    gated = getattr(module, "has_gate", True)
+    gate = (gate_of(module) or module._apply_gate) if gated else module.act_fn
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    return Experts(*map(Projection, (up, down), biases, scales), gate, gated, norm, tuple(lora))
 
 
-def obstacle(module: nn.Module, weights: Weights) -> str | None:
+def obstacle(module: nn.Module, experts: Experts) -> str | None:
     """Why we do not compute this module; None if we do."""
+    weights = experts[:2]
     for name, (weight, *_) in zip(weight_names(module), weights):
         if weight is None:
             return f"it has no {name}"
@@ -114,27 +136,35 @@ def obstacle(module: nn.Module, weights: Weights) -> str | None:
             reason = weight.dtype
         if reason is not None:
             return f"{name} is {reason}"
-    reason = _missing_triton(weights.down.weight)
-    return _obstacle_fp8(module, weights) if reason is None and are_quantized(*weights) else reason
+    reason = _missing_triton(experts.down.weight)
+    return _obstacle_codes(module, experts) if reason is None and are_quantized(*weights) else reason
 
 
-def _obstacle_fp8(module: nn.Module, weights: Weights) -> str | None:
-    if not getattr(module, "has_gate", True):
-        return "its fp8 experts have no gate"
-    if module.activation_scheme != "dynamic":
-        return f"activation_scheme={module.activation_scheme!r}"
-    for name, (weight, *_) in zip(weight_names(module), weights):
-        if weight.dtype != quantize.FP8:
+def _obstacle_codes(module: nn.Module, experts: Experts) -> str | None:
+    weights = dict(zip(weight_names(module), experts[:2]))
+    scheme = getattr(module, "activation_scheme", "dynamic")
+    if scheme != "dynamic":
+        return f"activation_scheme={scheme!r}"
+    if all(is_fp4(weight) for weight, *_ in weights.values()):
+        for name, projection in weights.items():
+            if projection.shape[2] % quantize_fp4.GROUP:
+                return f"{name} in 4 bits is {projection.shape}, no multiple of {quantize_fp4.GROUP} columns"
+        return None
+    for name, (weight, *_) in weights.items():
+        if weight.dtype != quantize_fp8.FP8:
             return f"{name} is {weight.dtype}"
-    if module.block_size is None or tuple(module.block_size) != (quantize.BLOCK, quantize.BLOCK):
+    if module.block_size is None or tuple(module.block_size) != (quantize_fp8.BLOCK, quantize_fp8.BLOCK):
         return f"block_size={module.block_size}"
-    inter = weights.down.weight.shape[2]
-    if inter % quantize.BLOCK > quantize.BLOCK // 2:
+    inter = experts.down.weight.shape[2]
+    if experts.gated and inter % quantize_fp8.BLOCK > quantize_fp8.BLOCK // 2:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
-    if any(projection.bias is not None for projection in weights):
-        return "its fp8 experts have biases"
     return None
+
+
+def is_fp4(weight: torch.Tensor) -> bool:
+    """Whether this holds 4-bit codes: bytes of two."""
+    return weight.dtype in quantize_fp4.DTYPES
 
 
 def peek(module: nn.Module) -> str | None:
@@ -158,7 +188,7 @@ def is_empty(module: nn.Module) -> bool:
     return any(hasattr(weight, "to_local") or (weight.numel() == 0 and weight.ndim == 1) for weight in weights)
 
 
-def _is_dense(weight: torch.Tensor | None) -> bool:
+def is_dense(weight: torch.Tensor | None) -> bool:
     return weight is not None and weight.dtype in _DENSE
 
 
@@ -183,12 +213,18 @@ def experts_forward(
 
 def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """What `module` computes, by us or, where we cannot, by `stock(module, ...)`."""
-    weights, adapters = read(module), adapters_of(module)
-    reason = obstacle(module, weights)
+    experts = read(module)
+    reason = obstacle(module, experts)
     if reason is None:
-        return _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapters).to(hidden_states.dtype)
-    if adapters:
+        out = _compute(experts, hidden_states, top_k_index, top_k_weights, module.training)
+        return out.to(hidden_states.dtype)
+    if any(experts.lora):
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
+    if are_quantized(*experts[:2]) and not is_fp8_experts(module):
+        raise RuntimeError(
+            f"moe-grouped-gemm cannot compute {type(module).__name__} in 4 bits: {reason}. Nor can Transformers; load "
+            "the model without quantization_config."
+        )
     if not torch.compiler.is_compiling():
         _warn(type(module).__name__, reason)
     return stock(module, hidden_states, top_k_index, top_k_weights)
@@ -207,7 +243,7 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     weights = [unparametrized(module, name) for name in weight_names(module)]
-    if all(map(_is_dense, weights)) and not any(hasattr(weight, "__tensor_flatten__") for weight in weights):
+    if all(map(is_dense, weights)) and not any(hasattr(weight, "__tensor_flatten__") for weight in weights):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
     if is_fp8_experts(module):
         return ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
@@ -215,40 +251,27 @@ def _default_forward(module: nn.Module, *args) -> torch.Tensor:
     return inspect.unwrap(type(module).forward)(module, *args)
 
 
-def _experts(module, weights, hidden_states, top_k_index, top_k_weights, adapters) -> torch.Tensor:
-    """(T, H) -> (T, H), in the dtype of the weights, as Transformers' grouped_mm: under autocast, norms hand over fp32.
-
-    adapters: (name of a weight, factors of an adapter of it in the weight's own layout).
-    """
-    gate_up, down = weights
-    factors = [tuple(factors for name, factors in adapters if name == weight) for weight in weight_names(module)]
-    if are_quantized(*weights):
+def _compute(experts: Experts, hidden_states, top_k_index, top_k_weights, training: bool) -> torch.Tensor:
+    """(T, H) in the dtype of the weights, as by Transformers' grouped_mm: under autocast, norms hand over fp32."""
+    gate_up, down, gate, gated, norm, lora = experts
+    if are_quantized(gate_up, down):
         # They get no gradient, as in Transformers, whatever their `requires_grad` says.
-        gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in weights)
+        gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in (gate_up, down))
     else:
         hidden_states = hidden_states.to(gate_up.weight.dtype)
-        gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(p.weight.dtype)) for p in weights)
-    if getattr(module, "is_transposed", False):
-        gate_up, down = (p._replace(weight=p.weight.mT) for p in (gate_up, down))
-        factors = [tuple(LoraFactors(f.B.mT, f.A.mT, f.scaling) for f in fs) for fs in factors]
+    gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(hidden_states.dtype)) for p in (gate_up, down))
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
     others = dict(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
     others.update(gate_up_proj_scale=gate_up.scale, down_proj_scale=down.scale)
-    gated = getattr(module, "has_gate", True)
-    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-    gate = gate_of(module) if gated else None
-    is_whole = gate is not None and norm is None and not adapters
-    if is_whole and (not are_quantized(*weights) or gate == Gate(gate.activation)):
+    if isinstance(gate, Gate) and gated and norm is None and not any(lora):
         activation, limit, alpha, interleaved = gate
         # Activations stay as they are while it trains: the first pass of reentrant checkpointing has no gradients.
-        others["quantize_activations"] = not module.training
+        others["quantize_activations"] = not training
         return functional.moe_experts(*inputs, activation, limit=limit, alpha=alpha, interleaved=interleaved, **others)
-    if gate is None:
-        gate = module._apply_gate if gated else module.act_fn
-    return functional.moe_experts_lora(*inputs, *factors, gate, norm=norm, gated=gated, **others)
+    return functional.moe_experts_lora(*inputs, *lora, gate, norm=norm, gated=gated, **others)
 
 
 def runs_composed(module: nn.Module) -> bool:
     """Whether the module's gate or norm runs as it is, between our GEMMs."""
-    gated, norm = getattr(module, "has_gate", True), getattr(module, "has_post_expert_norm", False)
-    return not gated or norm or gate_of(module) is None
+    experts = read(module, unparametrized)
+    return not isinstance(experts.gate, Gate) or experts.norm is not None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..experts.lora import LoraFactors
-from ..weights import quantize
+from ..weights import Projection
 from . import modules, switching
 from .adapters import activated
 
@@ -23,13 +23,17 @@ def meet_peft() -> None:
     The wrapper registers a parametrization around every forward, and torch evaluates a parametrization as it is
     registered: W + BA would be made for all experts even if nobody read it. So this steps in before. Every other
     module, and a PEFT that does not do what we replace, keeps PEFT's own way.
+
+    Over weights in codes, of which PEFT knows nothing, factors have the size of what the codes stand for, and what
+    would take codes for numbers is refused.
     """
     if importlib.util.find_spec("peft") is None:
         return
     try:
         from peft.tuners.lora.layer import ParamWrapper
 
-        materialize = ParamWrapper._activate_lora
+        materialize, merge = ParamWrapper._activate_lora, ParamWrapper.merge
+        get_in_out_features = ParamWrapper._get_in_out_features
         _check_peft()
     except Exception as error:  # whatever PEFT has become
         return _warn(f"{type(error).__name__}: {error}")
@@ -42,10 +46,40 @@ def meet_peft() -> None:
         context = materialize(self, active_adapters)
         if factors is not None:
             context = activated(module, self.parameter_name, factors)
+        elif _is_in_codes(self) and any(adapter in self.lora_A for adapter in active_adapters):
+            raise RuntimeError(
+                f"adapters on {self.parameter_name} of {type(module).__name__}, which holds codes, are computed by "
+                "moe-grouped-gemm alone, and it does not run on it: see status(model)"
+            )
         with context:
             yield
 
+    @functools.wraps(get_in_out_features)
+    def get_in_out_features_of_codes(self, module):
+        features = get_in_out_features(self, module)
+        if _is_in_codes(self):
+            return Projection(self.get_param()).shape[1:]
+        return features
+
+    @functools.wraps(merge)
+    def merge_into_numbers(self, *args, **kwargs):
+        if _is_in_codes(self):
+            raise ValueError(
+                f"an adapter cannot be merged into {self.parameter_name}, which holds codes of few bits: to round the "
+                "sum would lose most of what it learnt. Keep it beside the model, or merge it into the dense one."
+            )
+        return merge(self, *args, **kwargs)
+
     ParamWrapper._activate_lora = activate_lora
+    ParamWrapper._get_in_out_features = get_in_out_features_of_codes
+    ParamWrapper.merge = merge_into_numbers
+
+
+def _is_in_codes(wrapper: nn.Module) -> bool:
+    """Whether the wrapped weight is not the numbers themselves."""
+    return hasattr(wrapper.get_base_layer(), f"{wrapper.parameter_name}_scale_inv") and not modules.is_dense(
+        wrapper.get_param()
+    )
 
 
 def runs_on_kernel(module: nn.Module) -> bool:
@@ -87,18 +121,18 @@ def _check_peft() -> None:
 def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[LoraFactors] | None:
     """The factors of the adapters that PEFT would add to the wrapped weight; None if they are not as expected.
 
-    In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast. Over an
-    fp8 weight in their own.
+    In the dtype of the weight, as in PEFT's own sum: adapters kept in fp32 get their gradients through a cast. Over a
+    weight in codes in their own.
     """
     if wrapper.parameter_name not in modules.weight_names(wrapper.get_base_layer()):
         return None
     factors = []
     try:
-        experts, rows, columns = wrapper.get_param().shape
+        experts, rows, columns = Projection(wrapper.get_param()).shape
         for adapter in active_adapters:
             if adapter not in wrapper.lora_A:
                 continue
-            if wrapper.get_param().dtype == quantize.FP8:
+            if _is_in_codes(wrapper):
                 uncast = _UncastFactors(wrapper, adapter)
                 B, A, scaling = type(wrapper).get_delta_factors(uncast, adapter)
             else:
@@ -113,7 +147,7 @@ def _factors(wrapper: nn.Module, active_adapters: list[str]) -> list[LoraFactors
 
 
 class _UncastFactors:
-    """A PEFT wrapper of an fp8 weight whose factors keep their dtype, where PEFT would round them to fp8 codes."""
+    """A PEFT wrapper of a weight in codes whose factors keep their dtype, where PEFT would round them to codes."""
 
     def __init__(self, wrapper: nn.Module, adapter: str):
         self._wrapper, self._adapter = wrapper, adapter

@@ -21,15 +21,14 @@ def layers_of(model: nn.Module) -> list[tuple]:
     for name, module in model.named_modules():
         if not modules.is_experts(module) or modules.is_empty(module) or modules.peek(module) is not None:
             continue
-        weights = modules.read(module, modules.unparametrized)
-        if are_quantized(*weights):
+        gate_up, down, *_ = modules.read(module, modules.unparametrized)
+        if are_quantized(gate_up, down):
             continue
-        down = weights.down.weight
-        experts, hidden_dim, inter = (down.mT if getattr(module, "is_transposed", False) else down).shape
+        experts, hidden_dim, inter = down.shape
         top_k = next((getattr(module.config, field) for field in _TOP_K if hasattr(module.config, field)), None)
         if top_k is None:
             raise ValueError(f"{name}: its config does not say top_k; give (E, H, I, top_k) in place of the model")
-        found[(experts, hidden_dim, inter, top_k, down.dtype)] = None
+        found[(experts, hidden_dim, inter, top_k, down.weight.dtype)] = None
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts layer with dense weights: nothing to tune")
     return list(found)

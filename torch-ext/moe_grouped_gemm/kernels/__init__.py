@@ -1,13 +1,16 @@
 """Triton device code and launchers, one file per stage."""
 
 from .backward import gather, row_sums, scale_rows, wgrad
+from .codes_hopper import codes_gemm_hopper
 from .combine import combine, zero_skipped, zero_tail
 from .decode import down_decode, gate_up_decode
+from .decode_fp4 import down_decode_fp4, gate_up_decode_fp4
 from .decode_fp8 import down_decode_fp8, gate_up_decode_fp8
 from .dgrad_fp8 import dgrad_fp8
+from .fp4 import dgrad_fp4, grouped_gemm_fp4
+from .fp4_registers import grouped_gemm_fp4_few
 from .fp8 import gate_up_fp8, grouped_gemm_fp8
 from .fp8_hopper import gate_up_fp8_hopper, grouped_gemm_fp8_hopper
-from .fp8_weights_hopper import fp8_weights_gemm_hopper
 from .gate import glu, glu_backward
 from .gate_up import gate_up
 from .grouped_gemm import grouped_gemm

@@ -25,7 +25,7 @@ from .gate import _glu
 from .gate_up import _store_glu
 from .launch import cdiv, launch
 from .quantize import _BLOCK, BLOCK, _from_codes, _load_scale, _quantize, _scale_row, scale_shift
-from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
+from .tiles import add_bias, is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
@@ -209,6 +209,7 @@ def _grouped_gemm_fp8_kernel(
     x_scale_ptr,  # (S, ceil(K / 128)) fp32 if x is fp8, else None
     w_ptr,  # (E, N, K); with USE_TMA a descriptor of it
     w_scale_ptr,  # (E, scale_rows, ceil(K / 128)) fp32 | e8m0 as uint8
+    bias_ptr,  # (E, N), or None
     y_ptr,  # (S, N)
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -251,8 +252,11 @@ def _grouped_gemm_fp8_kernel(
                 ONE_SCALE,
                 INPUT_PRECISION,
             )
-            store_rows(y_ptr, left, row, row_end, first + tl.arange(0, CONFIG.BLOCK_N), N)
-            store_rows(y_ptr, right, row, row_end, first + CONFIG.BLOCK_N + tl.arange(0, CONFIG.BLOCK_N), N)
+            offs_n = first + tl.arange(0, CONFIG.BLOCK_N)
+            left = add_bias(left, bias_ptr, expert, offs_n, N)
+            right = add_bias(right, bias_ptr, expert, offs_n + CONFIG.BLOCK_N, N)
+            store_rows(y_ptr, left, row, row_end, offs_n, N)
+            store_rows(y_ptr, right, row, row_end, offs_n + CONFIG.BLOCK_N, N)
 
 
 def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, input_precision, config, z=None):
@@ -283,10 +287,10 @@ def gate_up_fp8(x, x_scale, w, w_scale, sorted_slots, schedule, top_k, gate, inp
     return a, a_scale
 
 
-def grouped_gemm_fp8(x, x_scale, w, w_scale, schedule, input_precision, config, y, shift=0):
+def grouped_gemm_fp8(x, x_scale, w, w_scale, schedule, input_precision, config, y, shift=0, bias=None):
     """x (S, K) as in `gate_up_fp8`, w (E, N, K) fp8 -> y (S, N); rows that belong to no expert keep what y held.
 
-    shift: `scale_shift`, where w is [gate; up].
+    shift: `scale_shift`, where w is [gate; up]. bias: contiguous (E, N), or None.
     """
     _, N, K = w.shape
     tiles = schedule.shape[1]
@@ -299,7 +303,7 @@ def grouped_gemm_fp8(x, x_scale, w, w_scale, schedule, input_precision, config, 
     launch(
         _grouped_gemm_fp8_kernel,
         (tiles * cdiv(N, 2 * config.BLOCK_N), 1, 1),
-        (x, x_arg, x_scale, w_arg, w_scale, y, schedule),
+        (x, x_arg, x_scale, w_arg, w_scale, bias, y, schedule),
         (tiles,),
         (*sizes, config, one_scale, input_precision),
         num_warps=config.num_warps,

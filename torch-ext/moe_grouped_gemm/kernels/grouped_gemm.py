@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch, next_power_of_2
-from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
+from .tiles import add_bias, is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
 
 @triton.jit
@@ -123,8 +123,7 @@ def _grouped_gemm_tile(
         acc = _add_low_rank(acc, low_rank, expert, offs_m, mask_m, offs_n, N, ROWS_FIRST, BLOCK_R, INPUT_PRECISION)
 
     y = acc if ROWS_FIRST else acc.T
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    y = add_bias(y, bias_ptr, expert, offs_n, N)
     _store(out, y, row, row_end, offs_m, mask_m, offs_n, N)
 
 

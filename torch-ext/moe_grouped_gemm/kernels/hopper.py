@@ -223,6 +223,7 @@ def _multiply(
     TRANSPOSED_X: gl.constexpr,
     TRANSPOSED_W: gl.constexpr,
     RANK_STEPS: gl.constexpr = 0,
+    FACTOR: gl.constexpr = 1.0,
 ):
     y_ptr, sorted_slots_ptr, row_weights_ptr = out
     x_smem, w_smem, full, free = stages
@@ -250,6 +251,8 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=[acc])
             _barrier()
             mbarrier.arrive(free.index(_previous(step[0], w_smem.shape[0])), count=1, pred=k_tiles > 0)
+            if FACTOR != 1.0:
+                acc *= FACTOR
             if row_weights_ptr is not None:
                 offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
                 slots = gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)

@@ -60,6 +60,14 @@ def load_weight(w_desc, expert, row, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.const
 
 
 @triton.jit
+def add_bias(y, bias_ptr, expert, offs_n, N):
+    """y [BM, BN] and the biases (E, N) of these columns, if there are any."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
 def store_rows(y_ptr, y, row, row_end, offs_n, N):
     """The rows of y [BM, BN] that come before row_end, as rows from `row` on and columns offs_n of y_ptr (S, N)."""
     offs_m = row + tl.arange(0, y.shape[0])

@@ -1,6 +1,6 @@
 """Rows sorted by expert: the order, the GEMMs over it, and back to tokens.
 
-A weight is (E, N, K), with a scale one in codes (see weights/quantize.py), of which only one expert's is dequantised
+A weight is (E, N, K), with a scale one in codes (see weights/), of which only one expert's is dequantised
 at a time.
 """
 
@@ -63,7 +63,7 @@ def grouped_linear(x, weight, expert_offsets, bias=None, scale=None, transposed=
         # unbind: the gradient of indexing one expert would be as large as the whole stack, for each expert. Experts
         # without rows stay in: the result must depend on x and weight even if no row is left.
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight.unbind())])
-    y = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
+    y = x.new_empty(x.shape[0], Projection(weight, None, scale).shape[2 if transposed else 1])
     for expert, (rows, out) in enumerate(zip(x.split(counts), y.split(counts))):
         if rows.shape[0]:
             w = matrix(weight, scale, expert, x.dtype)

@@ -2,11 +2,11 @@
 
 check         what the layer's tensors have to be, before their shapes are looked at
 check_scales  whether the scales fit the weights
-check_gate    what keyword arguments of a gate the format takes
 dequantize    one expert's numbers, for plain PyTorch; a format that has no scales has none
 decode        the layer for a few rows, in two launches; or None
 plan          how the two GEMMs of a forward are launched
-first_gemm    a = gate(x W1^T + bias1) of routed rows, in whatever form second_gemm takes it
+first_gemm    a = gate(x W1^T + bias1) of routed rows, in whatever form second_gemm takes it; a format of which every
+              plan says that rows are gathered has neither
 second_gemm   out[t] = sum over the token's slots of their weight * (a W2^T + bias2)
 row_config    how row_gemm is launched
 row_gemm      y = x W^T + bias of rows in expert order; transposed, y = x W, the gradient of x
@@ -15,13 +15,15 @@ wgrad         the gradient of W; a format whose weights are frozen has none
 
 from __future__ import annotations
 
-from . import dense, fp8
-from .projection import Plan, Projection, are_adapted, are_quantized
+from . import dense, fp4, fp8, quantize_fp4
+from .projection import Plan, Projection, are_adapted, are_quantized, biases_of
 
 
 def format_of(projection: Projection):
     """The module that knows the kernels for this weight."""
-    return dense if projection.scale is None else fp8
+    if projection.scale is None:
+        return dense
+    return fp4 if projection.weight.dtype in quantize_fp4.DTYPES else fp8
 
 
 def format_of_both(gate_up: Projection, down: Projection):

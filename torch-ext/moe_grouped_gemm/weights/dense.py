@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-
 from .. import gpu, tuning
 from ..checks import check_floats
-from .layout import as_readable, is_transposed
-from .projection import Plan
+from .layout import as_readable, contiguous, is_transposed
+from .projection import Plan, biases_of
 
 
 def check(hidden_states, gate_up, down, block_size):
-    biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
-    biases = {name: bias for name, bias in biases.items() if bias is not None}
-    check_floats(hidden_states=hidden_states, gate_up_proj=gate_up.weight, down_proj=down.weight, **biases)
+    check_floats(
+        hidden_states=hidden_states, gate_up_proj=gate_up.weight, down_proj=down.weight, **biases_of(gate_up, down)
+    )
 
 
 def check_scales(gate_up, down, gated):
-    pass
-
-
-def check_gate(limit, interleaved):
     pass
 
 
@@ -34,8 +28,8 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
         return None
     kernels = gpu.launchers()
     up_config, down_config = tuning.decode_config(x.dtype, transposed)
-    a = kernels.gate_up_decode(x, gate_up.weight, top_k_index, gate, up_config, _contiguous(gate_up.bias))
-    return kernels.down_decode(a, down.weight, top_k_index, top_k_weights, down_config, _contiguous(down.bias))
+    a = kernels.gate_up_decode(x, gate_up.weight, top_k_index, gate, up_config, contiguous(gate_up.bias))
+    return kernels.down_decode(a, down.weight, top_k_index, top_k_weights, down_config, contiguous(down.bias))
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
@@ -53,7 +47,7 @@ def _experts_config(rows, weight):
 def first_gemm(x, gate_up, rows, gate, plan, z=None):
     order = (rows.slots, rows.schedule, rows.top_k)
     how = (gpu.input_precision(x.dtype), plan.gate_up)
-    return gpu.launchers().gate_up(x, gate_up.weight, *order, gate, *how, z, _contiguous(gate_up.bias))
+    return gpu.launchers().gate_up(x, gate_up.weight, *order, gate, *how, z, contiguous(gate_up.bias))
 
 
 def second_gemm(a, down, rows, plan):
@@ -82,7 +76,7 @@ def gemm(x, weight, schedule, config, *destination, bias=None, low_rank=None):
     config = as_readable(config, x, weight)
     if config.WARP_SPECIALIZED and (bias is not None or not kernels.can_specialize(weight)):
         config = config._replace(WARP_SPECIALIZED=False)
-    precision, bias = gpu.input_precision(x.dtype), _contiguous(bias)
+    precision, bias = gpu.input_precision(x.dtype), contiguous(bias)
     return kernels.grouped_gemm(x, weight, schedule, precision, config, *destination, bias=bias, low_rank=low_rank)
 
 
@@ -98,7 +92,3 @@ def wgrad(dy, x, rows, weight):
     p, q = (x, dy) if transposed else (dy, x)
     dw = gpu.launchers().wgrad(p, q, rows.offsets, gpu.input_precision(x.dtype), config)
     return dw.mT if transposed else dw
-
-
-def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None else x.contiguous()

@@ -10,65 +10,40 @@ from __future__ import annotations
 import torch
 
 from .. import gpu, tuning
-from ..checks import check_floats, shape
-from . import dense, quantize
-from .layout import as_readable, by_rows, tma_can_read
+from ..checks import shape
+from . import dense, quantize_fp8
+from .frozen import check_frozen
+from .layout import as_readable, by_rows, contiguous, tma_can_read
 from .projection import Plan
-from .quantize import FP8, dequantize  # noqa: F401, an answer
+from .quantize_fp8 import FP8, dequantize  # noqa: F401, an answer
 
-BLOCK_SIZE = (quantize.BLOCK, quantize.BLOCK)
+BLOCK_SIZE = (quantize_fp8.BLOCK, quantize_fp8.BLOCK)
 
 
 def check(hidden_states, gate_up, down, block_size):
-    _refuse(gate_up_proj_bias=gate_up.bias, down_proj_bias=down.bias)
-    check_floats(hidden_states=hidden_states)
     if block_size is not None and tuple(block_size) != BLOCK_SIZE:
         raise ValueError(f"block_size: expected {BLOCK_SIZE}, got {tuple(block_size)}")
-    for name, (weight, _, scale, *_) in {"gate_up_proj": gate_up, "down_proj": down}.items():
-        if scale is None:
-            raise ValueError(f"{name}_scale: expected a scale for each block, as the other weight has, got None")
-        if weight.dtype != FP8:
-            raise TypeError(f"{name}: expected {FP8}, since {name}_scale is given, got {weight.dtype}")
-        if scale.dtype not in quantize.SCALES:
-            raise TypeError(f"{name}_scale: expected {' or '.join(map(str, quantize.SCALES))}, got {scale.dtype}")
-        if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
-            raise ValueError(f"{name}: fp8 weights are frozen, expected requires_grad=False for it and its scale")
-        for tensor_name, tensor in ((name, weight), (f"{name}_scale", scale)):
-            if tensor.device != hidden_states.device:
-                raise ValueError(
-                    f"{tensor_name}: expected on {hidden_states.device} like hidden_states, got {tensor.device}"
-                )
+    check_frozen(hidden_states, gate_up, down, (FP8,), quantize_fp8.SCALES)
 
 
 def check_scales(gate_up, down, gated):
     experts, rows, hidden_dim = gate_up.weight.shape
-    allowed = [quantize.scale_shape(*gate_up.weight.shape)]
+    allowed = [quantize_fp8.scale_shape(*gate_up.weight.shape)]
     if gated:
-        of_halves = (experts, 2 * quantize.scale_shape(rows // 2, hidden_dim)[0], allowed[0][2])
+        of_halves = (experts, 2 * quantize_fp8.scale_shape(rows // 2, hidden_dim)[0], allowed[0][2])
         if of_halves != allowed[0]:
             allowed.append(of_halves)
     if gate_up.scale.shape not in allowed:
         expected = " or, with blocks of gate and up apart, ".join(map(str, allowed))
         raise ValueError(f"gate_up_proj_scale: expected {expected}, got {shape(gate_up.scale)}")
-    expected = quantize.scale_shape(*down.weight.shape)
+    expected = quantize_fp8.scale_shape(*down.weight.shape)
     if down.scale.shape != expected:
         raise ValueError(f"down_proj_scale: expected {expected} to fit down_proj, got {shape(down.scale)}")
 
 
-def check_gate(limit, interleaved):
-    _refuse(limit=limit, interleaved=bool(interleaved))
-
-
-def _refuse(**given):
-    for name, value in given.items():
-        if value is not None and value is not False:
-            got = shape(value) if isinstance(value, torch.Tensor) else value
-            raise ValueError(f"{name}: expected {False if value is True else None} with weights in fp8, got {got}")
-
-
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
     rows, experts = top_k_index.numel(), down.weight.shape[0]
-    if gate.interleaved or not gate_up.weight.stride(2) == down.weight.stride(2) == 1:
+    if gate.interleaved or _is_biased(gate_up, down) or not gate_up.weight.stride(2) == down.weight.stride(2) == 1:
         return None
     if not tuning.is_decode(rows, top_k_index.shape[0], experts, 3 * down.weight.stride(0)):
         return None
@@ -79,9 +54,10 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
-    """Kernels that apply the gate take halves of rows; of the specialized ones, those that dequantise have no gate."""
+    """Kernels that apply the gate take halves of rows, and no bias; specialized ones that dequantise have no gate."""
     device = down.weight.device.index
-    quantized = quantize_activations and not gate.interleaved and gpu.traits(device).has_fp8
+    apart = gate.interleaved or _is_biased(gate_up, down)
+    quantized = quantize_activations and not apart and gpu.traits(device).has_fp8
     experts, _, inter = down.weight.shape
     up_config, down_config = _experts_config(slots, experts, FP8 if quantized else dtype, device)
     specialized = down_config.WARP_SPECIALIZED and all(_can_specialize(p.weight) for p in (gate_up, down))
@@ -90,7 +66,7 @@ def plan(slots, gate_up, down, gate, dtype, quantize_activations):
         specialized = (inter + shift) % 128 == 0 if quantized else shift == 0
     if not specialized:
         down_config = down_config._replace(WARP_SPECIALIZED=False)
-    return Plan(up_config, down_config, dtype, quantized, gathered=not quantized and (specialized or gate.interleaved))
+    return Plan(up_config, down_config, dtype, quantized, gathered=not quantized and (specialized or apart))
 
 
 def _experts_config(rows, experts, dtype, device):
@@ -136,17 +112,18 @@ def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, o
         y = _transposed_gemm(x, by_rows(weight), scale, schedule, config, _scale_shift(projection))
     else:
         y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
-        _gemm(x, weight, scale, schedule, config, _scale_shift(projection), y)
+        _gemm(x, weight, scale, schedule, config, _scale_shift(projection), y, projection.bias)
     if low_rank is not None:
         y += dense.gemm(*low_rank, schedule, config._replace(USE_TMA=False, WARP_SPECIALIZED=False))
     return y
 
 
-def _gemm(x, weight, scale, schedule, config, shift, y):
+def _gemm(x, weight, scale, schedule, config, shift, y, bias):
     kernels, config = gpu.launchers(), _as_readable(config, x, weight)
-    if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0:
-        return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y)
-    return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, gpu.input_precision(x.dtype), config, y, shift)
+    if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and bias is None:
+        return kernels.codes_gemm_hopper(x, weight, scale, schedule, config, y)
+    precision, bias = gpu.input_precision(x.dtype), contiguous(bias)
+    return kernels.grouped_gemm_fp8(x, None, weight, scale, schedule, precision, config, y, shift, bias)
 
 
 def _transposed_gemm(x, weight, scale, schedule, config, shift):
@@ -154,8 +131,12 @@ def _transposed_gemm(x, weight, scale, schedule, config, shift):
     # A box past the K rows of an expert would hold rows of the next one.
     if config.WARP_SPECIALIZED and _can_specialize(weight) and shift == 0 and x.shape[1] % 64 == 0:
         y = x.new_empty(x.shape[0], weight.shape[2])
-        return kernels.fp8_weights_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
+        return kernels.codes_gemm_hopper(x, weight, scale, schedule, config, y, transposed=True)
     return kernels.dgrad_fp8(x.contiguous(), weight, scale, schedule, gpu.input_precision(x.dtype), config, shift)
+
+
+def _is_biased(gate_up, down) -> bool:
+    return gate_up.bias is not None or down.bias is not None
 
 
 def _as_bits(projection):

@@ -17,6 +17,10 @@ def by_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None else x.contiguous()
+
+
 def as_readable(config: GemmConfig, *tensors: torch.Tensor) -> GemmConfig:
     """Without what the tensors rule out; plain loads take anything."""
     if config.USE_TMA:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..launch_configs import GemmConfig
+from . import quantize_fp4
 
 
 class Projection(NamedTuple):
@@ -15,7 +16,7 @@ class Projection(NamedTuple):
     Attributes:
         weight: (E, N, K), perhaps a view of (E, K, N).
         bias: (E, N), or None.
-        scale: of each block of a weight in codes, as in quantize.py; else None.
+        scale: of each block of a weight in codes, as in quantize_fp8.py or quantize_fp4.py; else None.
         A: (E, R, K), or None: the adapters of this weight, joined as in experts/lora.py.
         B: (E, N, R), or None.
     """
@@ -25,6 +26,18 @@ class Projection(NamedTuple):
     scale: torch.Tensor | None = None
     A: torch.Tensor | None = None
     B: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K), of which 4-bit codes hold two columns a byte."""
+        experts, N, K = self.weight.shape
+        return (experts, N, 2 * K) if self.weight.dtype in quantize_fp4.DTYPES else (experts, N, K)
+
+
+def biases_of(gate_up: Projection, down: Projection) -> dict[str, torch.Tensor]:
+    """By their names as arguments, those that there are."""
+    biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
+    return {name: bias for name, bias in biases.items() if bias is not None}
 
 
 def are_adapted(gate_up: Projection, down: Projection) -> bool:

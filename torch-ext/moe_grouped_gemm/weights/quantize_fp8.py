@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from .finite import check_quantizable, raise_if_not_finite
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 BLOCK = 128
@@ -38,10 +40,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: fewer than two dimensions; or an infinity or NaN, which would take its whole block along. So does
             what is no finite number in fp32.
     """
-    if not weight.is_floating_point():
-        raise TypeError(f"weight: expected a float dtype, got {weight.dtype}")
-    if weight.ndim < 2:
-        raise ValueError(f"weight: expected (..., N, K), got {tuple(weight.shape)}")
+    check_quantizable(weight)
     weight = weight.detach()
     *batch, N, K = weight.shape
     codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
@@ -56,21 +55,8 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         matrix_scale.copy_((blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp(min=LEAST_SCALE))
         blocks /= matrix_scale[:, None, :, None]
         matrix_codes.copy_(padded[:N, :K].clamp(-FP8_MAX, FP8_MAX))
-    # Any of them shows in the scale of its block: looked for there, at the end, it costs one host sync.
-    # Fake tensors, and what torch.compile traces, have no numbers to look at.
-    has_numbers = type(scale) is torch.Tensor and not scale.is_meta and not torch.compiler.is_compiling()
-    if has_numbers and not scale.isfinite().all():
-        _raise_not_finite(weight, scale)
+    raise_if_not_finite(weight, scale.isfinite().all())  # any that is not shows in the scale of its block
     return codes, scale
-
-
-def _raise_not_finite(weight, scale):
-    """Names the first number that is none; scale tells the matrix, and with it what to look through."""
-    first = (~scale.isfinite()).nonzero()[0, :-2].tolist()
-    matrix = weight[tuple(first)]
-    row, column = (~matrix.float().isfinite()).nonzero()[0].tolist()
-    index = (*first, row, column)
-    raise ValueError(f"weight: expected finite numbers, got {weight[index].item()} at {index}")
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Transformers' FP8Experts: every way in, any gate, gradients, what is left to Transformers, adapters."""
+"""Transformers' FP8Experts, in fp8 and in 4 bits: every way in, any gate, gradients, what is left to Transformers."""
 
 from types import SimpleNamespace
 
@@ -10,13 +10,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.moe import use_experts_implementation
 
-from oracle import error, fp8_layer, fp8_weights_in_fp64, in_fp64
+from oracle import dequantized, dequantized_fp4, error, fp4_layer, fp8_layer, in_fp64
 from tiny_models import INTERFACE, is_switched_on
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
 
 
-def make_experts(kernel, experts=4, hidden_dim=256, inter=128, **options):
+@pytest.fixture(params=["fp8", "fp4"])
+def expert_dtype(request):
+    return request.param
+
+
+def make_experts(kernel, expert_dtype="fp8", experts=4, hidden_dim=256, inter=128, **options):
     """An FP8Experts as the quantizer puts it into a model, and its weights in fp64."""
     config = SimpleNamespace(
         hidden_size=hidden_dim,
@@ -29,15 +34,26 @@ def make_experts(kernel, experts=4, hidden_dim=256, inter=128, **options):
         if name in options:
             setattr(config, name, options.pop(name))
     cls = use_experts_implementation(
-        experts_class=finegrained_fp8.FP8Experts, experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS
+        experts_class=finegrained_fp8.FP8Experts,
+        experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS,
+        has_gate=options.get("has_gate", True),
     )
-    module = cls(config, **{"block_size": [128, 128], **options})
-    _, weights, scales = fp8_layer(kernel, 1, experts, 1, hidden_dim, inter, e8m0=options.get("scale_fmt") == "ue8m0")
-    if module.gate_up_proj.dtype == torch.float8_e4m3fn:
-        for name, weight, scale in zip(("gate_up_proj", "down_proj"), weights, scales):
+    module = cls(config, **{"block_size": [128, 128], "expert_dtype": expert_dtype, **options})
+    if expert_dtype == "fp4" and inter % 32:
+        return module, None
+    e8m0, sizes = options.get("scale_fmt") == "ue8m0", (1, experts, 1, hidden_dim, inter)
+    if expert_dtype == "fp8":
+        _, weights, scales = fp8_layer(kernel, *sizes, e8m0=e8m0)
+    else:
+        _, weights, scales = fp4_layer(kernel, *sizes, form="e8m0" if e8m0 else "fp32")
+    if not module.has_gate:
+        weights[0], scales[0] = (t[:, : t.shape[1] // 2] for t in (weights[0], scales[0]))
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    for name, weight, scale in zip(names, weights, scales):
+        if getattr(module, name).shape == weight.shape:
             getattr(module, name).data.copy_(weight)
             getattr(module, f"{name}_scale_inv").data.copy_(scale)
-    return module, fp8_weights_in_fp64(weights, scales)
+    return module, [(dequantized if expert_dtype == "fp8" else dequantized_fp4)(*pair) for pair in zip(weights, scales)]
 
 
 def inputs(device="cpu", dtype=torch.float32):
@@ -49,8 +65,8 @@ def inputs(device="cpu", dtype=torch.float32):
 
 @pytest.mark.parametrize("way", ["kernelize", "interface"])
 @pytest.mark.parametrize("options", [{}, {"scale_fmt": "ue8m0"}, {"hidden_act": "gelu"}], ids=str)
-def test_fp8_experts(registered, device, way, options):
-    module, weights = make_experts(registered, **options)
+def test_outputs(registered, device, expert_dtype, way, options):
+    module, weights = make_experts(registered, expert_dtype, **options)
     module.to(device)
     if way == "kernelize":
         kernelize(module, mode=Mode.INFERENCE, device=device)
@@ -66,8 +82,8 @@ def test_fp8_experts(registered, device, way, options):
     assert error(out, exact) < (1e-6 if device == "cpu" else 0.06)
 
 
-def test_gradients_reach_the_input_alone(registered):
-    module, weights = make_experts(registered)
+def test_gradients_reach_the_input_alone(registered, expert_dtype):
+    module, weights = make_experts(registered, expert_dtype)
     kernelize(module, mode=Mode.TRAINING, device="cpu")
     x, index, top_k_weights = inputs()
     x.requires_grad_()
@@ -82,7 +98,11 @@ def test_gradients_reach_the_input_alone(registered):
     "options, reason",
     [
         ({"activation_scheme": "static"}, "activation_scheme='static'"),
-        ({"expert_dtype": "fp4"}, "gate_up_proj is torch.int8"),
+        ({"expert_dtype": "fp4", "activation_scheme": "static"}, "activation_scheme='static'"),
+        (
+            {"expert_dtype": "fp4", "inter": 80},
+            r"down_proj in 4 bits is \(4, 256, 80\), no multiple of 32 columns",
+        ),
         ({"block_size": None}, "block_size=None"),
         ({"block_size": [64, 128]}, r"block_size=\[64, 128\]"),
         ({"inter": 208}, "its intermediate size is 208, neither a multiple of 128 nor at most 64 above one"),
@@ -118,10 +138,11 @@ def _soft_capped(self, gate_up):
 @pytest.mark.parametrize(
     "options", [{"swiglu_limit": 1.5}, {"hidden_act": "tanh"}, {"gate_softcap": 0.75}, {"swiglu_alpha": 1.5}], ids=str
 )
-def test_any_gate(registered, device, monkeypatch, way, options):
-    """Ours between grouped GEMMs, and those that are not ours as they are."""
+def test_any_gate(registered, device, monkeypatch, record, expert_dtype, way, options):
+    """Ours as part of `moe_experts`, and those that are not ours as they are between grouped GEMMs."""
+    options = dict(options)
     softcap, alpha = options.pop("gate_softcap", None), options.pop("swiglu_alpha", None)
-    module, weights = make_experts(registered, **options)
+    module, weights = make_experts(registered, expert_dtype, **options)
     if softcap is not None:
         module.gate_softcap = softcap
         monkeypatch.setattr(finegrained_fp8.FP8Experts, "_apply_gate", _soft_capped)
@@ -132,14 +153,33 @@ def test_any_gate(registered, device, monkeypatch, way, options):
         kernelize(module, mode=Mode.INFERENCE, device=device)
     else:
         module.config._experts_implementation = INTERFACE
+    with torch.no_grad():
+        expected = exactly(module._apply_gate, weights, device)
+        calls = record(registered.functional, "moe_experts")
+        assert error(module(*inputs(device)), expected) < 1e-5
+    assert len(calls) == (softcap is None and module.config.hidden_act == "silu")
+
+
+def exactly(gate, weights, device):
     x, index, top_k_weights = in_fp64(inputs(device))
-    expected = 0
+    out = 0
     for k in range(index.shape[1]):
         z = torch.einsum("th,tnh->tn", x, weights[0].to(device)[index[:, k]])
-        y = torch.einsum("ti,thi->th", module._apply_gate(z), weights[1].to(device)[index[:, k]])
-        expected = expected + top_k_weights[:, k, None] * y
+        y = torch.einsum("ti,thi->th", gate(z), weights[1].to(device)[index[:, k]])
+        out = out + top_k_weights[:, k, None] * y
+    return out
+
+
+@pytest.mark.parametrize("way", ["kernelize", "interface"])
+def test_without_a_gate(registered, device, expert_dtype, way):
+    module, weights = make_experts(registered, expert_dtype, has_gate=False)
+    module.to(device)
+    if way == "kernelize":
+        kernelize(module, mode=Mode.INFERENCE, device=device)
+    else:
+        module.config._experts_implementation = INTERFACE
     with torch.no_grad():
-        assert error(module(*inputs(device)), expected) < 1e-5
+        assert error(module(*inputs(device)), exactly(module.act_fn, weights, device)) < 1e-5
 
 
 def test_activations_are_not_quantised_while_a_module_trains(registered, record, monkeypatch):
@@ -195,9 +235,9 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.parametrize("way", ["kernelize", "interface"])
-def test_lora_over_fp8(registered, device, way):
+def test_lora(registered, device, expert_dtype, way):
     """As over the dequantised weights; PEFT itself would add W + BA to the codes."""
-    module, weights = make_experts(registered)
+    module, weights = make_experts(registered, expert_dtype)
     weights = [w.to(device) for w in weights]
     block = Block(module).to(device)
     if way == "kernelize":
@@ -229,3 +269,24 @@ def test_lora_over_fp8(registered, device, way):
     exact_grads = torch.autograd.grad(exact_out.square().sum(), [exact_x, *exact.values()])
     for got, expected in zip((out, *grads), (exact_out, *exact_grads)):
         assert error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_adapters_are_not_merged_into_codes(registered, expert_dtype, safe_merge):
+    module, _ = make_experts(registered, expert_dtype)
+    model = get_peft_model(Block(module), LoraConfig(target_parameters=["experts.gate_up_proj"], r=4))
+    before = module.gate_up_proj.clone()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged into gate_up_proj, which holds codes of few bits"):
+            merge(safe_merge=safe_merge)
+    assert torch.equal(module.gate_up_proj.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_adapters_over_codes_that_we_do_not_compute(registered, expert_dtype):
+    """PEFT would add W + BA to the codes, so that nothing but an error is right."""
+    module, _ = make_experts(registered, expert_dtype)
+    model = get_peft_model(Block(module), LoraConfig(target_parameters=["experts.down_proj"], r=4))
+    with pytest.raises(RuntimeError, match="on down_proj of FP8Experts, which holds codes.* it does not run on it"):
+        model(*inputs())
+    module.config._experts_implementation = INTERFACE
+    assert model(*inputs()).shape == inputs()[0].shape

@@ -1,10 +1,12 @@
-#!/usr/bin/env python3
-"""One expert layer: its inputs, and two cases of it in the form that the Hub collects.
+"""One expert layer, as `kernels benchmark` times it: against plain PyTorch, which also checks the result.
 
-    python benchmarks/benchmark_moe.py                     # on a GPU: the table of layer.py
-    kernels benchmark org/moe-grouped-gemm --version 1     # the two cases
+    kernels benchmark .                       # in a checkout, after `make build`
+    kernels benchmark . --visual moe          # and the pictures media/moe_*.svg
 
-The Hub has this file alone: only what runs as a script may import those beside it.
+Plain PyTorch is the kernel's `reference`, whose matmuls are torch's own grouped_mm where torch has it. Without a GPU a
+layer with 1/128 of the weights is timed, and `moe_experts` is the reference itself.
+
+The Hub has this file alone, so it imports nothing beside it; the other benchmarks take their layers from it.
 """
 
 from __future__ import annotations
@@ -38,33 +40,32 @@ def routed_tokens(tokens, hidden_dim, experts, top_k, device, zipf=False):
     return torch.randn(tokens, hidden_dim, device=device, dtype=torch.bfloat16), index, weights
 
 
-class MoEExpertsBenchmark(Benchmark):
-    """Two cases of the moonlight layer for `kernels benchmark`."""
+class Qwen3MoE(Benchmark):
+    """The experts of Qwen3-30B-A3B for one token, for 64 and for 4096."""
 
     seed = 0
 
     def prepare(self, tokens):
-        hidden_dim, inter, experts, top_k, _ = WORKLOADS["moonlight"]
+        hidden_dim, inter, experts, top_k, _ = WORKLOADS["qwen3-30b"]
+        if self.device == "cpu":
+            hidden_dim, inter, experts = hidden_dim // 8, inter // 4, experts // 4
         self.weights = expert_weights(hidden_dim, inter, experts, self.device)
         self.inputs = routed_tokens(tokens, hidden_dim, experts, top_k, self.device)
 
-    def setup_decode(self):
+    def setup_1_token(self):
         self.prepare(1)
 
-    def benchmark_decode(self):
-        self.out = self.kernel.moe_experts(*self.inputs, *self.weights)
+    def setup_64_tokens(self):
+        self.prepare(64)
 
-    def verify_decode(self):
-        return self.kernel.reference.moe_experts(*self.inputs, *self.weights)
-
-    def setup_prefill(self):
+    def setup_4096_tokens(self):
         self.prepare(4096)
 
-    benchmark_prefill = benchmark_decode
-    verify_prefill = verify_decode
+    def benchmark_1_token(self):
+        self.out = self.kernel.moe_experts(*self.inputs, *self.weights)
 
+    def verify_1_token(self):
+        return self.kernel.reference.moe_experts(*self.inputs, *self.weights)
 
-if __name__ == "__main__":
-    import layer
-
-    layer.main()
+    benchmark_64_tokens = benchmark_4096_tokens = benchmark_1_token
+    verify_64_tokens = verify_4096_tokens = verify_1_token

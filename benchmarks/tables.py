@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Writes the tables of README.md and docs/performance.md from the committed measurements.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- NAME: benchmarks/tables.py -->` and `<!-- end -->`; NAME is a function of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from plot import LAYERS, MODES, best_stock, others_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+TABLE = re.compile(r"(<!-- (\w+): benchmarks/tables.py -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def measured(path: str) -> dict:
+    return json.loads((ROOT / f"{path}.json").read_text())
+
+
+H200 = measured("benchmarks/results/NVIDIA-H200")
+MODEL = measured("benchmarks/results/NVIDIA-H200-generate")
+FP8 = measured("docs/measurements/NVIDIA-H200-fp8")
+TRAINING = measured("docs/measurements/NVIDIA-H200-training")
+LORA = measured("docs/measurements/NVIDIA-H200-lora")
+PARALLEL = measured("docs/measurements/2x-NVIDIA-H100-80GB-HBM3-parallel")
+SIDE_BY_SIDE = measured("benchmarks/results/NVIDIA-H100-80GB-HBM3-side-by-side")
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def time(us: float) -> str:
+    """Three significant digits at most, and every digit before the point."""
+    value, unit = (us, "us") if us < 999.5 else (us / 1e3, "ms")
+    digits = 0 if value >= 99.95 or (unit == "us" and value >= 9.95) else 1 if unit == "us" or value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 0.9995e9 else f"{count / 1e6:.0f} MB"
+
+
+def ratio(ours: float, other: float) -> str:
+    return f"{other / ours:.1f}x"
+
+
+def name(case: dict) -> str:
+    return LAYERS[case["workload"]] + (", Zipf" if case.get("routing") == "zipf" else "")
+
+
+def in_order(cases: list[dict]) -> list[dict]:
+    return sorted(cases, key=lambda case: (list(LAYERS).index(case["workload"]), case["tokens"]))  # stable: Zipf last
+
+
+def find(cases: list[dict], **values) -> dict:
+    return next(case for case in cases if values.items() <= case.items())
+
+
+def plain_triton(case: dict) -> float:
+    """Without what Hopper alone has; older results, with the tile sizes that all other GPUs had then."""
+    return case.get("ours_as_sm_80_graph_us") or case["ours_portable_graph_us"]
+
+
+def markdown(*rows) -> str:
+    head, *body = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def speed() -> str:
+    """A row for each thing that people do."""
+    rows = []
+    for workload, tokens in (("qwen3-30b", 1), ("qwen3-30b", 4096), ("glm45-air", 4096), ("dsv3", 64), ("dsv3", 4096)):
+        case = find(H200["cases"], workload=workload, tokens=tokens, routing="uniform")
+        rows.append((f"experts of {name(case)}", tokens, case["ours_graph_us"], best_stock(case)))
+    case = find(H200["router_cases"], workload="dsv3", tokens=4096)
+    rows.append((f"router of {name(case)}", 4096, case["ours_graph_us"], case["stock_graph_us"]))
+    for what, cases in (("training", TRAINING["cases"]), ("LoRA with PEFT, r=16,", LORA["cases"])):
+        case = find(cases, workload="qwen3-30b", tokens=16384)
+        rows.append((f"{what} of {name(case)}'s experts", 16384, case["ours_us"], case["stock_us"]))
+    for what, case in (
+        ("a whole 16B model, prefill", find(MODEL["cases"], phase="prefill")),
+        ("a step of decoding, compiled", find(MODEL["cases"], phase="decode", mode="static", batch=1)),
+    ):
+        tokens = case["tokens"] if case["phase"] == "prefill" else 1
+        rows.append((what, tokens, 1e3 * case["use_kernels_ms"], 1e3 * case["stock_ms"]))
+    return markdown(
+        ("", "tokens", "this kernel", "Transformers", "speed-up"),
+        *((what, tokens, time(ours), time(stock), ratio(ours, stock)) for what, tokens, ours, stock in rows),
+    )
+
+
+def layer() -> str:
+    head = ("layer", "T", "this kernel", "of the limit", "Transformers", "of the limit", "speed-up", "eager")
+    rows = [(*head, "plain Triton, of the limit")]
+    for case in in_order(H200["cases"]):
+        ours, stock, limit = case["ours_graph_us"], best_stock(case, "graph"), case["roof_us"]
+        eager = ratio(case["ours_eager_us"], best_stock(case, "eager"))
+        shares = [f"{limit / us:.2f}" for us in (ours, stock, plain_triton(case))]
+        cells = (time(ours), shares[0], time(stock), shares[1], ratio(ours, stock), eager, shares[2])
+        rows.append((name(case), case["tokens"], *cells))
+    return markdown(*rows)
+
+
+def router() -> str:
+    rows = [("router", "T", "this kernel", "Transformers", "speed-up")]
+    for case in in_order(H200["router_cases"]):
+        ours, stock = case["ours_graph_us"], case["stock_graph_us"]
+        rows.append((name(case), case["tokens"], time(ours), time(stock), ratio(ours, stock)))
+    return markdown(*rows)
+
+
+def expert_parallel() -> str:
+    rows = [
+        ("layer", "T", "rows of its own", "all rows", "Transformers", "speed-up", "its own", "Transformers", "speed-up")
+    ]
+    for case in in_order(H200["expert_parallel_cases"]):
+        cells = [name(case), case["tokens"], f"{case['local']} of {case['slots']}"]
+        for way in ("sentinels", "dispatched"):
+            ours, stock = case[f"{way}_graph_us"], case[f"{way}_stock_graph_us"]
+            cells += [time(ours), time(stock), ratio(ours, stock)]
+        rows.append(cells)
+    return markdown(*rows)
+
+
+def fp8() -> str:
+    head = ("T", "fp8", "of the limit", "activations in bf16", "this kernel in bf16", "fp8 against it")
+    rows = [(*head, "torch: dequantize, `grouped_mm`")]
+    for case in FP8["cases"]:
+        ours, bf16 = case["fp8_graph_us"], case["bf16_graph_us"]
+        others = time(case["fp8_weights_graph_us"]), time(bf16), ratio(ours, bf16), time(case["torch_eager_us"])
+        rows.append((case["tokens"], time(ours), f"{case['roof_us'] / ours:.2f}", *others))
+    return markdown(*rows)
+
+
+def memory(case: dict) -> list[str]:
+    return [size(case[f"{who}_{what}_bytes"]) for what in ("saved", "peak") for who in ("ours", "stock")]
+
+
+MEMORY = ("saved", "Transformers", "peak", "Transformers")
+
+
+def training() -> str:
+    rows = [("layer", "T", "this kernel", "of the limit", "Transformers", "of the limit", "speed-up", *MEMORY)]
+    for case in in_order(TRAINING["cases"]):
+        ours, stock, limit = case["ours_us"], case["stock_us"], case["roof_us"]
+        cells = (time(ours), f"{limit / ours:.2f}", time(stock), f"{limit / stock:.2f}", ratio(ours, stock))
+        rows.append((name(case), case["tokens"], *cells, *memory(case)))
+    return markdown(*rows)
+
+
+def lora() -> str:
+    rows = [("layer", "T", "this kernel", "Transformers", "speed-up", *MEMORY)]
+    for case in in_order(LORA["cases"]):
+        ours, stock = case["ours_us"], case["stock_us"]
+        rows.append((name(case), case["tokens"], time(ours), time(stock), ratio(ours, stock), *memory(case)))
+    return markdown(*rows)
+
+
+def model() -> str:
+    rows = [("", "sequences", "this kernel", "Transformers", "speed-up")]
+    for case in sorted(MODEL["cases"], key=lambda case: (case["phase"] == "decode", case["mode"], case["batch"])):
+        what = f"prefill of {case['tokens']} tokens" if case["phase"] == "prefill" else "a step of decoding"
+        ours, stock = (
+            1e3 * case["use_kernels_ms"],
+            1e3 * min(case[key] for key in case if key in ("stock_ms", "grouped_mm_ms")),
+        )
+        rows.append((f"{what}, {MODES[case['mode']]}", case["batch"], time(ours), time(stock), ratio(ours, stock)))
+    return markdown(*rows)
+
+
+def parallel() -> str:
+    rows = [("what ranks share", "T", "this kernel", "Transformers", "speed-up")]
+    for case in PARALLEL["cases"]:
+        ours, stock = 1e3 * case["ours_ms"], 1e3 * case["stock_ms"]
+        rows.append((case["way"], case["tokens"], time(ours), time(stock), f"{stock / ours:.2f}x"))
+    return markdown(*rows)
+
+
+def others() -> str:
+    """Microseconds and, behind them, the share of the limit; the least in bold."""
+    names = ("ours", "vLLM", "triton_kernels", "finegrained-kernels", "Liger", "SonicMoE", "grouped_mm")
+    rows = [("", "T", "this kernel", *names[1:-1], "Transformers")]
+    for case in SIDE_BY_SIDE["cases"]:
+        cells = []
+        for who in names:
+            if who not in case["us"]:
+                cells.append("")
+                continue
+            text = f"{case['us'][who]:g}"
+            cells.append(
+                f"{f'**{text}**' if case['us'][who] == min(case['us'].values()) else text} {case['share'][who]:.2f}"
+            )
+        run = f", run {case['run']}" if "run" in case else ""
+        rows.append((f"{name(case)}, {case['what']}{run}", case["tokens"], *cells))
+    return markdown(*rows)
+
+
+def standing() -> str:
+    """Of the first run of each case."""
+    cases = [case for case in SIDE_BY_SIDE["cases"] if case.get("run", 1) == 1]
+    ahead = [min(others_of(case, "us").values()) / case["us"]["ours"] for case in cases]
+    first, near = (sum(times >= least for times in ahead) for least in (1, 0.99))
+    return f"This kernel is first at {first} of {len(cases)} points and within 1 % of the first at {near}."
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def written(page: str) -> str:
+    """The page with the tables of today."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{globals()[match[2]]()}\n\n{match[3]}", page)
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,103 @@
+"""What is special to weights in 4 bits."""
+
+import pytest
+import torch
+from test_codes import run
+
+from oracle import dequantized_fp4, error, fp4_layer, in_fp64
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("packed", [torch.int8, torch.uint8, "float4_e2m1fn_x2"], ids=str)
+@pytest.mark.parametrize("scales_as", [torch.float8_e8m0fnu, torch.uint8, torch.float32], ids=str)
+def test_dtypes_of_the_same_numbers(kernel, device, packed, scales_as):
+    if packed == "float4_e2m1fn_x2":
+        packed = getattr(torch, packed, None) or pytest.skip("torch has no such type")
+    inputs, weights, scales = fp4_layer(kernel, 6, 4, 2, 64, 32, device=device)
+    expected = run(kernel, inputs, weights, scales)
+    weights = [codes.view(packed) for codes in weights]
+    scales = [
+        s.float() if scales_as.is_floating_point and scales_as.itemsize > 1 else s.view(scales_as) for s in scales
+    ]
+    assert torch.equal(run(kernel, inputs, weights, scales), expected)
+
+
+def test_scales_of_any_size(kernel, device):
+    """The least and the greatest exponents, of which a product with a code is a number in fp32; and NaN."""
+    inputs, weights, _ = fp4_layer(kernel, 40, 4, 2, 64, 32, device=device)
+    exponents = [torch.full((4, 64, 2), 127, dtype=torch.uint8), torch.full((4, 64, 1), 127, dtype=torch.uint8)]
+    exponents[0][0], exponents[1][0] = 127 + 40, 127 - 60
+    exponents[1][2], exponents[1][3, 5] = 1, 255
+    exponents = [e.to(device) for e in exponents]
+    out = run(kernel, inputs, weights, exponents)
+    weights = [dequantized_fp4(*pair) for pair in zip(weights, exponents)]
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *weights)
+    assert torch.equal(out.isnan(), exact.isnan()) and exact.isnan().any() and not exact.isnan().all()
+    assert error(out.nan_to_num(), exact.nan_to_num()) <= 1e-6
+
+
+def test_strides(kernel, device):
+    (x, index, top_k_weights), weights, scales = fp4_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
+    exact = kernel.reference.moe_experts(
+        *in_fp64((x, index, top_k_weights)), *(dequantized_fp4(*pair) for pair in zip(weights, scales))
+    )
+
+    def strided(t):
+        return t.view(torch.uint8).mT.contiguous().mT.view(t.dtype) if t.element_size() == 1 else t.mT.contiguous().mT
+
+    def padded(t):
+        return torch.nn.functional.pad(t.view(torch.uint8), (0, 3)).view(t.dtype)[..., :-3]
+
+    for inputs in (
+        ((strided(x), strided(index), strided(top_k_weights)), weights, scales),
+        ((x, index, top_k_weights), weights, [strided(s) for s in scales]),
+        ((x, index, top_k_weights), [strided(w) for w in weights], scales),
+        ((x, index, top_k_weights), [padded(w) for w in weights], scales),
+    ):
+        # Not bit by bit: a CPU's GEMM sums other layouts in another order.
+        assert error(run(kernel, *inputs), exact) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_bad_input_is_named(kernel):
+    inputs, (gate_up_proj, down_proj), (up_scale, down_scale) = fp4_layer(kernel, 4, 4, 2, 64, 96)
+    fp8, fp8_scale = kernel.quantize_fp8(torch.randn(4, 64, 96))
+
+    def call(gate_up_proj=gate_up_proj, down_proj=down_proj, up_scale=up_scale, down_scale=down_scale, **options):
+        return run(kernel, inputs, (gate_up_proj, down_proj), (up_scale, down_scale), **options)
+
+    call(block_size=(1, 32))
+    for kind, message, changes in [
+        (
+            ValueError,
+            r"block_size: expected \(1, 32\) with weights in 4 bits, got \(64, 64\)",
+            {"block_size": (64, 64)},
+        ),
+        (ValueError, "down_proj_scale: expected a scale for each block.*got None", {"down_scale": None}),
+        (TypeError, "down_proj: expected torch.int8 or torch.uint8", {"down_proj": fp8, "down_scale": fp8_scale}),
+        (TypeError, "gate_up_proj_scale: expected torch.float8_e8m0fnu or", {"up_scale": up_scale.float().half()}),
+        (ValueError, r"gate_up_proj_scale: expected \(4, 192, 2\) to fit gate_up_proj", {"up_scale": down_scale}),
+        (
+            ValueError,
+            r"gate_up_proj: expected \(E, 2I, 64\) to fit hidden_states, got \(4, 192, 48\) in bytes \(4, 192, 24\)",
+            {"gate_up_proj": gate_up_proj[..., :24]},
+        ),
+        (ValueError, r"down_proj: expected \(4, 64, 96\) to fit gate_up_proj", {"down_proj": down_proj[:, :32]}),
+        (ValueError, "gate_up_proj: expected on cpu like hidden_states", {"gate_up_proj": gate_up_proj.to("meta")}),
+    ]:
+        with pytest.raises(kind, match=message):
+            call(**changes)
+
+
+def test_columns_come_in_groups(kernel):
+    inputs = torch.randn(3, 48), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    weights = torch.zeros(1, 64, 24, dtype=torch.int8), torch.zeros(1, 48, 16, dtype=torch.int8)
+    scales = torch.ones(1, 64, 1), torch.ones(1, 48, 1)
+    with pytest.raises(ValueError, match="gate_up_proj: expected columns in groups of 32 in 4 bits, got 48"):
+        run(kernel, inputs, weights, scales)
+
+
+def test_codes_without_scales(kernel):
+    inputs, weights, _ = fp4_layer(kernel, 4, 4, 2, 64, 32)
+    with pytest.raises(TypeError, match="gate_up_proj: expected torch.float32 like hidden_states, got torch.int8"):
+        kernel.moe_experts(*inputs, *weights)
