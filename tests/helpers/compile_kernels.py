@@ -38,6 +38,8 @@ GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with
 
 
 MMA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
+# Those of kernels/fp4_registers.py and decode_fp4.py multiply alike on all of NVIDIA's.
+FROM_REGISTERS = ("_grouped_gemm_fp4_few_kernel", "_gate_up_decode_fp4_kernel", "_down_decode_fp4_kernel")
 
 
 def check(gpu, traits, name, kernel, dtype, config) -> bool:
@@ -53,14 +55,15 @@ def check(gpu, traits, name, kernel, dtype, config) -> bool:
         registers, stack = (
             int(re.search(rf"\.{field}:\s+(\d+)", code)[1]) for field in ("vgpr_count", "private_segment_fixed_size")
         )
-    # Less is a value or two put aside outside the loop. With fp8 activations the assembler begins the second product
-    # while it scales the first, and pays with some registers.
-    if stack > (128 if dtype == FP8 else 16):
+    # Less is a value or two put aside outside the loop over K. With fp8 activations the assembler begins the second
+    # product while it scales the first, and pays with some registers; from registers it may keep itself to 128.
+    if stack > (128 if dtype == FP8 else 32 if name in FROM_REGISTERS else 16):
         faults.append("spills")
-    multiplies = "gemm" in name or "grad" in name or name in ("_gate_up_kernel", "_gate_up_fp8_kernel")
-    if multiplies and dtype != torch.float32 and MMA[traits.mma] not in code:
-        if traits.mma not in ("wgmma", "tcgen05") or has_64_rows(name, config):
-            faults.append(f"no {traits.mma}")
+    mma = "mma.sync" if name in FROM_REGISTERS else traits.mma
+    multiplies = "gemm" in name or "grad" in name or name in ("_gate_up_kernel", "_gate_up_fp8_kernel", *FROM_REGISTERS)
+    if multiplies and dtype != torch.float32 and MMA[mma] not in code:
+        if mma not in ("wgmma", "tcgen05") or is_of_warpgroups(name, config):
+            faults.append(f"no {mma}")
     reads_by_tma = getattr(config, "USE_TMA", False) and name != "_wgrad_kernel"  # which has none of its own
     if reads_by_tma and "cp.async.bulk.tensor" not in code:
         faults.append("no TMA")
@@ -72,10 +75,10 @@ def check(gpu, traits, name, kernel, dtype, config) -> bool:
     return not faults
 
 
-def has_64_rows(name, config) -> bool:
-    """What wgmma and tcgen05 want: of the weight in a GEMM of low tiles, of p in wgrad. A rank may be less."""
+def is_of_warpgroups(name, config) -> bool:
+    """Four warps and 64 rows: of the weight in a GEMM of low tiles, of p in wgrad. A rank may be less."""
     first = config.BLOCK_M if "grad" in name or config.MIN_M >= 64 else config.BLOCK_N
-    return first >= 64 or config.WARP_SPECIALIZED
+    return (first >= 64 and config.num_warps >= 4) or config.WARP_SPECIALIZED
 
 
 def ways(config) -> set:
@@ -186,13 +189,55 @@ def fp8_launches(package, traits, precisions):
             yield dtype, config, partial(kernels.dgrad_fp8, y, w2, s2, schedule, precision, config)
             yield dtype, config, partial(kernels.dgrad_fp8, z, w1, s1, schedule, precision, config)
             if config.WARP_SPECIALIZED:
-                yield dtype, config, partial(kernels.codes_gemm_hopper, z, w1, s1, schedule, config, y, True)
+                yield dtype, config, partial(kernels.codes_gemm_hopper, z, w1, s1, schedule, config, y, transposed=True)
         up, down = tuning.DECODE_FP8
         yield dtype, up, partial(kernels.gate_up_decode_fp8, x, w1, s1, index, Gate(), up)
         yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down)
         if traits.has_fp8:
             yield dtype, None, partial(kernels.quantize_rows, x)
             yield dtype, None, partial(kernels.quantize_slots, x, slots)
+
+
+def fp4_launches(package, traits, precisions):
+    """As `launches`, for weights in 4 bits; fp16 turns codes into numbers by instructions of its own."""
+    kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
+    Gate = import_module(f"{package}.reference").Gate
+
+    def empty(*shape, dtype=torch.uint8):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    schedule, index = empty(5, 96, dtype=torch.int32), empty(16, 6, dtype=torch.int64)
+    # Inner sizes of whole steps of fp4_registers.py, and with a tail.
+    for dtype, scale, inter in product(DTYPES, (torch.float32, torch.uint8), (INTER, INTER + 32)):
+        in_registers = dtype != torch.float32 and traits.mma != "mfma"
+        x, a, y = (empty(96, n, dtype=dtype) for n in (HIDDEN, inter, HIDDEN))
+        w1, w2 = empty(EXPERTS, 2 * inter, HIDDEN // 2), empty(EXPERTS, HIDDEN, inter // 2)
+        s1, s2 = (empty(*w.shape[:2], w.shape[2] // 16, dtype=scale) for w in (w1, w2))
+        b1, b2 = (empty(*w.shape[:2], dtype=dtype) for w in (w1, w2))
+        for (_, config), precision in product(tuning.FP4.of(dtype, traits), precisions[dtype]):
+            if in_registers and config.BLOCK_M == 8:
+                for bias in (None, b2):
+                    yield dtype, config, partial(kernels.grouped_gemm_fp4_few, a, w2, s2, schedule, config, y, bias)
+            for way in ways(config):
+                if way.WARP_SPECIALIZED:
+                    yield dtype, way, partial(kernels.codes_gemm_hopper, a, w2, s2, schedule, way, y)
+                    continue
+                for bias in (None, b2):
+                    args = (a, w2, s2, schedule, precision, way, y, bias)
+                    yield dtype, way, partial(kernels.grouped_gemm_fp4, *args)
+        config = tuning.FP4_DGRAD.of(dtype, traits)
+        for way, precision in product(ways(config), precisions[dtype]):
+            if way.WARP_SPECIALIZED:
+                yield dtype, way, partial(kernels.codes_gemm_hopper, y, w2, s2, schedule, way, a, transposed=True)
+            else:
+                yield dtype, way, partial(kernels.dgrad_fp4, y, w2, s2, schedule, precision, way, a)
+        if not in_registers:
+            continue
+        up, down = tuning.DECODE_FP4
+        weights = empty(16, 6, dtype=torch.float32)
+        for gate, biases in ((Gate(), (None, None)), (Gate(**GPT_OSS), (b1, b2))):
+            yield dtype, up, partial(kernels.gate_up_decode_fp4, x, w1, s1, index, gate, up, biases[0])
+            yield dtype, down, partial(kernels.down_decode_fp4, a, w2, s2, index, weights, down, biases[1])
 
 
 def lora_launches(package, dtype, traits, precisions):
@@ -264,6 +309,7 @@ def launches(package, gpu):
     if nvidia:
         precisions[torch.float32] = ("ieee", "tf32")
     yield from fp8_launches(package, traits, precisions)
+    yield from fp4_launches(package, traits, precisions)
     for _, config in tuning.ROUTER.of(torch.float32, traits):
         x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
         yield torch.float32, config, partial(kernels.router_logits, x, w, config)
@@ -287,16 +333,17 @@ def tuned_launches(package, gpu):
 
 
 def one_of_each(launches):
-    """Of these launches the first of each launcher, with the same options, dtype and way of reading.
+    """Of these launches the first of each launcher, with the same options, dtypes and way of reading.
 
-    But for fp16, which shows what bf16 does.
+    But for fp16, which shows what bf16 does, unless there are codes of 4 bits.
     """
     kinds = set()
     for dtype, config, launch in launches:
-        if dtype == torch.float16:
+        if dtype == torch.float16 and "fp4" not in launch.func.__name__:
             continue
+        dtypes = tuple(x.dtype for x in launch.args if isinstance(x, torch.Tensor))
         reading = getattr(config, "USE_TMA", None), getattr(config, "WARP_SPECIALIZED", None)
-        kind = (launch.func.__name__, *launch.keywords, dtype, reading)
+        kind = (launch.func.__name__, *launch.keywords, *dtypes, reading)
         if kind not in kinds:
             kinds.add(kind)
             yield dtype, config, launch

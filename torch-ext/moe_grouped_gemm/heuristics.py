@@ -232,34 +232,19 @@ FP4 = Tables(
             ),
         ),
     ],
-    blackwell=[
-        _FEW_FP4,
-        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
-    ],
-    large=[
-        _FEW_FP4,
-        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
-    ],
-    small=[
-        _FEW_FP4,
-        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
-    ],
-    least=[
-        _LOW_FP4,
-        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)),
-    ],
-    large_mfma=[
-        _LOW_FP4,
-        UpTo(math.inf, _gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)),
-    ],
+    blackwell=[_FEW_FP4, UpTo(math.inf, _gemm(128, 128, 64, num_warps=8, num_stages=3, MIN_M=64))],
+    large=[_FEW_FP4, UpTo(math.inf, _gemm(128, 64, 64, num_warps=8, num_stages=4, MIN_M=64))],
+    small=[_FEW_FP4, UpTo(math.inf, _gemm(128, 64, 64, num_warps=8, num_stages=3, MIN_M=64))],
+    least=[_LOW_FP4, UpTo(math.inf, _gemm(128, 64, 64, num_warps=8, num_stages=2, MIN_M=64))],
+    large_mfma=[_LOW_FP4, UpTo(math.inf, _gemm(128, 64, 64, num_warps=8, num_stages=3, MIN_M=64))],
 )
 FP4_DGRAD = Tables(
     fp32=_gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
     hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True),
-    blackwell=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    large=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    small=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    least=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+    blackwell=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    large=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    small=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    least=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2),
 )
 
 # --- wgrad, an adapter's products -------------------------------------------------------------------------------------
