@@ -18,7 +18,7 @@ from kernels._rust import Backend, Build, Digest, DigestAlgorithm
 from suite import PACKAGE, REPO_ID, ROOT
 
 BUILD = runpy.run_path(str(ROOT / "scripts/build.py"))
-VARIANTS = {"torch-cpu": Backend.CPU, "torch-cuda": Backend.CUDA}
+VARIANTS = {"torch-cpu": Backend.CPU, "torch-cuda": Backend.CUDA, "torch-rocm": Backend.ROCm}
 
 
 @pytest.fixture

@@ -57,6 +57,10 @@ def test_benchmark_and_source(card):
     assert section(card, "Source").strip().startswith("https://")
 
 
+def test_variants(card, publish):
+    assert set(re.findall(r"`(torch-\w+)`", section(card, "Variants"))) == set(publish["build"].variants())
+
+
 def test_a_part_without_content_is_left_out(publish, monkeypatch):
     monkeypatch.setitem(publish["render_card"].__globals__, "public_names", lambda: ([], []))
     card = publish["render_card"](REPO_ID)

@@ -37,10 +37,9 @@ def with_tiles(kernel, monkeypatch, config, kinds=6):
     names = ("experts.ops", "weights.dense", "gpu", "tuning")
     ops, dense, gpu, tuning = (import_module(f"{kernel.__name__}.{name}") for name in names)
     monkeypatch.setattr(dense, "_experts_config", lambda *args: tuning.ExpertsConfig(config, config))
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
-    if INTERPRETED:
-        enter_no_device(monkeypatch)
+    enter_no_device(monkeypatch)
     return ByKind(ops, kinds)
 
 
@@ -68,7 +67,7 @@ def whole(kernel, monkeypatch):
     modules = {name: import_module(f"{kernel.__name__}.{path}") for name, path in names.items()}
     gpu = modules["gpu"]
     enter_no_device(monkeypatch)
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     if INTERPRETED:  # Gluon has no interpreter
         for weights in (modules["fp8"], modules["fp4"]):
             monkeypatch.setattr(weights, "_can_specialize", lambda *_: False)

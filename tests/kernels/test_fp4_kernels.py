@@ -123,13 +123,13 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
 
 
 @on_triton
-@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
+@pytest.mark.parametrize("as_gpu", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[1:])
 def test_gradients_with_adapters(
-    kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, capability
+    kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, as_gpu
 ):
     """Against merged weights: outputs, and gradients of all but the frozen weights."""
-    monkeypatch.setattr(whole.gpu, "capability", lambda device: capability)
+    monkeypatch.setattr(whole.gpu, "traits", lambda device: whole.gpu.TRAITS[as_gpu])
     args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
     (x, index, top_k_weights), weights, scales = fp4_layer(kernel, *args, form=form)
     dout = layer(*args, seed=3)[0]

@@ -193,7 +193,7 @@ def test_weights_alone(
     ),
 )
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, form, dtype):
-    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 256, 4)
+    config = import_module(f"{kernel.__name__}.launch_configs").DecodeConfig(8, 256, 4)
     args = (tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids)
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
     exact = kernel.reference.moe_experts(*in_fp64((x, index, top_k_weights)), *fp8_weights_in_fp64(weights, scales))
@@ -211,7 +211,7 @@ def test_decode_reads_no_scale_of_another_expert(kernel, launch):
     (x, _, top_k_weights), weights, scales = fp8_layer(kernel, 2, 3, 2, 128, 128, torch.float32, DEVICE)
     scales[0][0], scales[1][0] = float("nan"), float("nan")
     index = torch.tensor([[1, -1], [3, 2]], device=DEVICE)
-    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 512, 2)
+    config = import_module(f"{kernel.__name__}.launch_configs").DecodeConfig(8, 512, 2)
     a = launch.gate_up_decode_fp8(x, weights[0], scales[0], index, SILU, config)
     assert launch.down_decode_fp8(a, weights[1], scales[1], index, top_k_weights, config).isfinite().all()
 
@@ -270,10 +270,10 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
 
 
 @on_triton
-@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
+@pytest.mark.parametrize("as_gpu", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[:4])
-def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, capability):
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: capability)
+def test_gradients(kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, as_gpu):
+    monkeypatch.setattr(whole.gpu, "traits", lambda device: whole.gpu.TRAITS[as_gpu])
     args = (tokens, experts, top_k, hidden_dim, inter, DTYPES[0], DEVICE, ids)
     (x, index, top_k_weights), weights, scales = fp8_layer(kernel, *args, **form)
     top_k_weights[(index < 0) | (index >= experts)] = float("nan")

@@ -147,7 +147,7 @@ def test_zero_tail(launch, rows, N, dtype):
     ],
 )
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
-    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(8, 32, 4)
+    config = import_module(f"{kernel.__name__}.launch_configs").DecodeConfig(8, 32, 4)
     args = x, index, weights, gate_up_proj, down_proj = layer(
         tokens, experts, top_k, hidden_dim, inter, dtype, DEVICE, ids
     )
@@ -205,7 +205,7 @@ def test_pipeline_of_variants(kernel, launch, config, hidden_dim, inter, variant
     ),
 )
 def test_decode_of_variants(kernel, launch, hidden_dim, inter, variant, blocks):
-    config = import_module(f"{kernel.__name__}.tuning").DecodeConfig(*blocks, 4)
+    config = import_module(f"{kernel.__name__}.launch_configs").DecodeConfig(*blocks, 4)
     args, kwargs = variant_of(variant, layer(5, 3, 2, hidden_dim, inter, DTYPES[0], DEVICE, "sentinels"))
     x, index, weights, gate_up_proj, down_proj = args
     weights[(index < 0) | (index >= 3)] = float("nan")
@@ -236,7 +236,7 @@ def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, int
     names = ("experts.forward", "weights", "weights.dense", "gpu")
     forward, weights, dense, gpu = (import_module(f"{kernel.__name__}.{name}") for name in names)
     enter_no_device(monkeypatch)
-    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     readable = dense.as_readable  # Gluon has no interpreter
     monkeypatch.setattr(dense, "as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))
     monkeypatch.setattr(gpu, "device_name", lambda device: "")

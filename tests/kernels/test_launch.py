@@ -10,19 +10,15 @@ from importlib import import_module
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from triton.backends.compiler import GPUTarget
 from triton.runtime import build, driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 import compile_kernels
+from compile_kernels import TARGETS
+from compile_only import NoGPU
 from low_rank import adapters, low_rank
 from oracle import error, fp8_layer, layer
-from suite import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from compile_only import NoGPU  # noqa: E402
-
-TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 
 
 class Compiled:
@@ -50,18 +46,16 @@ def launch_module(kernel):
     return import_module(f"{kernel.__name__}.kernels.launch")
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=["sm_90", "gfx942"])
 def target(request, launch_module, monkeypatch):
     """Launches for this target ask for the specialisation, and for nothing more."""
     # A device that is nobody's: Triton keeps a binder for each.
     monkeypatch.setattr(driver, "_active", NoGPU(TARGETS[request.param], 100 + len(request.param)))
-    monkeypatch.setattr(
-        JITFunction, "__getitem__", lambda self, grid: lambda *args, **options: Compiled(self, args, options)
-    )
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **options: Compiled(self, args, options))
     monkeypatch.setattr(launch_module, "_compiled", {})
-    monkeypatch.setattr(launch_module, "REACH_MATTERS", request.param == "hip")
+    monkeypatch.setattr(launch_module, "REACH_MATTERS", request.param == "gfx942")
     launch_module.warp_size.cache_clear()  # of the devices that stand for every target
-    yield TARGETS[request.param]
+    yield request.param
     launch_module.warp_size.cache_clear()
 
 
@@ -83,7 +77,7 @@ def test_what_shares_a_key_shares_a_kernel(kernel, launch_module, target, monkey
         launched.add(jit.__name__)
         tensors = [stand_in(x) for x in tensors]
         others = [stand_in(x, offset=1) for x in tensors]
-        if target.backend == "hip":
+        if target == "gfx942":
             others += [stand_in(x, device="meta", count=2**31) for x in tensors]
         variants = [(*tensors[: i % len(tensors)], x, *tensors[i % len(tensors) + 1 :]) for i, x in enumerate(others)]
         free = [tuple(1.5 if isinstance(n, float) else value for n in numbers) for value in (1, 16, 17)]
@@ -99,7 +93,7 @@ def test_what_shares_a_key_shares_a_kernel(kernel, launch_module, target, monkey
         monkeypatch.setattr(compile_kernels, size, 256)  # real ones would take time to fill
     for _, _, run in compile_kernels.launches(kernel.__name__, target):
         run()
-    if target.backend == "cuda":  # the only one for which there are those of Hopper
+    if target == "sm_90":  # the only one for which there are those of Hopper
         kernels = {
             name
             for module in package_modules(kernel)
@@ -164,6 +158,65 @@ def file(path):
     return str(path)
 
 
+class Hungry:
+    """In place of a kernel: each stage takes so many bytes of a GPU that has 1000 to give."""
+
+    __name__ = fn = "_hungry_kernel"
+
+    def __init__(self, stage, resource="shared memory"):
+        self.stage, self.resource, self.launched = stage, resource, []
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_stages, **options):
+        if num_stages * self.stage > 1000:
+            raise OutOfResources(num_stages * self.stage, 1000, self.resource)
+        self.launched.append((args, num_stages, options["num_warps"]))
+        return self
+
+    def warmup(self, *args, grid, **options):
+        self.compiled = options
+
+    def run(self, num_stages, device="cpu"):
+        args = (self, (1, 1, 1), (torch.ones(1, device=device),), (), (5,))
+        return args, {"num_warps": 8, "num_stages": num_stages}
+
+
+def test_what_does_not_fit_runs_with_fewer_stages(launch_module, monkeypatch, recwarn):
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    for stage, stages in ((300, 3), (900, 1)):
+        kernel = Hungry(stage)
+        args, options = kernel.run(num_stages=4)
+        with pytest.warns(UserWarning, match="hungry_kernel needs more shared memory.*fewer stages") as warnings:
+            launch_module.launch(*args, **options)
+        assert len(warnings) == 1
+        (launched,) = kernel.launched
+        assert launched == ((*args[2], 5), stages, 8)
+        launch_module._compiled.clear()
+    kernel = Hungry(250)
+    args, options = kernel.run(num_stages=4)
+    launch_module.launch(*args, **options)
+    assert kernel.launched[0][1] == 4 and not recwarn.list
+
+
+def test_on_meta_nothing_is_launched(launch_module, monkeypatch):
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    kernel = Hungry(300)
+    args, options = kernel.run(4, device="meta")
+    launch_module.launch(*args, **options)
+    assert kernel.compiled == {"enable_fp_fusion": True, "num_warps": 8, "num_stages": 4}
+    assert not kernel.launched and not launch_module._compiled
+
+
+@pytest.mark.parametrize("hunger", [(2000,), (300, "registers")])
+def test_what_never_fits_is_an_error(launch_module, monkeypatch, hunger):
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    args, options = Hungry(*hunger).run(num_stages=4)
+    with pytest.raises(OutOfResources):
+        launch_module.launch(*args, **options)
+
+
 WITHOUT = [  # variables, as functions of a directory; cause and remedy
     pytest.param({"PATH": str, "CC": None}, "no C compiler. Install .*gcc.* set CC", id="no-compiler"),
     pytest.param({"CC": lambda path: ""}, "CC='' cannot be run .*Unset CC", id="empty-CC"),
@@ -192,7 +245,7 @@ WITHOUT = [  # variables, as functions of a directory; cause and remedy
 def test_what_triton_lacks_is_named(kernel, launch_module, monkeypatch, tmp_path, variables, message):
     kernels = import_module(f"{kernel.__name__}.kernels")
     monkeypatch.setattr(launch_module, "_compiled", {})
-    monkeypatch.setattr(driver, "_active", Building(TARGETS["cuda"], 104))
+    monkeypatch.setattr(driver, "_active", Building(TARGETS["sm_90"], 104))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     if hasattr(build, "_find_compiler"):  # from Triton 3.9 on it remembers
         build._find_compiler.cache_clear()

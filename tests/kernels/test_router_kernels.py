@@ -31,7 +31,7 @@ SMALL_ROUTER_CONFIGS = [(16, 16, 32, 4, 2), (32, 64, 64, 4, 3)]
     ),
 )
 def test_router_logits(kernel, launch, config, tokens, experts, hidden_dim, is_split, x_dtype, weight_dtype):
-    config = import_module(f"{kernel.__name__}.tuning").RouterConfig(*config)
+    config = import_module(f"{kernel.__name__}.launch_configs").RouterConfig(*config)
     x, weight, _ = router(tokens, experts, hidden_dim, x_dtype, weight_dtype, DEVICE)
     partials = launch.router_logits(x, weight, config)
     assert (partials.shape[0] > 1) == is_split
@@ -88,7 +88,8 @@ def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group,
 def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dtype):
     module = import_module(f"{kernel.__name__}.router")
     enter_no_device(monkeypatch)
-    monkeypatch.setattr(import_module(f"{kernel.__name__}.gpu"), "capability", lambda device: (9, 0))
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
     x = decided(x, weight, bias, 6, 4, 2)
     args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)

@@ -128,7 +128,7 @@ def test_rows(kernel, launch, config, spread):
         lambda x: launch.row_sums(x, slots, offsets, weights),
         lambda x: launch.gate_up_decode(x, w, index, gate, tuning.DECODE.gate_up),
         lambda x: launch.gate_up(x, w, slots, schedule, TOP_K, gate, "ieee", config),
-        lambda x: launch.router_logits(x, w[0], tuning.ROUTER.portable[0][1]),
+        lambda x: launch.router_logits(x, w[0], tuning.ROUTER.least[0][1]),
         lambda x: launch.quantize_rows(x)[1],
     ):
         assert_same(function, x, far)

@@ -4,20 +4,26 @@ import json
 import math
 import os
 import re
-import sys
 from importlib import import_module
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from kernels import get_kernel
 
-from suite import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import tune  # noqa: E402
+from suite import REPO_ID, ROOT
 
 SHAPE = (8, 64, 32)  # E, H, I
-BF16, SM90, GPU = torch.bfloat16, (9, 0), "NVIDIA Test/GPU"
+TRAITS = import_module(f"{get_kernel(REPO_ID, version=1).__name__}.launch_configs").TRAITS
+BF16, SM90, GPU = torch.bfloat16, TRAITS["sm_90"], "NVIDIA Test/GPU"
 SHIPPED = sorted((ROOT / "torch-ext/moe_grouped_gemm/configs").glob("*.json"))
+
+
+@pytest.fixture
+def files(kernel):
+    return import_module(f"{kernel.__name__}.tuned_files")
 
 
 def entry(rows, block_m=64, **changes):
@@ -44,8 +50,8 @@ def content(*entries):
     return {"tuned_with": {"triton": "3.6.0"}, "entries": list(entries)}
 
 
-def put(tuning, text):
-    path = tuning.config_path(SHAPE, BF16, GPU)
+def put(tuning, text, dtype=BF16, folder=None):
+    path = tuning.config_path(folder or tuning.folders()[-1], SHAPE, dtype, GPU)
     path.write_text(text if isinstance(text, str) else json.dumps(text))
     return path
 
@@ -157,45 +163,70 @@ def test_a_missing_field_is_named(tuning):
 def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
     gpu, dense = (import_module(f"{kernel.__name__}.{name}") for name in ("gpu", "weights.dense"))
     put(tuning, content(entry(64, GROUP_M=1)))
-    monkeypatch.setattr(gpu, "capability", lambda device: SM90)
+    monkeypatch.setattr(gpu, "traits", lambda device: SM90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     gpu.device_name.cache_clear()
     down_proj = torch.empty(SHAPE, dtype=BF16, device="meta")
     assert dense._experts_config(64, down_proj).gate_up.GROUP_M == 1
-    # A GPU that is run as an unknown one has no tuned files.
+    # A GPU that is run as another has no tuned files.
     gpu.device_name.cache_clear()
-    monkeypatch.setattr(gpu, "capability", lambda device: (0, 0))
-    assert dense._experts_config(64, down_proj) in [config for _, config in tuning.EXPERTS.of(BF16, (0, 0))]
+    monkeypatch.setenv("MOE_GROUPED_GEMM_AS", "sm_90")
+    assert dense._experts_config(64, down_proj).gate_up.GROUP_M != 1
     gpu.device_name.cache_clear()
 
 
-def test_what_can_work_is_accepted(tuning):
+def test_what_can_work_is_accepted(kernel, tuning):
     """The warp-specialized tile in a file, and every heuristic as if it were in one."""
     put(tuning, content(specialized()))
     assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
-    for dtype, capability in ((BF16, SM90), (BF16, (8, 0)), (BF16, (12, 0)), (torch.float32, SM90)):
-        for _, (up, down) in tuning.EXPERTS.of(dtype, capability):
-            assert not tune.launch_configs.fault_of("gate_up", up, dtype, capability)
-            assert not tune.launch_configs.fault_of("down", down, dtype, capability)
+    fault_of = import_module(f"{kernel.__name__}.launch_configs").fault_of
+    for dtype, traits in product((BF16, torch.float32), TRAITS.values()):
+        for _, (up, down) in tuning.EXPERTS.of(dtype, traits):
+            assert not fault_of("gate_up", up, dtype, traits)
+            assert not fault_of("down", down, dtype, traits)
 
 
-@pytest.mark.parametrize("dtype, capability", [(torch.float32, SM90), (BF16, (8, 0)), (BF16, (10, 0))], ids=str)
-def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, capability):
-    tuning.config_path(SHAPE, dtype, GPU).write_text(json.dumps(content(specialized())))
+@pytest.mark.parametrize("dtype, gpu", [(torch.float32, "sm_90"), (BF16, "sm_80"), (BF16, "sm_100")], ids=str)
+def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, gpu):
+    put(tuning, content(specialized()), dtype)
     with pytest.warns(UserWarning, match="USE_TMA|WARP_SPECIALIZED"):
-        found = tuning.experts_config(64, SHAPE, dtype, capability, GPU)
-    assert found == tuning.experts_config(64, SHAPE, dtype, capability, "")
+        found = tuning.experts_config(64, SHAPE, dtype, TRAITS[gpu], GPU)
+    assert found == tuning.experts_config(64, SHAPE, dtype, TRAITS[gpu], "")
 
 
-def test_writing_is_atomic(tuning, monkeypatch, tmp_path):
-    path = tuning.config_path(SHAPE, BF16, GPU)
-    tune.write(path, {"triton": "3.6.0"}, [entry(1024), entry(64)], BF16, SM90)
-    assert [rows for rows, _ in tuning.read_configs(path, BF16, SM90)] == [64, 1024]
+def test_writing_is_atomic(tuning, files, monkeypatch, tmp_path):
+    path = tuning.config_path(tmp_path, SHAPE, BF16, GPU)
+    files.write_configs(path, {"triton": "3.6.0"}, [entry(1024), entry(64)], BF16, SM90)
+    assert [rows for rows, _ in files.read_configs(path, BF16, SM90)] == [64, 1024]
     before = path.read_text()
     assert len(before.splitlines()) == 7  # an entry a line
     with pytest.raises(ValueError, match="share BLOCK_M"):
-        tune.write(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)], BF16, SM90)
+        files.write_configs(path, {"triton": "3.6.0"}, [entry(64, BLOCK_M=128)], BF16, SM90)
+
+    def full(self, text, encoding):
+        self.write_bytes(b"{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_configs(path, {"triton": "3.6.0"}, [entry(64)], BF16, SM90)
     assert path.read_text() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_of_the_users_comes_first(tuning, monkeypatch, tmp_path):
+    put(tuning, content(entry(64, GROUP_M=1)))
+    monkeypatch.setenv("MOE_GROUPED_GEMM_CONFIGS", str(tmp_path / "mine"))
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up.GROUP_M == 1  # there is none
+    (tmp_path / "mine").mkdir()
+    path = put(tuning, content(entry(64, GROUP_M=2)), folder=tmp_path / "mine")
+    tuning.experts_table.cache_clear()
+    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).gate_up.GROUP_M == 2
+    # It is trusted no more than what ships.
+    path.write_text("[" * 10**6)
+    tuning.experts_table.cache_clear()
+    with pytest.warns(UserWarning, match="mine.*nested too deeply.*Heuristic"):
+        found = tuning.experts_config(64, SHAPE, BF16, SM90, GPU)
+    assert found == tuning.heuristic_config(64, SHAPE[0], BF16, SM90)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -204,20 +235,63 @@ def test_shipped_files(kernel, path):
     module = import_module(f"{kernel.__name__}.tuned_files")
     sizes = dict(part.split("=") for part in path.stem.split(","))
     shape = [int(sizes[letter]) for letter in "EHI"]
-    assert module.config_path(shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name
-    assert set(json.loads(path.read_text())["tuned_with"]) == {"compute_capability", "torch", "triton", "commit"}
-    capability = tuple(map(int, json.loads(path.read_text())["tuned_with"]["compute_capability"].split(".")))
-    assert len(module.read_configs(path, getattr(torch, sizes["dtype"]), capability)) > 5
+    assert module.config_path(path.parent, shape, getattr(torch, sizes["dtype"]), sizes["device"]).name == path.name
+    origin = json.loads(path.read_text())["tuned_with"]
+    assert {"compute_capability", "torch", "triton"} < set(origin)
+    capability = origin["compute_capability"]
+    traits = TRAITS[f"sm_{capability.replace('.', '')}"]
+    assert len(module.read_configs(path, getattr(torch, sizes["dtype"]), traits)) > 5
 
 
-def test_an_amd_gpu_is_no_hopper(kernel, tuning, monkeypatch):
-    """torch has capability (9, 4) for an MI300."""
+def properties(**values):
+    return SimpleNamespace(**{"shared_memory_per_block": 49152, "warp_size": 32, **values})
+
+
+NVIDIA = {  # compute capability, shared memory a block may ask for -> the table that its traits choose
+    ((8, 0), 163): "large",
+    ((8, 6), 99): "small",
+    ((8, 9), 99): "small",
+    ((9, 0), 227): "hopper",
+    ((10, 3), 227): "blackwell",
+    ((12, 1), 99): "small_tma",
+    ((7, 5), 64): "least",
+}
+
+
+@pytest.mark.parametrize("capability, shared", NVIDIA)
+def test_traits_of_nvidia(kernel, tuning, monkeypatch, capability, shared):
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    major, minor = capability
+    found = properties(major=major, minor=minor, shared_memory_per_block_optin=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.version, "hip", None)
+    traits = gpu.traits.__wrapped__(0)
+    table = NVIDIA[capability, shared]
+    assert tuning.EXPERTS.of(BF16, traits) is getattr(tuning.EXPERTS, table)
+    # What has no table of its own for sm_120 takes that for its shared memory.
+    assert tuning.WGRAD.of(BF16, traits) is getattr(tuning.WGRAD, table.removesuffix("_tma"))
+    assert traits.has_fp8 == (capability >= (8, 9)) and traits.has_tma == (major >= 9)
+    known = TRAITS.get(f"sm_{major}{minor}")
+    assert known in (None, traits)
+
+
+@pytest.mark.parametrize("gpu_name, shared", [("gfx942", 64), ("gfx950", 160)])
+def test_traits_of_amd(kernel, tuning, monkeypatch, gpu_name, shared):
+    """torch has capability (9, 4) for an MI300, and in older versions nothing on its shared memory."""
     gpu = import_module(f"{kernel.__name__}.gpu")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    gpu.capability.cache_clear()
-    try:
-        assert tuning.ROUTER.of(BF16, gpu.capability(0)) is tuning.ROUTER.portable
-        assert not import_module(f"{kernel.__name__}.weights.fp8")._multiplies_fp8(0)
-    finally:
-        gpu.capability.cache_clear()
+    found = properties(major=9, minor=4, warp_size=64, shared_memory_per_block=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert gpu.traits.__wrapped__(0) == TRAITS[gpu_name]
+    assert tuning.ROUTER.of(BF16, TRAITS[gpu_name]) is getattr(tuning.ROUTER, {64: "least", 160: "large"}[shared])
+    del found.shared_memory_per_block
+    assert gpu.traits.__wrapped__(0) == TRAITS["gfx942"]
+
+
+def test_a_gpu_runs_as_another(kernel, monkeypatch):
+    gpu = import_module(f"{kernel.__name__}.gpu")
+    monkeypatch.setenv("MOE_GROUPED_GEMM_AS", "sm_89")
+    assert gpu.traits.__wrapped__(0) == TRAITS["sm_89"] and gpu.device_name.__wrapped__(0) == ""
+    monkeypatch.setenv("MOE_GROUPED_GEMM_AS", "sm_61")
+    with pytest.raises(ValueError, match="MOE_GROUPED_GEMM_AS: expected one of sm_80, .*, got sm_61"):
+        gpu.traits.__wrapped__(0)

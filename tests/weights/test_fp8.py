@@ -201,7 +201,7 @@ def test_no_host_sync_and_graphs(kernel, tokens):
 @pytest.mark.gpu
 def test_as_on_a_gpu_without_fp8(kernel, monkeypatch):
     gpu = import_module(f"{kernel.__name__}.gpu")
-    monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_80"])
     for tokens in (1, 40, 600):
         inputs, weights, scales = fp8_layer(kernel, tokens, 16, 4, 272, 208, torch.bfloat16, "cuda", "any")
         exact, allowed = oracle(kernel, inputs, weights, scales, False)

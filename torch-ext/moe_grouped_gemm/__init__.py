@@ -9,6 +9,7 @@ from .integration.status import status
 from .layers import fp4_config, register
 from .router import topk_router
 from .routing import Routing
+from .tuner import tune
 from .weights.quantize_fp4 import quantize_fp4
 from .weights.quantize_fp8 import quantize_fp8
 
@@ -25,4 +26,5 @@ __all__ = [
     "route",
     "status",
     "topk_router",
+    "tune",
 ]

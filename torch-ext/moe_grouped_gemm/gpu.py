@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from .launch_configs import TRAITS, Traits
+
 MIN_TRITON = (3, 6)
 
 
@@ -34,20 +36,27 @@ def launchers():
 
 
 @functools.cache
-def capability(device: int) -> tuple[int, int]:
-    """What tuning.py chooses by. MOE_GROUPED_GEMM_PORTABLE=1, for debugging: as on a GPU that it has no table for.
-
-    It has none for AMD's, whose numbers mean something else: (9, 4) is an MI300, no Hopper.
-    """
-    if torch.version.hip is not None or os.environ.get("MOE_GROUPED_GEMM_PORTABLE") == "1":
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
+def traits(device: int) -> Traits:
+    """What tuning.py chooses by. MOE_GROUPED_GEMM_AS=sm_80, for debugging: as if it were that GPU of TRAITS."""
+    name = os.environ.get("MOE_GROUPED_GEMM_AS")
+    if name is not None:
+        if name not in TRAITS:
+            raise ValueError(f"MOE_GROUPED_GEMM_AS: expected one of {', '.join(TRAITS)}, got {name}")
+        return TRAITS[name]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:  # where (9, 4) is an MI300, no Hopper; all have 64 KiB, if PyTorch does not say
+        shared = getattr(properties, "shared_memory_per_block", 64 * 1024)
+        return Traits(shared, "mfma", warp_size=properties.warp_size)
+    major, minor = properties.major, properties.minor
+    mma = {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(major, "mma.sync")
+    has_fp8 = (major, minor) >= (8, 9)
+    return Traits(properties.shared_memory_per_block_optin, mma, has_tma=major >= 9, has_fp8=has_fp8)
 
 
 @functools.cache
 def device_name(device: int) -> str:
-    """Empty for a GPU that is run as an unknown one: tuned files are for the GPU that it is."""
-    return torch.cuda.get_device_name(device) if capability(device) != (0, 0) else ""
+    """Empty for a GPU that is run as another: tuned files are for the GPU that it is."""
+    return "" if "MOE_GROUPED_GEMM_AS" in os.environ else torch.cuda.get_device_name(device)
 
 
 def input_precision(dtype: torch.dtype = torch.float32) -> str:

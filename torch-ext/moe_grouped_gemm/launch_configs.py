@@ -7,6 +7,29 @@ from typing import NamedTuple, get_type_hints
 import torch
 
 
+class Traits(NamedTuple):
+    """What of a GPU decides which configurations it can run, and which suit it."""
+
+    shared_memory: int  # bytes that a block may use
+    mma: str = "mma.sync"  # its matrix instruction: on Hopper "wgmma", on Blackwell "tcgen05", on AMD's "mfma"
+    has_tma: bool = False
+    has_fp8: bool = False  # multiplies float8_e4m3fn
+    warp_size: int = 32
+
+
+# One GPU of each kind, as CUDA's programming guide and the ISA guides of CDNA 3 and 4 have them. A GPU in use is asked
+# for its own (gpu.py); it may also be run as one of these, which are what the tests compile for.
+TRAITS = {
+    "sm_80": Traits(163 * 1024),
+    "sm_89": Traits(99 * 1024, has_fp8=True),
+    "sm_90": Traits(227 * 1024, "wgmma", has_tma=True, has_fp8=True),
+    "sm_100": Traits(227 * 1024, "tcgen05", has_tma=True, has_fp8=True),
+    "sm_120": Traits(99 * 1024, has_tma=True, has_fp8=True),
+    "gfx942": Traits(64 * 1024, "mfma", warp_size=64),
+    "gfx950": Traits(160 * 1024, "mfma", warp_size=64),
+}
+
+
 class GemmConfig(NamedTuple):
     """Launch configuration of one grouped GEMM; names as in the kernels."""
 
@@ -64,46 +87,33 @@ class ThinConfig(NamedTuple):
     wgrad: GemmConfig
 
 
-def ways(config: GemmConfig) -> set[GemmConfig]:
-    """This configuration, and what weights/ makes of it for tensors that its kernel cannot read."""
-    without = config._replace(WARP_SPECIALIZED=False)
-    return {config, without, without._replace(USE_TMA=False)}
-
-
-def shared_memory(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may use at most (CUDA C++ programming guide)."""
-    if capability[0] in (9, 10, 11):
-        return 227 * 1024
-    return (163 if capability in ((8, 0), (8, 7)) else 99) * 1024
-
-
-def fault_of(kernel: str, config: GemmConfig, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
-    """Why "gate_up" or "down" cannot run so on any GPU of this compute capability: a field, and what it must be."""
+def fault_of(kernel: str, config: GemmConfig, dtype: torch.dtype, traits: Traits) -> str | None:
+    """Why "gate_up" or "down" cannot run so on a GPU with these traits: a field, and what it must be."""
     if config.WARP_SPECIALIZED:
-        if kernel != "down" or capability[0] != 9 or dtype.itemsize != 2:
+        if kernel != "down" or traits.mma != "wgmma" or dtype.itemsize != 2:
             return "WARP_SPECIALIZED: only the down GEMM, for 16 bits on Hopper, has such a kernel"
         if not config.USE_TMA:
             return "USE_TMA: expected true with WARP_SPECIALIZED"
         for field, size in SPECIALIZED_TILE.items():
             if getattr(config, field) != size:
                 return f"{field}: expected {size} with WARP_SPECIALIZED, got {getattr(config, field)}"
-    if config.USE_TMA and capability[0] < 9:
-        return f"USE_TMA: expected false for compute capability {capability[0]}.{capability[1]}"
+    if config.USE_TMA and not traits.has_tma:
+        return "USE_TMA: expected false for a GPU without TMA"
     # gate_up reads rows of gate and of up, the warp-specialized kernel two boxes.
     weight_rows = config.BLOCK_N * (2 if kernel == "gate_up" else 1)
     boxes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": weight_rows, "BLOCK_K": config.BLOCK_K}
     for field, size in boxes.items():
         if config.USE_TMA and size > 256:
             return f"{field}: {size} rows or columns are more than the 256 that TMA loads at a time"
-    if config.num_warps > 32:
-        return f"num_warps: expected at most 32, got {config.num_warps}"
+    if config.num_warps > 1024 // traits.warp_size:
+        return f"num_warps: expected at most {1024 // traits.warp_size}, got {config.num_warps}"
     if config.GROUP_M > 2**15:  # times the number of column tiles an int32
         return f"GROUP_M: expected at most {2**15}, got {config.GROUP_M}"
-    if config.BLOCK_M * weight_rows > 255 * 32 * config.num_warps:
+    if config.BLOCK_M * weight_rows > 255 * traits.warp_size * config.num_warps:
         return f"num_warps: {config.num_warps} have no registers for {config.BLOCK_M} x {weight_rows} sums"
-    size = config.num_stages * (config.BLOCK_M + weight_rows) * config.BLOCK_K * dtype.itemsize
-    if size > shared_memory(capability):
-        return (
-            f"num_stages: {config.num_stages} of them need {size} bytes of the {shared_memory(capability)} shared ones"
-        )
+    # An MMA that reads shared memory by itself has a stage of its own; others have put theirs in registers by then.
+    stages = config.num_stages if traits.mma in ("wgmma", "tcgen05") else max(config.num_stages - 1, 1)
+    size = stages * (config.BLOCK_M + weight_rows) * config.BLOCK_K * dtype.itemsize
+    if size > traits.shared_memory:
+        return f"num_stages: {config.num_stages} of them need {size} bytes of the {traits.shared_memory} shared ones"
     return None

@@ -68,7 +68,7 @@ def _router_gpu(hidden_states, weight, bias, top_k, num_group, topk_group, norm_
     kernels, device = gpu.launchers(), hidden_states.device.index
     hidden_states, weight = by_rows(hidden_states), by_rows(weight)
     dtype = hidden_states.dtype if weight.dtype == hidden_states.dtype else torch.float32
-    partials = kernels.router_logits(hidden_states, weight, tuning.router_config(tokens, dtype, gpu.capability(device)))
+    partials = kernels.router_logits(hidden_states, weight, tuning.router_config(tokens, dtype, gpu.traits(device)))
     return kernels.router_topk(
         partials, bias.contiguous(), top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor
     )

@@ -73,7 +73,7 @@ def _grouped_gemm_dw(dy, x, expert_offsets):
     if x.numel() == 0 or dy.numel() == 0:
         return x.new_zeros(experts, dy.shape[1], x.shape[1])
     with torch.cuda.device_of(x):
-        config = tuning.wgrad_config(x.shape[0], experts, x.dtype, gpu.capability(x.device.index))
+        config = tuning.wgrad_config(x.shape[0], experts, x.dtype, gpu.traits(x.device.index))
         config = config._replace(WARP_SPECIALIZED=False)  # these rows are not padded
         return gpu.launchers().wgrad(by_rows(dy), by_rows(x), expert_offsets, gpu.input_precision(x.dtype), config)
 

@@ -73,11 +73,11 @@ def product(x, projection, rows, config, transposed=False, out=None):
 
 def thin_gemm(x, factor, rows, config):
     """x factor^T, over the tiles of `config`."""
-    capability = gpu.capability(x.device.index)
-    return dense.gemm(x, factor, rows.schedule, tuning.thin_config(config, factor.shape[1], x.dtype, capability))
+    traits = gpu.traits(x.device.index)
+    return dense.gemm(x, factor, rows.schedule, tuning.thin_config(config, factor.shape[1], x.dtype, traits))
 
 
 def thin_wgrad(p, q, rows):
     """Of a factor (E, M, N): the sum of p[r] q[r]^T over each expert's rows."""
-    config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], p.dtype, gpu.capability(p.device.index))
+    config = tuning.thin_wgrad_config(p.shape[1], q.shape[1], p.dtype, gpu.traits(p.device.index))
     return gpu.launchers().wgrad(p, q, rows.offsets, gpu.input_precision(p.dtype), config)

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 _compiled = {}
 
@@ -42,7 +44,7 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=No
     """kernel[grid](*tensors, *numbers, *constants), and the compiled kernel remembered.
 
     Under all that Triton specialises on, so that callers need not know: device, dtypes and alignment of the tensors,
-    values of the constants.
+    values of the constants. With tensors on "meta" it is compiled into Triton's cache, and that is all.
 
     Args:
         grid: three integers.
@@ -76,12 +78,37 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=No
     if compiled is not None:
         compiled[grid](*tensors, *numbers, *constants)
         return
-    options = {} if num_stages is None else {"num_stages": num_stages}
+    args = (*tensors, *numbers, *constants)
+    options = {"enable_fp_fusion": True, "num_warps": num_warps}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
     with explained():
-        # The interpreter compiles nothing and returns None.
-        _compiled[key] = kernel[grid](
-            *tensors, *numbers, *constants, enable_fp_fusion=True, num_warps=num_warps, **options
-        )
+        if x.is_meta:
+            kernel.warmup(*args, grid=grid, **options)
+        else:  # the interpreter compiles nothing and returns None
+            _compiled[key] = _launch_what_fits(kernel, grid, args, options)
+
+
+def _launch_what_fits(kernel, grid, args, options):
+    """With as many stages as the GPU has shared memory for, at most those of `options`: the result is the same."""
+    most = options.get("num_stages")
+    if most is None:
+        return kernel[grid](*args, **options)
+    for stages in range(most, 0, -1):
+        try:
+            compiled = kernel[grid](*args, **{**options, "num_stages": stages})
+        except OutOfResources as error:
+            if error.name != "shared memory" or stages == 1:
+                raise
+            continue
+        if stages < most:
+            name = kernel.__name__.strip("_")
+            warnings.warn(
+                f"moe_grouped_gemm: {name} needs more shared memory than this GPU has, with the tile sizes that were "
+                "chosen for it, and runs with fewer stages. `tune` finds what suits it.",
+                stacklevel=2,
+            )
+        return compiled
 
 
 def _alignment_and_reach(x):

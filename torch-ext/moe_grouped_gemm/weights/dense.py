@@ -45,7 +45,7 @@ def plan(slots, gate_up, down, gate, dtype, quantize_activations):
 
 def _experts_config(rows, weight):
     device = weight.device.index
-    return tuning.experts_config(rows, weight.shape, weight.dtype, gpu.capability(device), gpu.device_name(device))
+    return tuning.experts_config(rows, weight.shape, weight.dtype, gpu.traits(device), gpu.device_name(device))
 
 
 def first_gemm(x, gate_up, rows, gate, plan, z=None):
@@ -90,7 +90,7 @@ def wgrad(dy, x, rows, weight):
     In another order a gradient would be copied as it is accumulated.
     """
     slots, experts = rows.positions.numel(), weight.shape[0]
-    config = tuning.wgrad_config(slots, experts, x.dtype, gpu.capability(x.device.index))
+    config = tuning.wgrad_config(slots, experts, x.dtype, gpu.traits(x.device.index))
     config = as_readable(config, dy, x)
     transposed = is_transposed(weight)
     p, q = (x, dy) if transposed else (dy, x)

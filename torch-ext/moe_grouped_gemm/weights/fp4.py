@@ -61,10 +61,10 @@ def plan(slots, gate_up, down, gate, dtype, quantize_activations):
 
 
 def row_config(rows, weight, dtype, transposed=False):
-    capability = gpu.capability(weight.device.index)
+    traits = gpu.traits(weight.device.index)
     if transposed:
-        return tuning.FP4_DGRAD.of(dtype, capability)
-    return tuning.fp4_config(rows, weight.shape[0], dtype, capability)
+        return tuning.FP4_DGRAD.of(dtype, traits)
+    return tuning.fp4_config(rows, weight.shape[0], dtype, traits)
 
 
 def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, out=None):
@@ -99,7 +99,7 @@ def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, o
 
 def _fits_registers(x, weight) -> bool:
     """Whether kernels/fp4_registers.py can multiply this: by NVIDIA's tensor cores, in 16 bits, from 16-byte rows."""
-    if x.element_size() != 2 or gpu.capability(x.device.index) < (8, 0):
+    if x.element_size() != 2 or gpu.traits(x.device.index).mma == "mfma":
         return False
     return weight.stride(2) == 1 and weight.data_ptr() % 16 == weight.stride(0) % 16 == weight.stride(1) % 16 == 0
 

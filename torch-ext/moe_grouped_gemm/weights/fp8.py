@@ -60,7 +60,7 @@ def plan(slots, gate_up, down, gate, dtype, quantize_activations):
     """Kernels that apply the gate take halves of rows, and no bias; specialized ones that dequantise have no gate."""
     device = down.weight.device.index
     apart = gate.interleaved or _is_biased(gate_up, down)
-    quantized = quantize_activations and not apart and _multiplies_fp8(device)
+    quantized = quantize_activations and not apart and gpu.traits(device).has_fp8
     experts, _, inter = down.weight.shape
     up_config, down_config = _experts_config(slots, experts, FP8 if quantized else dtype, device)
     specialized = down_config.WARP_SPECIALIZED and all(_can_specialize(p.weight) for p in (gate_up, down))
@@ -73,7 +73,7 @@ def plan(slots, gate_up, down, gate, dtype, quantize_activations):
 
 
 def _experts_config(rows, experts, dtype, device):
-    return tuning.fp8_config(rows, experts, dtype, gpu.capability(device))
+    return tuning.fp8_config(rows, experts, dtype, gpu.traits(device))
 
 
 def first_gemm(x, gate_up, rows, gate, plan, z=None):
@@ -104,7 +104,7 @@ def second_gemm(a, down, rows, plan):
 def row_config(rows, weight, dtype, transposed=False):
     device = weight.device.index
     if transposed:
-        return tuning.FP8_DGRAD.of(dtype, gpu.capability(device))
+        return tuning.FP8_DGRAD.of(dtype, gpu.traits(device))
     return _experts_config(rows, weight.shape[0], dtype, device).down
 
 
@@ -142,15 +142,10 @@ def _is_biased(gate_up, down) -> bool:
     return gate_up.bias is not None or down.bias is not None
 
 
-def _multiplies_fp8(device: int) -> bool:
-    """Whether the GPU knows float8_e4m3fn, and its tensor cores multiply it: NVIDIA's from Ada and Hopper on."""
-    return torch.version.hip is None and gpu.capability(device) >= (8, 9)
-
-
 def _as_bits(projection):
     """What the kernels read: bytes in place of a type that Triton, or this GPU, does not know; contiguous scales."""
     weight, scale = projection.weight, projection.scale
-    if not _multiplies_fp8(weight.device.index):
+    if not gpu.traits(weight.device.index).has_fp8:
         weight = weight.view(torch.uint8)
     if scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)

@@ -1,7 +1,4 @@
-"""Compiling Triton kernels for a GPU that need not be here: the real launchers run, but nothing is launched.
-
-What is compiled lands in Triton's cache, where a process with the GPU finds it.
-"""
+"""Compiling Triton kernels for a GPU that need not be here: the real launchers run, but nothing is launched."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from pathlib import Path
 import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+_run = JITFunction.run
 
 
 class NoGPU:
@@ -39,9 +38,11 @@ def compile_only(target, device=0) -> list:
     """
     compiled = []
     driver.set_active(NoGPU(target, device))
-    JITFunction.__getitem__ = lambda self, grid: (
-        lambda *args, **kwargs: compiled.append((self.__name__, self.run(*args, grid=grid, warmup=True, **kwargs)))
-    )
+
+    def run(self, *args, warmup, **options):
+        compiled.append((self.__name__, _run(self, *args, warmup=True, **options)))
+
+    JITFunction.run = run
     return compiled
 
 

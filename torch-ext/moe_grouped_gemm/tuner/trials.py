@@ -1,40 +1,24 @@
-"""Compiling, checking and timing candidates, for tune.py. A candidate is (kernel, configuration)."""
+"""Compiling, checking and timing candidates on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import multiprocessing
 import os
 import statistics
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
-from pathlib import Path
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from kernels import get_kernel
-from tqdm import tqdm
 
-from benchmark import routed_tokens
-from compile_only import compile_only, registers_and_stack
+from .. import gpu
+from ..reference import Gate
+from .candidates import Layer
 
-os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={Path(__file__).resolve().parent.parent}")
-PACKAGE = get_kernel("org/moe-grouped-gemm", version=1).__name__
-kernels, tuning, launch_configs = (
-    import_module(f"{PACKAGE}.{name}") for name in ("kernels", "tuning", "launch_configs")
-)
-SILU = import_module(f"{PACKAGE}.reference").Gate("silu")
-
+SILU = Gate("silu")
 QUICK_MS, FINAL_MS, FINAL_ROUNDS = 8, 12, 5
 CHECKED_EXPERTS = 8
-
-
-class Layer(NamedTuple):
-    experts: int
-    hidden_dim: int
-    inter: int
-    top_k: int
 
 
 class Inputs(NamedTuple):
@@ -49,7 +33,7 @@ class Inputs(NamedTuple):
 
 
 def launch(candidate, inputs: Inputs, schedule) -> torch.Tensor:
-    kernel, config = candidate
+    kernels, (kernel, config) = gpu.launchers(), candidate
     if kernel == "route":
         return kernels.route(inputs.top_k_index, inputs.down_proj.shape[0], config.BLOCK_M)[-1]
     if kernel == "gate_up":
@@ -61,9 +45,9 @@ def launch(candidate, inputs: Inputs, schedule) -> torch.Tensor:
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
-def without_memory(layer: Layer, tokens: int, dtype: torch.dtype) -> Inputs:
+def without_memory(layer: Layer, tokens: int) -> Inputs:
     """Inputs for which Triton compiles what it compiles for those on the GPU."""
-    experts, hidden_dim, inter, top_k = layer
+    experts, hidden_dim, inter, top_k, dtype = layer
     rows = tokens * top_k
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     return Inputs(
@@ -76,65 +60,51 @@ def without_memory(layer: Layer, tokens: int, dtype: torch.dtype) -> Inputs:
     )
 
 
-def compile_candidate(candidate, calls, dtype, target, shared_limit) -> str | None:
-    """Fills Triton's cache with what these calls (layer, tokens) need; says why the candidate must not be used."""
-    kernel, config = candidate
+def compile_ahead(layer: Layer, plan: dict[int, list]) -> None:
+    """Fills Triton's cache with what {tokens: candidates} need, on several cores: compiling takes longer than timing.
+
+    What does not compile is left to be found as it is timed.
+    """
     schedule = torch.empty(5, 3, dtype=torch.int32, device="meta")
-    for way in launch_configs.ways(config) if kernel != "route" else [config]:
-        compiled = compile_only(target)
-        try:
-            for layer, tokens in calls:
-                launch((kernel, way), without_memory(layer, tokens, dtype), schedule)
-        except Exception as error:
-            return one_line(error)
-        if kernel == "route":  # there is no other
-            continue
-        for name, binary in {binary.hash: (name, binary) for name, binary in compiled}.values():
-            if binary.metadata.shared > shared_limit:
-                return f"{name} needs {binary.metadata.shared} bytes of shared memory"
-            if "cubin" in binary.asm and registers_and_stack(binary.asm["cubin"])[1]:
-                return f"{name} spills"
-    return None
 
+    def compile_candidate(candidate, tokens):
+        with contextlib.suppress(Exception):
+            launch(candidate, without_memory(layer, tokens), schedule)
 
-def compile_ahead(plan: dict, dtype, target, shared_limit) -> dict:
-    """Compiles {layer: {tokens: candidates}} on up to 16 cores; returns candidate -> why it must not be used."""
-    calls = defaultdict(list)
-    for layer, ladder in plan.items():
-        for tokens, wanted in ladder.items():
-            for candidate in wanted:
-                calls[candidate].append((layer, tokens))
-    faults = {}
-    # Not forked: this process may have the GPU open.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(16, os.cpu_count(), len(calls) or 1), mp_context=context) as pool:
-        futures = {c: pool.submit(compile_candidate, c, calls[c], dtype, target, shared_limit) for c in calls}
-        for candidate, future in tqdm(futures.items(), "compiling", unit="candidate"):
-            if future.result() is not None:
-                faults[candidate] = future.result()
-    return faults
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    # Threads: most of the time goes to LLVM and the assembler, which do not hold Python's lock.
+    device = (torch.cuda.current_device(),)
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=device)
+    try:
+        jobs = {candidate: tokens for tokens, wanted in plan.items() for candidate in wanted}
+        list(pool.map(compile_candidate, jobs, jobs.values()))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # --- checking and timing ----------------------------------------------------------------------------------------------
 
 
-class Gpu:
+def random_weights(layer: Layer) -> list[torch.Tensor]:
+    """gate_up_proj (E, 2I, H) and down_proj (E, H, I)."""
+    experts, hidden_dim, inter, _, dtype = layer
+    shapes = ((experts, 2 * inter, hidden_dim), (experts, hidden_dim, inter))
+    return [torch.empty(shape, dtype=dtype, device="cuda").normal_(0, 0.02) for shape in shapes]
+
+
+class Trials:
     """One layer at one number of tokens, on the GPU. Small inputs are rotated: their weights should not sit in L2."""
 
-    def __init__(self, layer: Layer, tokens: int, gate_up_proj, down_proj):
-        experts, hidden_dim, inter, top_k = layer
-        dtype, device = down_proj.dtype, down_proj.device
+    def __init__(self, layer: Layer, tokens: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        experts, hidden_dim, inter, top_k, dtype = layer
+        device = down_proj.device
         torch.cuda.empty_cache()  # of the last number of tokens
-        self.sets = []
+        self.kernels, self.sets = gpu.launchers(), []
         for _ in range(4 if tokens <= 64 else 1):
-            x, index, _ = routed_tokens(tokens, hidden_dim, experts, top_k, device)
-            offsets, slots, _, _ = kernels.route(index, experts, 16)
+            index = torch.multinomial(torch.ones(tokens, experts, device=device), top_k)  # distinct experts
+            x = torch.randn(tokens, hidden_dim, dtype=dtype, device=device)
+            offsets, slots, _, _ = self.kernels.route(index, experts, 16)
             a = torch.randn(tokens * top_k, inter, dtype=dtype, device=device)
-            self.sets.append(Inputs(x.to(dtype), index, slots, a, gate_up_proj, down_proj))
+            self.sets.append(Inputs(x, index, slots, a, gate_up_proj, down_proj))
         self.expected = self._expected(offsets.tolist(), self.sets[-1])
         self.schedules = {}
         self.pool = self.stream = self.graph = None
@@ -160,15 +130,14 @@ class Gpu:
         block_m = candidate[1].BLOCK_M
         if block_m not in self.schedules:
             experts = self.sets[0].down_proj.shape[0]
-            self.schedules[block_m] = [kernels.route(s.top_k_index, experts, block_m)[-1] for s in self.sets]
+            self.schedules[block_m] = [self.kernels.route(s.top_k_index, experts, block_m)[-1] for s in self.sets]
         return [functools.partial(launch, candidate, *args) for args in zip(self.sets, self.schedules[block_m])]
 
     def check(self, candidate) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty: a row never written shows
-        try:
+        with warnings.catch_warnings(), _filled_memory():
+            # What runs only with fewer stages is not the candidate.
+            warnings.filterwarnings("error", message="moe_grouped_gemm")
             out = self._calls(candidate)[-1]()
-        finally:
-            torch.use_deterministic_algorithms(False)
         if not out.isfinite().all():
             raise ArithmeticError("some of the result is not finite, or was never written")
         for rows, expected in self.expected[candidate[0]]:
@@ -223,4 +192,19 @@ class Gpu:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise SystemExit(f"The GPU is lost to this process; run again to go on behind it.\n{error}") from error
+            raise RuntimeError("The GPU is lost to this process: call again in another, which goes on here") from error
+
+
+@contextlib.contextmanager
+def _filled_memory():
+    """Memory that PyTorch hands out holds NaN: a row that is never written shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
