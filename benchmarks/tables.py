@@ -15,7 +15,7 @@ from pathlib import Path
 from plot import LAYERS, MODES, best_stock, others_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/tuning.md")
 TABLE = re.compile(r"(<!-- (\w+): benchmarks/tables.py -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,6 +26,7 @@ def measured(path: str) -> dict:
 H200 = measured("benchmarks/results/NVIDIA-H200")
 MODEL = measured("benchmarks/results/NVIDIA-H200-generate")
 FP8 = measured("docs/measurements/NVIDIA-H200-fp8")
+AS_OTHERS = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-as-other-gpus")
 FP4 = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-fp4")
 TRAINING = measured("docs/measurements/NVIDIA-H200-training")
 LORA = measured("docs/measurements/NVIDIA-H200-lora")
@@ -157,6 +158,16 @@ def fp4_training() -> str:
     for key, name in names.items():
         ours, bf16 = (FP4["training"][f"{key}_{format_name}_us"] for format_name in ("fp4", "bf16"))
         rows.append((name, time(ours), time(bf16), f"{bf16 / ours:.2f}x"))
+    return markdown(*rows)
+
+
+def as_others() -> str:
+    """Shares of the limit: of wgmma, which the card has, and of mma.sync, which those have."""
+    gpus = ("sm_80", "sm_89", "sm_120")
+    rows = [("layer", "T", "sm_90", *(f"{gpu}, {mma}" for mma in ("wgmma", "mma.sync") for gpu in gpus))]
+    for by_wgmma, by_mma in zip(AS_OTHERS["wgmma"]["forward"], AS_OTHERS["mma.sync"]["forward"]):
+        times = [by_wgmma["native_us"], *(case[f"{gpu}_us"] for case in (by_wgmma, by_mma) for gpu in gpus)]
+        rows.append((name(by_wgmma), by_wgmma["tokens"], *(f"{by_wgmma['roof_us'] / us:.2f}" for us in times)))
     return markdown(*rows)
 
 

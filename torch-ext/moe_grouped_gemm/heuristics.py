@@ -125,14 +125,14 @@ EXPERTS = Tables(
         _layer(math.inf, (128, 64), gate_up=(64, 64, 8, 4), down=(128, 64, 8, 4)),
     ],
     small=[
-        _layer(12, (16, 16), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
+        _layer(12, (16, 16), gate_up=(64, 128, 4, 2), down=(128, 128, 4, 2)),
         _layer(32, (32, 32), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
         _layer(50, (64, 64), gate_up=(64, 64, 8, 3), down=(128, 64, 4, 3)),
         _layer(math.inf, (128, 64), gate_up=(64, 64, 8, 3), down=(128, 64, 8, 3)),
     ],
     # Low tiles by plain loads: with TMA the assembler puts some registers aside.
     small_tma=[
-        _layer(12, (16, 16), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
+        _layer(12, (16, 16), gate_up=(64, 128, 4, 2), down=(128, 128, 4, 2)),
         _layer(32, (32, 32), gate_up=(64, 64, 4, 3), down=(128, 64, 4, 3)),
         _tma_layer(50, (64, 64), gate_up=(64, 64, 8, 3), down=(128, 64, 4, 3)),
         _tma_layer(math.inf, (128, 128), gate_up=(64, 64, 8, 3), down=(128, 64, 8, 3)),
