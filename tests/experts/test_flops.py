@@ -61,18 +61,32 @@ from torch.utils.flop_counter import FlopCounterMode
 args = oracle.layer(40, 4, 2, 64, 32)
 for _ in range(2):
     with FlopCounterMode(display=False) as counter:
-        moe.moe_experts(*args)
+        BODY
     print(counter.get_total_flops())
 """
+CALLS = {  # -> FLOPs
+    "moe_experts": ("moe.moe_experts(*args)", LAYER),
+    "grouped_gemm": (
+        "moe.grouped_gemm(args[0], args[3][:1], torch.tensor([0, 40], dtype=torch.int32))",
+        2 * 40 * 64 * 64,
+    ),
+    "4-bit grouped_gemm": (
+        "codes, scale = moe.quantize_fp4(args[3][:1]);"
+        "moe.grouped_gemm(args[0], codes, torch.tensor([0, 40], dtype=torch.int32), scale=scale)",
+        2 * 40 * 64 * 64,
+    ),
+}
 
 
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("imported", ["before", "after"])
-def test_flop_counter_imported_when(imported):
+def test_flop_counter_imported_when(imported, call):
     """Importing it takes a third of a second, and Triton with it: the kernel waits until somebody does."""
-    command = [sys.executable, "-c", COUNT, REPO_ID, HELPERS, imported]
+    body, flops = CALLS[call]
+    command = [sys.executable, "-c", COUNT.replace("BODY", body), REPO_ID, HELPERS, imported]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(LAYER)] * 2
+    assert run.stdout.split() == [str(flops)] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -37,6 +37,19 @@ def test_scales_of_any_size(kernel, device):
     assert error(out.nan_to_num(), exact.nan_to_num()) <= 1e-6
 
 
+@pytest.mark.parametrize("tokens", [2, 70, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["e8m0", "fp32"])
+def test_large_scales_in_16_bits(kernel, device, form, dtype, tokens):
+    """Those of weights beyond 16, where 2^126 times a scale is none in fp32."""
+    inputs, weights, scales = fp4_layer(kernel, tokens, 9, 2, 256, 128, dtype, device, form=form)
+    inputs[0] /= 2**10
+    scales = [(s.float() * 2**f).to(s.dtype) for s, f in zip(scales, (8, -4))]
+    assert max(s.float().max() for s in scales) > 16
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *(dequantized_fp4(*p) for p in zip(weights, scales)))
+    assert error(run(kernel, inputs, weights, scales), exact) <= 2 * torch.finfo(dtype).eps
+
+
 def test_strides(kernel, device):
     (x, index, top_k_weights), weights, scales = fp4_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
     exact = kernel.reference.moe_experts(
@@ -109,9 +122,9 @@ def test_bad_input_of_grouped_gemm_is_named(kernel):
     kernel.grouped_gemm(x, codes, offsets, scale=scale)
     for kind, message, changes in [
         (TypeError, "weight: expected torch.float8_e4m3fn", {"weight": torch.zeros(1, 32, 64, dtype=torch.int16)}),
-        (TypeError, "weight_scale: expected torch.float8_e8m0fnu or", {"scale": scale.float().half()}),
-        (ValueError, r"weight_scale: expected \(1, 32, 2\) to fit weight, got", {"scale": scale[:, :, :1]}),
-        (ValueError, "weight: expected", {"weight": codes[:, :, :16]}),
+        (TypeError, "^scale: expected torch.float8_e8m0fnu or", {"scale": scale.float().half()}),
+        (ValueError, r"^scale: expected \(1, 32, 2\) to fit weight, got", {"scale": scale[:, :, :1]}),
+        (ValueError, r"got \(1, 32, 32\) in bytes \(1, 32, 16\) of two", {"weight": codes[:, :, :16]}),
         (ValueError, "weight: expected on cpu like x", {"weight": codes.to("meta")}),
         (TypeError, "weight: expected torch.float32 like x, got torch.int8", {"scale": None}),
     ]:

@@ -8,7 +8,7 @@ import torch
 
 from .checks import check_floats, check_index, shape
 from .experts import blocks, composed, ops
-from .experts.arguments import check_experts
+from .experts.arguments import check_experts, given
 from .experts.lora import RANK_MULTIPLE, LoraFactors, adapted
 from .reference import Gate
 from .routing import Routing
@@ -116,7 +116,7 @@ def moe_experts_lora(
 ) -> torch.Tensor:
     """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
 
-    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over weights in fp8 activations are
+    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over weights in codes activations are
     not quantised, and the weights get no gradient. Nothing of a weight's size is made, but for the gradient of a weight
     that requires one, and the cast of one that has another dtype than autocast's.
 
@@ -220,7 +220,9 @@ def grouped_gemm(
     if x.ndim != 2:
         raise ValueError(f"x: expected (S, K), got {shape(x)}")
     if weight.ndim != 3 or projection.shape[2] != x.shape[1] or weight.shape[0] < 1:
-        raise ValueError(f"weight: expected (E, N, {x.shape[1]}) with E >= 1 to fit x {shape(x)}, got {shape(weight)}")
+        raise ValueError(
+            f"weight: expected (E, N, {x.shape[1]}) with E >= 1 to fit x {shape(x)}, got {given(projection)}"
+        )
     format_of(projection).check_one(projection, x)
     if expert_offsets.dtype != torch.int32:
         raise TypeError(f"expert_offsets: expected int32, got {expert_offsets.dtype}")

@@ -136,13 +136,16 @@ def needs_gradients(tensors) -> bool:
 
 def refuse_dtensors_for(op, tensors) -> None:
     """The same for the first arguments of `op`. torch.compile cannot read a schema: only who refuses does."""
+    refuse_dtensors(())
     for position, x in enumerate(tensors):
         if type(x) not in _PLAIN:
             refuse_dtensors([(op._opoverload._schema.arguments[position].name, x)])
 
 
 def refuse_dtensors(named_tensors) -> None:
-    """torch would say that our ops have no sharding strategy."""
+    """torch would say that our ops have no sharding strategy. A counter of FLOPs that came after us is told, too."""
+    if not torch.compiler.is_compiling() and _len_torch_dispatch_stack():
+        _tell_flop_counters()
     for name, x in named_tensors:
         if type(x) not in _PLAIN and hasattr(x, "to_local"):
             raise TypeError(

@@ -39,12 +39,12 @@ def _check_layer(hidden_states, top_k_index, top_k_weights, gate_up, down, activ
     halves = 2 if gated else 1
     experts, rows, columns = gate_up.shape if gate_up.weight.ndim == 3 else (0, 0, None)
     if columns != hidden_dim or rows % halves:
-        raise ValueError(f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {_given(gate_up)}")
+        raise ValueError(f"gate_up_proj: expected (E, 2I, {hidden_dim}) to fit hidden_states, got {given(gate_up)}")
     if experts == 0:
-        raise ValueError(f"gate_up_proj: expected at least one expert, got {_given(gate_up)}")
+        raise ValueError(f"gate_up_proj: expected at least one expert, got {given(gate_up)}")
     expected = (experts, hidden_dim, rows // halves)
     if down.weight.ndim != 3 or down.shape != expected:
-        raise ValueError(f"down_proj: expected {expected} to fit gate_up_proj, got {_given(down)}")
+        raise ValueError(f"down_proj: expected {expected} to fit gate_up_proj, got {given(down)}")
     for name, bias in biases_of(gate_up, down).items():
         expected = (experts, rows if name == "gate_up_proj_bias" else hidden_dim)
         if bias.shape != expected:
@@ -59,7 +59,8 @@ def _check_layer(hidden_states, top_k_index, top_k_weights, gate_up, down, activ
         raise ValueError(f"limit: expected a positive number or None, got {limit}")
 
 
-def _given(projection: Projection) -> str:
+def given(projection: Projection) -> str:
+    """The shape of a weight for an error."""
     weight = projection.weight
     is_packed = weight.ndim == 3 and projection.shape != tuple(weight.shape)
     return f"{projection.shape} in bytes {shape(weight)} of two" if is_packed else shape(weight)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import gpu, reference, tuning
 from ..routing import route_torch
 from ..torch_ops import register_autograd, register_op
-from ..weights import Projection, format_of
+from ..weights import Projection, format_of, matrix_size
 from ..weights.layout import by_rows, is_transposed
 
 # --- route ------------------------------------------------------------------------------------------------------------
@@ -62,7 +60,7 @@ grouped_gemm = register_op(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor expert_offsets, bool transposed) -> Tensor",
     _grouped_gemm,
     _grouped_gemm_fake,
-    flops=lambda x, weight, *_, **__: 2 * x[0] * math.prod(weight[1:]),
+    flops=lambda x, weight, bias, scale, *_, **__: 2 * x[0] * matrix_size(weight, scale),
 )
 
 

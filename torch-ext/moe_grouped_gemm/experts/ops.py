@@ -9,7 +9,7 @@ import torch
 from .. import reference
 from ..reference import Gate
 from ..torch_ops import differentiable, needs_op, register_autograd, register_op
-from ..weights import Projection, are_adapted
+from ..weights import Projection, are_adapted, matrix_size
 from .backward import Differentiable, backward
 from .forward import forward as forward_on_gpu
 from .forward import forward_and_save, is_empty
@@ -62,10 +62,7 @@ def _size(factor) -> int:
 
 
 def _weight_size(projection) -> int:
-    """Given shapes: bytes of two codes have a scale for each 16."""
-    weight, scale = projection.weight, projection.scale
-    is_packed = scale is not None and (scale[1], 16 * scale[2]) == (weight[1], weight[2])
-    return _size(weight) * (2 if is_packed else 1)
+    return matrix_size(projection.weight, projection.scale)
 
 
 moe_experts = register_op(

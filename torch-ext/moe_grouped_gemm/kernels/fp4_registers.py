@@ -19,7 +19,7 @@ _GROUP = gl.constexpr(32)
 STEP = 256  # columns: four threads in a row of mma, a group each, twice
 _STEP = gl.constexpr(STEP)
 _WORDS = gl.constexpr(8)  # of a group: four codes in 16 bits
-# Weights in bf16 with exponents for scales are this much too small until the end, see `_as_factors`.
+# Weights in bf16 with exponents for scales are this much too small until the end, see `as_factors`.
 TOO_SMALL = gl.constexpr(2.0**-32)
 
 # The four codes of each half of $4, a sign and three bits, become the sign and the last bits of exponent and mantissa,
@@ -71,19 +71,19 @@ def four_numbers(words, dtype: gl.constexpr):
 
 @gluon.jit
 def as_factors(scale, dtype: gl.constexpr):
-    """What takes `four_numbers` to weights: for exponents in bf16 TOO_SMALL times that, in one exact product.
+    """What `scaled` takes: of exponents in bf16, what makes weights TOO_SMALL of `four_numbers` in one exact product.
 
-    So scales from 2^-94 to 2^33 give what they should, greater ones NaN. Otherwise in fp32.
+    So scales from 2^-94 to 2^33 give what they should, greater ones NaN. Otherwise the scales in fp32.
     """
     if scale.dtype != gl.uint8:
-        return scale * (2.0**126 if dtype == gl.bfloat16 else 2.0**14)
+        return scale
     elif dtype == gl.bfloat16:
         # 2^126 * 2^(exponent - 127) * 2^-32
         bits = gl.where(scale > 160, 0x7FC0, (scale.to(gl.int32) + (126 - 32)) << 7)
         return bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
     else:
         bits = gl.maximum(scale.to(gl.int32) << 23, 1 << 22)
-        return gl.where(scale == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True) * 2.0**14
+        return gl.where(scale == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -98,7 +98,9 @@ def scaled(numbers, factor):
     if factor.dtype == dtype:
         grouped = grouped * factor
     else:
-        grouped = (grouped.to(gl.float32) * factor).to(dtype)
+        # Two products: 2^126 times a scale may be no number.
+        TO_ONE: gl.constexpr = 2.0**126 if dtype == gl.bfloat16 else 2.0**14
+        grouped = ((grouped.to(gl.float32) * TO_ONE) * factor).to(dtype)
     return gl.convert_layout(grouped.reshape([ROWS, W]), LAYOUT, assert_trivial=True)
 
 

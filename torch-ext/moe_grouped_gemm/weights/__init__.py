@@ -17,7 +17,7 @@ wgrad         the gradient of W; a format whose weights are frozen has none
 from __future__ import annotations
 
 from . import dense, fp4, fp8, quantize_fp4
-from .projection import Plan, Projection, are_adapted, are_quantized, biases_of
+from .projection import Plan, Projection, are_adapted, are_quantized, biases_of, matrix_size
 
 
 def format_of(projection: Projection):

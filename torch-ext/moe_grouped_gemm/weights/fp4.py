@@ -25,20 +25,21 @@ def check(hidden_states, gate_up, down, block_size):
 
 
 def check_scales(gate_up, down, gated):
-    _check_scale("gate_up_proj", gate_up)
-    _check_scale("down_proj", down)
+    _check_scale(("gate_up_proj", "gate_up_proj_scale"), gate_up)
+    _check_scale(("down_proj", "down_proj_scale"), down)
 
 
 def check_one(projection, x):
-    check_codes("weight", projection, "x", x.device, quantize_fp4.DTYPES, quantize_fp4.SCALES)
-    _check_scale("weight", projection)
+    names = ("weight", "scale")
+    check_codes(names, projection, "x", x.device, quantize_fp4.DTYPES, quantize_fp4.SCALES)
+    _check_scale(names, projection)
 
 
-def _check_scale(name, projection):
+def _check_scale(names, projection):
     experts, N, K = projection.shape
     if K % quantize_fp4.GROUP:
-        raise ValueError(f"{name}: expected columns in groups of {quantize_fp4.GROUP} in 4 bits, got {K}")
-    check_scale(name, projection, (experts, N, K // quantize_fp4.GROUP))
+        raise ValueError(f"{names[0]}: expected columns in groups of {quantize_fp4.GROUP} in 4 bits, got {K}")
+    check_scale(names, projection, (experts, N, K // quantize_fp4.GROUP))
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):

@@ -36,12 +36,13 @@ def check_scales(gate_up, down, gated):
     if gate_up.scale.shape not in allowed:
         expected = " or, with blocks of gate and up apart, ".join(map(str, allowed))
         raise ValueError(f"gate_up_proj_scale: expected {expected}, got {shape(gate_up.scale)}")
-    check_scale("down_proj", down, quantize_fp8.scale_shape(*down.weight.shape))
+    check_scale(("down_proj", "down_proj_scale"), down, quantize_fp8.scale_shape(*down.weight.shape))
 
 
 def check_one(projection, x):
-    check_codes("weight", projection, "x", x.device, (FP8,), quantize_fp8.SCALES)
-    check_scale("weight", projection, quantize_fp8.scale_shape(*projection.weight.shape))
+    names = ("weight", "scale")
+    check_codes(names, projection, "x", x.device, (FP8,), quantize_fp8.SCALES)
+    check_scale(names, projection, quantize_fp8.scale_shape(*projection.weight.shape))
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):

@@ -14,26 +14,26 @@ def check_frozen(hidden_states, gate_up: Projection, down: Projection, codes, sc
     for name, projection in {"gate_up_proj": gate_up, "down_proj": down}.items():
         if projection.scale is None:
             raise ValueError(f"{name}_scale: expected a scale for each block, as the other weight has, got None")
-        check_codes(name, projection, "hidden_states", hidden_states.device, codes, scales)
+        check_codes((name, f"{name}_scale"), projection, "hidden_states", hidden_states.device, codes, scales)
 
 
-def check_codes(name, projection: Projection, like, device, codes, scales) -> None:
-    """like: the tensor whose device it has to be on."""
-    weight, _, scale, *_ = projection
+def check_codes(names, projection: Projection, like, device, codes, scales) -> None:
+    """names: of the weight and of its scale; like: the tensor whose device they have to be on."""
+    (name, scale_name), (weight, _, scale, *_) = names, projection
     if weight.dtype not in codes:
-        raise TypeError(f"{name}: expected {_either(codes)}, since {name}_scale is given, got {weight.dtype}")
+        raise TypeError(f"{name}: expected {_either(codes)}, since {scale_name} is given, got {weight.dtype}")
     if scale.dtype not in scales:
-        raise TypeError(f"{name}_scale: expected {_either(scales)}, got {scale.dtype}")
+        raise TypeError(f"{scale_name}: expected {_either(scales)}, got {scale.dtype}")
     if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
         raise ValueError(f"{name}: weights in codes are frozen, expected requires_grad=False for it and its scale")
-    for tensor_name, tensor in ((name, weight), (f"{name}_scale", scale)):
+    for tensor_name, tensor in ((name, weight), (scale_name, scale)):
         if tensor.device != device:
             raise ValueError(f"{tensor_name}: expected on {device} like {like}, got {tensor.device}")
 
 
-def check_scale(name, projection: Projection, expected: tuple[int, ...]) -> None:
+def check_scale(names, projection: Projection, expected: tuple[int, ...]) -> None:
     if projection.scale.shape != expected:
-        raise ValueError(f"{name}_scale: expected {expected} to fit {name}, got {shape(projection.scale)}")
+        raise ValueError(f"{names[1]}: expected {expected} to fit {names[0]}, got {shape(projection.scale)}")
 
 
 def _either(dtypes) -> str:

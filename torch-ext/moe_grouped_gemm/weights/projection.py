@@ -34,6 +34,12 @@ class Projection(NamedTuple):
         return (experts, N, 2 * K) if self.weight.dtype in quantize_fp4.DTYPES else (experts, N, K)
 
 
+def matrix_size(weight, scale) -> int:
+    """N * K, given the shapes of a weight and of its scale or None: bytes of two codes have a scale for each 16."""
+    is_packed = scale is not None and (scale[1], 16 * scale[2]) == (weight[1], weight[2])
+    return weight[1] * weight[2] * (2 if is_packed else 1)
+
+
 def biases_of(gate_up: Projection, down: Projection) -> dict[str, torch.Tensor]:
     """By their names as arguments, those that there are."""
     biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
