@@ -116,8 +116,8 @@ def moe_experts_lora(
 ) -> torch.Tensor:
     """`moe_experts` with adapters on its weights; differentiable in every float input, factors included.
 
-    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over weights in codes activations are
-    not quantised, and the weights get no gradient. Nothing of a weight's size is made, but for the gradient of a weight
+    Result, autocast and the other arguments as in `moe_experts`; ranks may differ. Over codes activations are not
+    quantised, and weights get no gradient. Nothing of a weight's size is made, but for the gradient of a weight
     that requires one, and the cast of one that has another dtype than autocast's.
 
     gate: one of ours, or any function (S, 2I) -> (S, I); with gated=False (S, I) -> (S, I), and gate_up_proj is
