@@ -26,6 +26,7 @@ def measured(path: str) -> dict:
 H200 = measured("benchmarks/results/NVIDIA-H200")
 MODEL = measured("benchmarks/results/NVIDIA-H200-generate")
 FP8 = measured("docs/measurements/NVIDIA-H200-fp8")
+FP4 = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-fp4")
 TRAINING = measured("docs/measurements/NVIDIA-H200-training")
 LORA = measured("docs/measurements/NVIDIA-H200-lora")
 PARALLEL = measured("docs/measurements/2x-NVIDIA-H100-80GB-HBM3-parallel")
@@ -138,6 +139,24 @@ def fp8() -> str:
         ours, bf16 = case["fp8_graph_us"], case["bf16_graph_us"]
         others = time(case["fp8_weights_graph_us"]), time(bf16), ratio(ours, bf16), time(case["torch_eager_us"])
         rows.append((case["tokens"], time(ours), f"{case['roof_us'] / ours:.2f}", *others))
+    return markdown(*rows)
+
+
+def fp4() -> str:
+    rows = [("T", "4 bits", "of the limit", "this kernel in fp8", "4 bits against it", "in bf16", "4 bits against it")]
+    for case in FP4["cases"]:
+        ours, fp8, bf16 = (case[f"{name}_graph_us"] for name in ("fp4", "fp8", "bf16"))
+        cells = (time(ours), f"{case['roof_us'] / ours:.2f}", time(fp8), f"{fp8 / ours:.2f}x", time(bf16))
+        rows.append((case["tokens"], *cells, f"{bf16 / ours:.2f}x"))
+    return markdown(*rows)
+
+
+def fp4_training() -> str:
+    names = {"data_gradients": "gradients of the hidden states", "lora": "LoRA, r=16, with those of its factors"}
+    rows = [("forward and backward, T=4096", "over 4 bits", "over bf16", "speed-up")]
+    for key, name in names.items():
+        ours, bf16 = (FP4["training"][f"{key}_{format_name}_us"] for format_name in ("fp4", "bf16"))
+        rows.append((name, time(ours), time(bf16), f"{bf16 / ours:.2f}x"))
     return markdown(*rows)
 
 

@@ -6,6 +6,7 @@ It is chosen when Triton is imported, and torch.compile does not work beside it.
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -33,3 +34,10 @@ def under_the_interpreter(file, parts=1):
         subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
     return test_under_the_interpreter
+
+
+def enter_no_device(monkeypatch):
+    """Where there is none. Not on a GPU: Triton keeps the functions that it finds when it first launches a kernel."""
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+        monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())

@@ -1,14 +1,12 @@
 """Launchers in small tiles, on a GPU or under the interpreter; tuned configurations in a folder of the test's."""
 
-from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from flat import ByKind
-from interpreted import INTERPRETED
+from interpreted import INTERPRETED, enter_no_device
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +39,7 @@ def with_tiles(kernel, monkeypatch, config, kinds=6):
     monkeypatch.setattr(dense, "_experts_config", lambda *args: tuning.ExpertsConfig(config, config))
     monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     monkeypatch.setattr(tuning, "wgrad_config", lambda *args: config)
-    if INTERPRETED:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    enter_no_device(monkeypatch)
     return ByKind(ops, kinds)
 
 
@@ -69,8 +66,7 @@ def whole(kernel, monkeypatch):
     names |= {"blocks": "experts.blocks", "weights": "weights"}
     modules = {name: import_module(f"{kernel.__name__}.{path}") for name, path in names.items()}
     gpu = modules["gpu"]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    enter_no_device(monkeypatch)
     monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     if INTERPRETED:  # Gluon has no interpreter
         for weights in (modules["fp8"], modules["fp4"]):

@@ -11,7 +11,7 @@ import torch
 
 from cases import covering
 from flat import ByKind
-from interpreted import DEVICE, DTYPES, INTERPRETED, ROWS_FIRST, on_triton, under_the_interpreter
+from interpreted import DEVICE, DTYPES, INTERPRETED, ROWS_FIRST, enter_no_device, on_triton, under_the_interpreter
 from oracle import VARIANTS, assert_as_good_as_torch, gate_of, in_fp64, layer, variant_of
 
 test_under_the_interpreter = under_the_interpreter(__file__, parts=2)
@@ -235,7 +235,7 @@ WHOLE = pytest.mark.parametrize(
 def test_whole_path(kernel, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, variant):
     names = ("experts.forward", "weights", "weights.dense", "gpu")
     forward, weights, dense, gpu = (import_module(f"{kernel.__name__}.{name}") for name in names)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    enter_no_device(monkeypatch)
     monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     readable = dense.as_readable  # Gluon has no interpreter
     monkeypatch.setattr(dense, "as_readable", lambda *a, **k: readable(*a, **k)._replace(WARP_SPECIALIZED=False))

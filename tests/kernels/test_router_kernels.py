@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import covering
-from interpreted import DEVICE, DTYPES, INTERPRETED, on_triton, under_the_interpreter
+from interpreted import DEVICE, DTYPES, INTERPRETED, enter_no_device, on_triton, under_the_interpreter
 from oracle import ROUTERS, assert_routes, decided, route_by_hand, router
 
 test_under_the_interpreter = under_the_interpreter(__file__)
@@ -87,7 +87,7 @@ def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group,
 @pytest.mark.parametrize("dtype, weight_dtype", [(torch.float16, torch.float16), (torch.float16, torch.float32)])
 def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dtype):
     module = import_module(f"{kernel.__name__}.router")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+    enter_no_device(monkeypatch)
     gpu = import_module(f"{kernel.__name__}.gpu")
     monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)

@@ -1,6 +1,5 @@
 """`moe_experts` over weights in codes: what holds for each format of them."""
 
-from importlib import import_module
 from typing import Callable, NamedTuple
 
 import pytest
@@ -257,14 +256,13 @@ def test_torch_compile(kernel, device, weights_in, requires_grad):
 @pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [300, 10, 500]], ids=str)
 @pytest.mark.parametrize("weights_in", FORMATS)
 def test_grouped_gemm(kernel, device, weights_in, sizes, dtype):
-    """What adapters run over such weights: rows that no expert owns, NaN here, are zero in result and gradient."""
-    blocks = import_module(f"{kernel.__name__}.experts.blocks")
+    """The building block: rows that no expert owns, NaN here, are zero in result and gradient."""
     (x, *_), (weight, _), (scale, _) = weights_in.layer(kernel, sum(sizes) + 40, 3, 1, 256, 128, dtype, device)
     dy = layer(x.shape[0], 3, 1, 256, 128, dtype, device, seed=1)[0]
     x[sum(sizes) :], dy[sum(sizes) :] = float("nan"), float("nan")
     offsets = torch.tensor([0, *sizes], device=device).cumsum(0).int()
     exact = weights_in.dequantized(weight, scale)
-    y = blocks.grouped_gemm(x.requires_grad_(), weight, None, scale, offsets, False)
+    y = kernel.grouped_gemm(x.requires_grad_(), weight, offsets, scale=scale)
     y.backward(dy)
     assert not y[sum(sizes) :].any() and not x.grad[sum(sizes) :].any()
     for expert, (begin, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):

@@ -113,3 +113,19 @@ def test_codes_without_scales(kernel):
     inputs, weights, _ = fp4_layer(kernel, 4, 4, 2, 64, 32)
     with pytest.raises(TypeError, match="gate_up_proj: expected torch.float32 like hidden_states, got torch.int8"):
         kernel.moe_experts(*inputs, *weights)
+
+
+def test_bad_input_of_grouped_gemm_is_named(kernel):
+    x, offsets = torch.randn(4, 64), torch.tensor([0, 4], dtype=torch.int32)
+    codes, scale = kernel.quantize_fp4(torch.randn(1, 32, 64))
+    kernel.grouped_gemm(x, codes, offsets, scale=scale)
+    for kind, message, changes in [
+        (TypeError, "weight: expected torch.float8_e4m3fn", {"weight": torch.zeros(1, 32, 64, dtype=torch.int16)}),
+        (TypeError, "weight_scale: expected torch.float8_e8m0fnu or", {"scale": scale.float().half()}),
+        (ValueError, r"weight_scale: expected \(1, 32, 2\) to fit weight, got", {"scale": scale[:, :, :1]}),
+        (ValueError, "weight: expected", {"weight": codes[:, :, :16]}),
+        (ValueError, "weight: expected on cpu like x", {"weight": codes.to("meta")}),
+        (TypeError, "weight: expected torch.float32 like x, got torch.int8", {"scale": None}),
+    ]:
+        with pytest.raises(kind, match=message):
+            kernel.grouped_gemm(**{"x": x, "weight": codes, "expert_offsets": offsets, "scale": scale} | changes)

@@ -21,7 +21,7 @@ from .torch_ops import (
     refuse_dtensors_for,
     rejects_transforms,
 )
-from .weights import Projection, are_adapted
+from .weights import Projection, are_adapted, format_of
 
 _SILU = Gate("silu")
 
@@ -47,7 +47,7 @@ def moe_experts(
     block_size: tuple[int, int] = (128, 128),
     quantize_activations: bool = True,
 ) -> torch.Tensor:
-    """Gated experts over routed tokens; differentiable in every float input, fp8 weights aside.
+    """Gated experts over routed tokens; differentiable in every float input, weights in codes aside.
 
     y[t] = sum_k weight[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = top_k_index[t, k].
 
@@ -56,8 +56,9 @@ def moe_experts(
         top_k_index: (T, top_k) int32 or int64. A slot whose id lies outside [0, E) is skipped and contributes exactly
             nothing, whatever its weight.
         top_k_weights: (T, top_k), any float dtype.
-        gate_up_proj: (E, 2I, H), rows [0, I) are gate and [I, 2I) up; dtype of hidden_states, or float8_e4m3fn. Weights
-            stored as (E, H, 2I) come as `.mT` and are read in place.
+        gate_up_proj: (E, 2I, H), rows [0, I) are gate and [I, 2I) up; dtype of hidden_states, float8_e4m3fn, or in 4
+            bits. Weights stored as (E, H, 2I) come as `.mT` and are read in place; not so in 4 bits: those are (E, 2I,
+            H / 2) int8, uint8 or float4_e2m1fn_x2, two e2m1 numbers a byte, the lower column in the low nibble.
         down_proj: (E, H, I), dtype of gate_up_proj.
         activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu", applied to gate; or "swigluoai", gpt-oss's gate
             gate * sigmoid(alpha * gate) * (up + 1).
@@ -66,11 +67,13 @@ def moe_experts(
         limit: clamps gate to at most limit and up to [-limit, limit], before the activation. None: not at all.
         alpha: of "swigluoai"; others ignore it.
         interleaved: rows 0, 2, 4, ... of gate_up_proj are gate, rows 1, 3, 5, ... up.
-        gate_up_proj_scale: of weights in fp8, which take neither biases nor any of the last three, (E, ceil(2I / 128),
-            ceil(H / 128)) fp32 or float8_e8m0fnu: a weight is code * scale of its block of 128 x 128. Or, if that is
-            more, (E, 2 * ceil(I / 128), ...): then blocks of up start at its first row.
-        down_proj_scale: (E, ceil(H / 128), ceil(I / 128)).
-        block_size: of those blocks.
+        gate_up_proj_scale: a weight in codes is code * scale. In fp8 of its block of 128 x 128, (E, ceil(2I / 128),
+            ceil(H / 128)) fp32 or float8_e8m0fnu. Or, if that is more, (E, 2 * ceil(I / 128), ...): then blocks of up
+            start at its first row. In 4 bits of its 32 columns, (E, 2I, H / 32) float8_e8m0fnu, uint8 with that type's
+            bits, or fp32; H and I are multiples of 32 then. On a GPU exponents of 4-bit weights count in bf16 from
+            2^-94 to 2^33; greater ones are NaN.
+        down_proj_scale: (E, ceil(H / 128), ceil(I / 128)); in 4 bits (E, H, I / 32).
+        block_size: of those blocks of fp8; of 4 bits, if it is given, (1, 32).
         quantize_activations: with weights in fp8, whether a GPU that multiplies fp8 may quantise activations too, with
             a scale for each 128 columns of each row. It does so for more than a few rows, if neither hidden_states nor
             top_k_weights requires a gradient, whether it is asked for or, as under no_grad, not.
@@ -188,28 +191,37 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
 
 @rejects_transforms
 def grouped_gemm(
-    x: torch.Tensor, weight: torch.Tensor, expert_offsets: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[r] = weight[e] @ x[r] + bias[e] for expert_offsets[e] <= r < expert_offsets[e + 1].
 
-    Differentiable in x, weight and bias.
+    Differentiable in x, weight and bias; not in a weight in codes.
 
     Args:
         x: (S, K) bf16, fp16 or fp32 (fp64 on CPU), rows sorted by expert.
-        weight: (E, N, K), dtype of x; stored as (E, K, N) it comes as `.mT` and is read in place.
+        weight: (E, N, K), dtype of x; stored as (E, K, N) it comes as `.mT` and is read in place. Or in codes, fp8 or 4
+            bits, as `moe_experts` takes down_proj.
         expert_offsets: (E + 1,) int32 on x.device, leading 0, ascending, exclusive; as `route` returns it.
         bias: (E, N), dtype of x; or None.
+        scale: of a weight in codes, as `moe_experts` takes down_proj_scale.
     Returns:
         (S, N) in x.dtype, accumulated in fp32. Rows from expert_offsets[E] on belong to no expert and are zero.
     Raises:
         ValueError: shapes or devices do not fit together.
         TypeError: a dtype is not supported or differs from x.
     """
-    check_floats(x=x, weight=weight)
+    projection = Projection(weight, bias, scale)
+    check_floats(x=x, **({"weight": weight} if scale is None else {}))
     if x.ndim != 2:
         raise ValueError(f"x: expected (S, K), got {shape(x)}")
-    if weight.ndim != 3 or weight.shape[2] != x.shape[1] or weight.shape[0] < 1:
+    if weight.ndim != 3 or projection.shape[2] != x.shape[1] or weight.shape[0] < 1:
         raise ValueError(f"weight: expected (E, N, {x.shape[1]}) with E >= 1 to fit x {shape(x)}, got {shape(weight)}")
+    format_of(projection).check_one(projection, x)
     if expert_offsets.dtype != torch.int32:
         raise TypeError(f"expert_offsets: expected int32, got {expert_offsets.dtype}")
     if expert_offsets.shape != (weight.shape[0] + 1,) or not expert_offsets.is_contiguous():
@@ -223,5 +235,6 @@ def grouped_gemm(
         check_floats(x=x, bias=bias)
         if bias.shape != weight.shape[:2]:
             raise ValueError(f"bias: expected {shape(weight)[:2]} to fit weight {shape(weight)}, got {shape(bias)}")
-    refuse_dtensors([("x", x), ("weight", weight), ("expert_offsets", expert_offsets), ("bias", bias)])
-    return blocks.grouped_gemm(x, weight, bias, None, expert_offsets, False)
+    tensors = {"x": x, "weight": weight, "expert_offsets": expert_offsets, "bias": bias, "scale": scale}
+    refuse_dtensors(tensors.items())
+    return blocks.grouped_gemm(x, weight, bias, scale, expert_offsets, False)

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .fp4 import GROUP
+from .fp4 import GROUP, in_bytes
 from .fp4_registers import _WORDS, TOO_SMALL, as_factors, four_numbers, scaled
 from .hopper import (
     BLOCK_K,
@@ -275,11 +275,11 @@ def _codes_hopper_kernel(
 def codes_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False):
     """x (S, K) of 16 bits, w (E, N, K) fp8, or (E, K, N) -> y (S, N); rows that belong to no expert keep what y held.
 
-    w may be of 4-bit codes, uint8, in half as many columns. Blocks of scales of fp8 are counted through all rows of w.
+    w may be of 4-bit codes, bytes in half as many columns. Blocks of scales of fp8 are counted through all rows of w.
     """
     N, K = y.shape[1], x.shape[1]
-    if w.dtype == torch.uint8:
-        w = w.view(torch.int16)
+    if w.dtype != torch.float8_e4m3fn:
+        w, w_scale = w.view(torch.int16), in_bytes(w, w_scale)[1]
     box = [BLOCK_K.value, BLOCK_N.value] if transposed else [BLOCK, BLOCK_K.value]
     box[1] //= 4 if w.dtype == torch.int16 else 1
     launch(

@@ -23,7 +23,7 @@ from .fp4_registers import (
     _rescaled,
     _scale_layout,
     _x_columns,
-    eights,
+    in_registers,
 )
 from .gate import _glu
 from .launch import cdiv, launch, next_power_of_2
@@ -173,12 +173,12 @@ def gate_up_decode_fp4(x, w, w_scale, top_k_index, gate, config, bias=None):
     experts, inter, hidden_dim = w.shape[0], w.shape[1] // 2, x.shape[1]
     slots, top_k = top_k_index.numel(), top_k_index.shape[1]
     a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
-    words = w.view(torch.int32)
+    words, w_scale = in_registers(w, w_scale, hidden_dim)
     sizes = (top_k, experts, inter, hidden_dim, x.stride(0), words.stride(0), words.stride(1))
     launch(
         _gate_up_decode_fp4_kernel,
         (slots, cdiv(inter, config.BLOCK_N), 1),
-        (x, words, eights(w_scale, hidden_dim), bias, a, top_k_index),
+        (x, words, w_scale, bias, a, top_k_index),
         (),
         (*sizes, config.BLOCK_N, hidden_dim % STEP == 0, gate),
         num_warps=config.num_warps,
@@ -191,12 +191,12 @@ def down_decode_fp4(a, w, w_scale, top_k_index, top_k_weights, config, bias=None
     (experts, hidden_dim), inter = w.shape[:2], a.shape[1]
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
-    words = w.view(torch.int32)
+    words, w_scale = in_registers(w, w_scale, inter)
     sizes = (top_k, experts, inter, hidden_dim, words.stride(0), words.stride(1))
     launch(
         _down_decode_fp4_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, words, eights(w_scale, inter), bias, top_k_index, top_k_weights, out),
+        (a, words, w_scale, bias, top_k_index, top_k_weights, out),
         (),
         (*sizes, config.BLOCK_N, inter % STEP == 0),
         num_warps=min(config.num_warps, next_power_of_2(top_k)),

@@ -6,6 +6,7 @@
 In registers codes and scales become weights in the dtype of x, rounded once. Tiles and grid as in grouped_gemm.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -135,11 +136,17 @@ def _dgrad_fp4_kernel(
     store_rows(y_ptr, acc, row, row_end, first + tl.arange(0, BLOCK_N), N)
 
 
-def grouped_gemm_fp4(x, w, w_scale, schedule, input_precision, config, y, bias=None):
-    """x (S, K), w (E, N, K / 2) uint8 by rows -> y (S, N); rows that belong to no expert keep what y held.
+def in_bytes(w, w_scale):
+    """Codes and scales as plain integers: uint8, but for scales in fp32."""
+    return w.view(torch.uint8), w_scale if w_scale.dtype == torch.float32 else w_scale.view(torch.uint8)
 
-    w_scale, contiguous: (E, N, K / 32), fp32 or exponents as uint8. bias: contiguous (E, N), or None.
+
+def grouped_gemm_fp4(x, w, w_scale, schedule, input_precision, config, y, bias=None):
+    """x (S, K), w (E, N, K / 2) bytes by rows -> y (S, N); rows that belong to no expert keep what y held.
+
+    w_scale, contiguous: (E, N, K / 32), fp32 or exponents. bias: contiguous (E, N), or None.
     """
+    w, w_scale = in_bytes(w, w_scale)
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
     x_arg, w_arg = x, w
@@ -159,10 +166,11 @@ def grouped_gemm_fp4(x, w, w_scale, schedule, input_precision, config, y, bias=N
 
 
 def dgrad_fp4(x, w, w_scale, schedule, input_precision, config, y):
-    """x (S, K) contiguous, w (E, K, N / 2) uint8 by rows -> y (S, N); rows that belong to no expert keep what y held.
+    """x (S, K) contiguous, w (E, K, N / 2) bytes by rows -> y (S, N); rows that belong to no expert keep what y held.
 
-    w_scale, contiguous: (E, K, N / 32), fp32 or exponents as uint8.
+    w_scale, contiguous: (E, K, N / 32), fp32 or exponents.
     """
+    w, w_scale = in_bytes(w, w_scale)
     K, N = x.shape[1], 2 * w.shape[2]
     tiles = schedule.shape[1]
     w_arg = weight_descriptor(w, config.BLOCK_K, config.BLOCK_N // 2) if config.USE_TMA else w

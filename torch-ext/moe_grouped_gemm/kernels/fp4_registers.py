@@ -256,22 +256,24 @@ def _grouped_gemm_fp4_few_kernel(
     gl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def eights(w_scale, K):
-    """Exponents as int64, if each STEP columns have eight and no others."""
-    fits = w_scale.dtype == torch.uint8 and K % STEP == w_scale.data_ptr() % 8 == w_scale.storage_offset() % 8 == 0
-    return w_scale.view(torch.int64) if fits else w_scale
+def in_registers(w, w_scale, K):
+    """Codes and scales as these kernels load them: exponents as int64, where that many belong to each STEP columns."""
+    exponents = w_scale.dtype != torch.float32
+    if exponents and K % STEP == w_scale.data_ptr() % 8 == w_scale.storage_offset() % 8 == 0:
+        return w.view(torch.int32), w_scale.view(torch.int64)
+    return w.view(torch.int32), w_scale.view(torch.uint8) if exponents else w_scale
 
 
 def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
     """As grouped_gemm_fp4, x in 16 bits; rows and experts of w begin at multiples of 16 bytes."""
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
-    words = w.view(torch.int32)
+    words, w_scale = in_registers(w, w_scale, K)
     sizes = (N, K, x.stride(0), words.stride(0), words.stride(1))
     launch(
         _grouped_gemm_fp4_few_kernel,
         (tiles * cdiv(N, config.BLOCK_N), 1, 1),
-        (x, words, eights(w_scale, K), bias, y, schedule),
+        (x, words, w_scale, bias, y, schedule),
         (tiles,),
         (*sizes, config.BLOCK_M, config.BLOCK_N, config.GROUP_M, K % STEP == 0),
         num_warps=config.num_warps,

@@ -1,6 +1,7 @@
 """What a weight is, and which kernels read it: one file for each format, all answering the same questions.
 
 check         what the layer's tensors have to be, before their shapes are looked at
+check_one     the same of one weight that multiplies x, whose shape fits
 check_scales  whether the scales fit the weights
 dequantize    one expert's numbers, for plain PyTorch; a format that has no scales has none
 decode        the layer for a few rows, in two launches; or None

@@ -5,12 +5,9 @@ Activations keep their dtype. Codes are turned into weights of that dtype, round
 
 from __future__ import annotations
 
-import torch
-
 from .. import gpu, tuning
-from ..checks import shape
 from . import dense, quantize_fp4
-from .frozen import check_frozen
+from .frozen import check_codes, check_frozen, check_scale
 from .layout import as_readable, by_rows, contiguous, tma_can_read
 from .projection import Plan
 from .quantize_fp4 import dequantize  # noqa: F401, an answer
@@ -28,13 +25,20 @@ def check(hidden_states, gate_up, down, block_size):
 
 
 def check_scales(gate_up, down, gated):
-    for name, projection in {"gate_up_proj": gate_up, "down_proj": down}.items():
-        experts, N, K = projection.shape
-        if K % quantize_fp4.GROUP:
-            raise ValueError(f"{name}: expected columns in groups of {quantize_fp4.GROUP} in 4 bits, got {K}")
-        expected = (experts, N, K // quantize_fp4.GROUP)
-        if projection.scale.shape != expected:
-            raise ValueError(f"{name}_scale: expected {expected} to fit {name}, got {shape(projection.scale)}")
+    _check_scale("gate_up_proj", gate_up)
+    _check_scale("down_proj", down)
+
+
+def check_one(projection, x):
+    check_codes("weight", projection, "x", x.device, quantize_fp4.DTYPES, quantize_fp4.SCALES)
+    _check_scale("weight", projection)
+
+
+def _check_scale(name, projection):
+    experts, N, K = projection.shape
+    if K % quantize_fp4.GROUP:
+        raise ValueError(f"{name}: expected columns in groups of {quantize_fp4.GROUP} in 4 bits, got {K}")
+    check_scale(name, projection, (experts, N, K // quantize_fp4.GROUP))
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
@@ -47,8 +51,8 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
     kernels = gpu.launchers()
     up_config, down_config = tuning.DECODE_FP4
     up_bias, down_bias = contiguous(gate_up.bias), contiguous(down.bias)
-    a = kernels.gate_up_decode_fp4(x, *_as_bytes(gate_up), top_k_index, gate, up_config, up_bias)
-    return kernels.down_decode_fp4(a, *_as_bytes(down), top_k_index, top_k_weights, down_config, down_bias)
+    a = kernels.gate_up_decode_fp4(x, *_codes(gate_up), top_k_index, gate, up_config, up_bias)
+    return kernels.down_decode_fp4(a, *_codes(down), top_k_index, top_k_weights, down_config, down_bias)
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
@@ -65,7 +69,7 @@ def row_config(rows, weight, dtype, transposed=False):
 
 def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, out=None):
     """What an adapter adds is a product of its own."""
-    kernels, codes = gpu.launchers(), _as_bytes(projection)
+    kernels, codes = gpu.launchers(), _codes(projection)
     config, precision, bias = (
         as_readable(config, x, codes[0]),
         gpu.input_precision(x.dtype),
@@ -106,9 +110,6 @@ def _can_specialize(projection) -> bool:
     return weight.is_contiguous() and tma_can_read(weight) and min(projection.shape[1:]) > 64
 
 
-def _as_bytes(projection):
-    """What the kernels read: codes by rows, contiguous exponents or fp32 scales."""
-    scale = projection.scale
-    if scale.dtype == torch.float8_e8m0fnu:
-        scale = scale.view(torch.uint8)
-    return by_rows(projection.weight.view(torch.uint8)), scale.contiguous()
+def _codes(projection):
+    """What the kernels read: codes by rows, and contiguous scales."""
+    return by_rows(projection.weight), projection.scale.contiguous()

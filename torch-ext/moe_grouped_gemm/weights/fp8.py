@@ -12,7 +12,7 @@ import torch
 from .. import gpu, tuning
 from ..checks import shape
 from . import dense, quantize_fp8
-from .frozen import check_frozen
+from .frozen import check_codes, check_frozen, check_scale
 from .layout import as_readable, by_rows, contiguous, tma_can_read
 from .projection import Plan
 from .quantize_fp8 import FP8, dequantize  # noqa: F401, an answer
@@ -36,9 +36,12 @@ def check_scales(gate_up, down, gated):
     if gate_up.scale.shape not in allowed:
         expected = " or, with blocks of gate and up apart, ".join(map(str, allowed))
         raise ValueError(f"gate_up_proj_scale: expected {expected}, got {shape(gate_up.scale)}")
-    expected = quantize_fp8.scale_shape(*down.weight.shape)
-    if down.scale.shape != expected:
-        raise ValueError(f"down_proj_scale: expected {expected} to fit down_proj, got {shape(down.scale)}")
+    check_scale("down_proj", down, quantize_fp8.scale_shape(*down.weight.shape))
+
+
+def check_one(projection, x):
+    check_codes("weight", projection, "x", x.device, (FP8,), quantize_fp8.SCALES)
+    check_scale("weight", projection, quantize_fp8.scale_shape(*projection.weight.shape))
 
 
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
