@@ -207,6 +207,17 @@ def fp4_launches(package, traits, precisions):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     schedule, index = empty(5, 96, dtype=torch.int32), empty(16, 6, dtype=torch.int64)
+    for dtype in DTYPES:  # an adapter's products, over the same rows
+        configs = [config for _, config in tuning.FP4.of(dtype, traits)] + [tuning.FP4_DGRAD.of(dtype, traits)]
+        x, u = empty(96, INTER, dtype=dtype), empty(96, 16, dtype=dtype)
+        A, B = empty(EXPERTS, 16, INTER, dtype=dtype), empty(EXPERTS, HIDDEN, 16, dtype=dtype)
+        for config, precision in product(configs, precisions[dtype]):
+            thin = tuning.thin_config(config, 16, dtype, traits)
+            for factor in (A, A.mT.contiguous().mT):
+                yield dtype, thin, partial(kernels.grouped_gemm, x, factor, schedule, precision, thin)
+            wide = config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
+            for factor in (B, B.mT.contiguous().mT):
+                yield dtype, wide, partial(kernels.grouped_gemm, u, factor, schedule, precision, wide)
     # Inner sizes of whole steps of fp4_registers.py, and with a tail.
     for dtype, scale, inter in product(DTYPES, (torch.float32, torch.uint8), (INTER, INTER + 32)):
         in_registers = dtype != torch.float32 and traits.mma != "mfma"

@@ -123,7 +123,7 @@ def test_whole_path(kernel, whole, tokens, experts, top_k, hidden_dim, inter, id
 
 
 @on_triton
-@pytest.mark.parametrize("as_gpu", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("as_gpu", ["sm_90", "sm_80", "gfx942"])
 @pytest.mark.parametrize("tokens, experts, top_k, hidden_dim, inter, ids, form", WHOLE[1:])
 def test_gradients_with_adapters(
     kernel, whole, monkeypatch, tokens, experts, top_k, hidden_dim, inter, ids, form, as_gpu

@@ -284,6 +284,9 @@ def test_traits_of_amd(kernel, tuning, monkeypatch, gpu_name, shared):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     assert gpu.traits.__wrapped__(0) == TRAITS[gpu_name]
     assert tuning.ROUTER.of(BF16, TRAITS[gpu_name]) is getattr(tuning.ROUTER, {64: "least", 160: "large"}[shared])
+    # A dot of AMD's has no fewer rows, and tiles of 8 over 4 bits have a kernel for NVIDIA's.
+    assert min(config.BLOCK_M for _, config in tuning.FP4.of(BF16, TRAITS[gpu_name])) == 16
+    assert tuning.FP4.of(BF16, TRAITS["sm_80"])[0].config.BLOCK_M == 8
     del found.shared_memory_per_block
     assert gpu.traits.__wrapped__(0) == TRAITS["gfx942"]
 

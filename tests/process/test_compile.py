@@ -15,7 +15,7 @@ from suite import HELPERS, ROOT
 
 ONE_OF_EACH = [("3.6.0", "sm_90"), ("3.9.0", "sm_90"), ("3.6.0", "sm_80"), ("3.6.0", "gfx942")]
 MATRIX = [("3.6.0", gpu) for gpu in TARGETS] + [("3.9.0", "sm_90")]
-MATRIX_OF_EACH = [("3.8.0", "sm_90"), ("3.8.0", "sm_100"), ("3.9.0", "sm_100")]
+MATRIX_OF_EACH = [("3.8.0", "sm_90"), ("3.8.0", "sm_100"), ("3.9.0", "sm_80"), ("3.9.0", "sm_100")]
 
 
 def compile_kernels(version, *arguments):

@@ -77,6 +77,13 @@ def test_names_of_the_package(document):
     assert set(re.findall(rf"{REPO_ID}:(\w+)", text)) <= layers
 
 
+def test_environment_variables():
+    variable = re.compile(r"\bMOE_GROUPED_GEMM_[A-Z_]+")
+    read = {name for path in PACKAGE.rglob("*.py") for name in variable.findall(path.read_text(encoding="utf-8"))}
+    named = {name for document in DOCUMENTS for name in variable.findall(document.read_text(encoding="utf-8"))}
+    assert named == read and read
+
+
 @by_name
 def test_version(document):
     version = re.search(r"^version = (\d+)$", (ROOT / "build.toml").read_text(), re.MULTILINE)[1]

@@ -1,5 +1,7 @@
 """What is special to weights in 4 bits."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from test_codes import run
@@ -108,6 +110,16 @@ def test_columns_come_in_groups(kernel):
     scales = torch.ones(1, 64, 1), torch.ones(1, 48, 1)
     with pytest.raises(ValueError, match="gate_up_proj: expected columns in groups of 32 in 4 bits, got 48"):
         run(kernel, inputs, weights, scales)
+
+
+@pytest.mark.parametrize(
+    "as_gpu, dtype, fits", [("sm_80", "bfloat16", True), ("sm_80", "float32", False), ("gfx950", "bfloat16", False)]
+)
+def test_where_kernels_multiply_from_registers(kernel, monkeypatch, as_gpu, dtype, fits):
+    fp4, gpu = (import_module(f"{kernel.__name__}.{name}") for name in ("weights.fp4", "gpu"))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS[as_gpu])
+    x, codes = torch.empty(8, 64, dtype=getattr(torch, dtype)), torch.empty(2, 64, 32, dtype=torch.uint8)
+    assert fp4._fits_registers(x, codes) == fits
 
 
 def test_codes_without_scales(kernel):

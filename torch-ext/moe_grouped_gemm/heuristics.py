@@ -204,8 +204,8 @@ FP8_DGRAD = Tables(
     fp32=_gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
     hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True),
     blackwell=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True),
-    large=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    small=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    large=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
+    small=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
     least=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=2),
 )
 
@@ -215,7 +215,7 @@ FP8_DGRAD = Tables(
 _FEW_FP4 = UpTo(12, _gemm(BLOCK_M=8, BLOCK_N=64, BLOCK_K=64, num_warps=2, num_stages=3))
 _LOW_FP4 = UpTo(12, _gemm(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2))
 FP4 = Tables(
-    fp32=[UpTo(math.inf, _gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2))],
+    fp32=[UpTo(math.inf, _gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2))],
     hopper=[
         _FEW_FP4,
         UpTo(
