@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 # One tensor per expert, as published checkpoints have it, or the stacks of all experts.
-EXPERTS = re.compile(r"(.*\.experts)\.(\d+\.(?:gate|up|down)_proj\.weight|(?:gate_up|down)_proj)")
+EXPERTS = re.compile(r"(.*\.experts)\.(\d+\.(?:(?:gate|up|down)_proj|w[123])\.weight|(?:gate_up|down)_proj)")
 # Matrices that are no linear layers: Transformers keeps them as they are.
 KEPT = re.compile(r"(embed_tokens|embeddings?|lm_head|norm|gate|router|shared_expert_gate)\.weight$")
 FILE_SIZE = "5GB"  # of the result, or of a single weight that is more
@@ -117,7 +117,7 @@ class Fp8:
             if re.search(r"\.experts\..*bias$", key):
                 raise SystemExit(f"{key}: Transformers' fp8 experts have no biases")
             # It joins the scales of gate and up, but counts blocks through both.
-            if re.search(r"\.experts\.\d+\.(gate|up)_proj\.weight$", key) and (rows := weight.shape[0]) % 128:
+            if re.search(r"\.experts\.\d+\.((gate|up)_proj|w[13])\.weight$", key) and (rows := weight.shape[0]) % 128:
                 if rows > 64:
                     expected = f"{rows} rows in blocks of 128: expected a multiple of 128"
                     raise SystemExit(f"{key}: Transformers cannot load {expected}")
@@ -161,10 +161,15 @@ class Fp4:
             names = {"gate_up_proj": ["gate_up_proj"], "down_proj": ["down_proj"]}
         else:
             num_experts = len({name.partition(".")[0] for name in experts})
-            up = ["gate", "up"] if "0.gate_proj.weight" in experts else ["up"]
+            if "0.w1.weight" in experts:  # as Mixtral calls them
+                projections = {"gate_up_proj": ["w1", "w3"], "down_proj": ["w2"]}
+            elif "0.gate_proj.weight" in experts:
+                projections = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
+            else:
+                projections = {"up_proj": ["up_proj"], "down_proj": ["down_proj"]}
             names = {
-                f"{'_'.join(projections)}_proj": [f"{e}.{p}_proj.weight" for e in range(num_experts) for p in projections]
-                for projections in (up, ["down"])
+                name: [f"{expert}.{p}.weight" for expert in range(num_experts) for p in each]
+                for name, each in projections.items()
             }
         wanted = {name for each in names.values() for name in each}
         if odd := sorted(wanted ^ experts.keys()):
