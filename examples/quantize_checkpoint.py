@@ -2,7 +2,7 @@
 """Converts a local MoE checkpoint to fp8 with block scales, as DeepSeek-V3 comes, or to 4 bits, as gpt-oss comes.
 
     python examples/quantize_checkpoint.py path/to/model path/to/model-fp8               # the experts
-    python examples/quantize_checkpoint.py --linear path/to/model path/to/model-fp8      # every linear layer, as DeepSeek
+    python examples/quantize_checkpoint.py --linear path/to/model path/to/model-fp8      # all linear layers
     python examples/quantize_checkpoint.py --format fp4 path/to/model path/to/model-fp4  # the experts
 
 One file of the result after another, with no more than that file and one weight in memory. An interrupted run goes on
@@ -77,7 +77,9 @@ class Fp4Experts(NamedTuple):
     """One weight (E, N, K) of a layer's experts, to be written as Transformers and gpt-oss do."""
 
     name: str
-    weights: dict[str, torch.Tensor]  # of each expert in turn one or, gate and up, two (rows, K); or the stack (E, N, K)
+    weights: dict[
+        str, torch.Tensor
+    ]  # of each expert in turn one or, gate and up, two (rows, K); or the stack (E, N, K)
     num_experts: int
 
     def sources(self) -> dict[str, torch.Tensor]:
@@ -337,7 +339,7 @@ def quantize(kernel, source: Path, target: Path, form, linear: bool, device: str
         finish(source, target, list(by_file), form.config(kept))
     except KeyboardInterrupt:
         raise SystemExit("stopped: the same command goes on from here") from None
-    print(f"{target}: {after / 1e9:.2f} GB, and {before / 1e9:.2f} GB before. After register(), this loads it:")
+    print(f"{target}: {after / 1e9:.2f} GB, and {before / 1e9:.2f} GB before. After moe.register(), this loads it:")
     print(f'AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto", {form.loading})')
 
 
