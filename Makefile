@@ -3,7 +3,8 @@
 #     make PYTHON=python3.12 demo    makes .venv with this Python, 3.11 to 3.13
 #     make VENV=path/to/env demo     takes an environment of yours as it is; so does PYTHON=path/to/env/bin/python
 #     make demo MODEL=path/or/id     takes your checkpoint, not a small one with random weights
-#     make quantize MODEL=path OUT=path [FORMAT=fp8] [LINEAR=1] [DEVICE=cuda]
+#     make quantize MODEL=path OUT=path [FORMAT=fp4] [LINEAR=1] [DEVICE=cuda]    to fp8, or to 4 bits
+#     make finetune EXPERTS=fp4      holds the experts in 4 bits
 #     make test FULL=1               compiles for every GPU with every Triton of the table
 #     make test SEED=7               draws other numbers
 
@@ -75,7 +76,7 @@ demo: build
 	$(python) examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 finetune: build
-	$(python) examples/finetune_lora.py
+	$(python) examples/finetune_lora.py $(if $(EXPERTS),--experts $(EXPERTS))
 
 # Before .venv is made: what is missing can be said at once.
 ifneq ($(filter quantize,$(MAKECMDGOALS)),)

@@ -1,14 +1,16 @@
 """Models in Transformers: the ways in, and what a way leaves behind in a process."""
 
 import pytest
-from transformers import KernelConfig
+import quantize_checkpoint
+import torch
+from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.integrations import moe
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.monkey_patching import clear_patch_mapping
 from transformers.utils import kernel_config as transformers_kernel_config
 
 from peft_models import adapted
-from tiny_models import BY_NAME, HUB_NAME, INTERFACE, load, save_deepseek_v3
+from tiny_models import BY_NAME, HUB_NAME, INTERFACE, deepseek_v3_config, load, save_deepseek_v3
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,25 @@ def pair(checkpoint):
         return adapted(load(checkpoint, **way), **configs), adapted(load(checkpoint), **configs)
 
     return pair
+
+
+@pytest.fixture
+def quantize(monkeypatch):
+    """examples/quantize_checkpoint.py with these arguments."""
+
+    def quantize(*arguments):
+        monkeypatch.setattr("sys.argv", ["quantize_checkpoint.py", *map(str, arguments)])
+        quantize_checkpoint.main()
+
+    return quantize
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bf16")
+    config = deepseek_v3_config()
+    config.hidden_size, config.moe_intermediate_size = 256, 128
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(path, max_shard_size="1MB")
+    return path
