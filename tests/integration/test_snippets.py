@@ -101,9 +101,14 @@ def test_snippets(page, kernel, calls, dataset, monkeypatch, capsys):
     if page.name == "parallel.md":  # for eight processes; tests/integration/test_distributed.py shares a model
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: loaded.append(kwargs))
     namespace = {"dataset": dataset}
-    if page.name == "troubleshooting.md":  # about a model of the reader's
+    if page.name in ("troubleshooting.md", "tuning.md"):  # about a model of the reader's
         namespace |= {"moe": kernel, "model": AutoModelForCausalLM.from_pretrained(QWEN)}
+    tuned = []
+    if page.name == "tuning.md":  # for a GPU; tests/kernels/test_tuner.py tunes
+        monkeypatch.setattr(kernel, "tune", lambda layers, folder: tuned.append(layers))
     run(page, namespace, calls)
+    if page.name == "tuning.md":
+        assert tuned == [namespace["model"], [(64, 2048, 1408, 6)]]
     if loaded:
         config = loaded[0]["distributed_config"]
         assert isinstance(config, transformers.distributed.DistributedConfig) and config.ep_size == 8
