@@ -145,7 +145,7 @@ def _obstacle_codes(module: nn.Module, experts: Experts) -> str | None:
     scheme = getattr(module, "activation_scheme", "dynamic")
     if scheme != "dynamic":
         return f"activation_scheme={scheme!r}"
-    if all(is_fp4(weight) for weight, *_ in weights.values()):
+    if all(quantize_fp4.is_packed(weight) for weight, *_ in weights.values()):
         for name, projection in weights.items():
             if projection.shape[2] % quantize_fp4.GROUP:
                 return f"{name} in 4 bits is {projection.shape}, no multiple of {quantize_fp4.GROUP} columns"
@@ -160,11 +160,6 @@ def _obstacle_codes(module: nn.Module, experts: Experts) -> str | None:
         # As many blocks whether they are counted through gate and up, as by the module, or, as in checkpoints, apart.
         return f"its intermediate size is {inter}, neither a multiple of 128 nor at most 64 above one"
     return None
-
-
-def is_fp4(weight: torch.Tensor) -> bool:
-    """Whether this holds 4-bit codes: bytes of two."""
-    return weight.dtype in quantize_fp4.DTYPES
 
 
 def peek(module: nn.Module) -> str | None:

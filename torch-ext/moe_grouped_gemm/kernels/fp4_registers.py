@@ -48,7 +48,7 @@ and.b32 m, m, 0x0E000E00; or.b32 $3, m, sign;
 
 @gluon.jit
 def four_numbers(words, dtype: gl.constexpr):
-    """Of each word its nibbles 0 to 3, as tensors of their own, and by what they are too small."""
+    """Of each word its nibbles 0 to 3, as tensors of their own, too small by what is said above."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
             _TO_BF16,

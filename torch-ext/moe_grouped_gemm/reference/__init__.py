@@ -1,7 +1,7 @@
 """The expert layer and the router in plain torch: the CPU path, and what tests and benchmarks compare with.
 
 Everything here works in any float dtype (fp64 makes it an oracle), is deterministic on the CPU, and reads the number of
-rows of each expert on the host. Weights in fp8 are dequantised, and activations stay as they are.
+rows of each expert on the host. Weights in codes are dequantised, and activations stay as they are.
 """
 
 from .experts import moe_experts, moe_experts_backward, moe_experts_training

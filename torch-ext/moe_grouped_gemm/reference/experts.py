@@ -26,7 +26,7 @@ def moe_experts(
 ) -> torch.Tensor:
     """y[t] = sum_k weight[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = top_k_index[t, k].
 
-    Arguments and result as `moe_grouped_gemm.moe_experts`; differentiable, but for weights in fp8. Weighting and the
+    Arguments and result as `moe_grouped_gemm.moe_experts`; differentiable, but for weights in codes. Weighting and the
     sum are in at least fp32.
     """
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
@@ -67,7 +67,7 @@ def moe_experts_backward(
 ):
     """Gradients of hidden_states, top_k_weights, gate_up and down, those of fields of the two: None where not needed.
 
-    z and the routing as `moe_experts_training` returns them; needs_grad: four, as the gradients. Weights in fp8 have
+    z and the routing as `moe_experts_training` returns them; needs_grad: four, as the gradients. Weights in codes have
     none. hidden_states is read for that of gate_up's weight alone.
     """
     needs_x, needs_weights, needs_gate_up, needs_down = needs_grad

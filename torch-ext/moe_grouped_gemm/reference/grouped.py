@@ -89,7 +89,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; rows that belong to no expert are zero.
 
-    Arguments and result as `moe_grouped_gemm.grouped_gemm`; differentiable, but for weights in fp8. transposed: of
+    Arguments and result as `moe_grouped_gemm.grouped_gemm`; differentiable, but for weights in codes. transposed: of
     weight[e]^T.
     """
     y = grouped_linear(x[: int(expert_offsets[-1])], weight, expert_offsets, bias, scale, transposed)

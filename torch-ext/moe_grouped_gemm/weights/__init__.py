@@ -24,7 +24,7 @@ def format_of(projection: Projection):
     """The module that knows the kernels for this weight."""
     if projection.scale is None:
         return dense
-    return fp4 if projection.weight.dtype in quantize_fp4.DTYPES else fp8
+    return fp4 if quantize_fp4.is_packed(projection.weight) else fp8
 
 
 def format_of_both(gate_up: Projection, down: Projection):

@@ -71,20 +71,11 @@ def row_config(rows, weight, dtype, transposed=False):
 def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, out=None):
     """What an adapter adds is a product of its own."""
     kernels, codes = gpu.launchers(), _codes(projection)
-    config, precision, bias = (
-        as_readable(config, x, codes[0]),
-        gpu.input_precision(x.dtype),
-        contiguous(projection.bias),
-    )
-    if transposed:
-        bias = None
-        # A box past the K rows of an expert would hold rows of the next one.
-        specialized = x.shape[1] % 64 == 0 and _can_specialize(projection)
-    else:
-        specialized = bias is None and _can_specialize(projection)
-    y = out
-    if y is None:
-        y = x.new_empty(x.shape[0], projection.shape[2 if transposed else 1])
+    config, precision = as_readable(config, x, codes[0]), gpu.input_precision(x.dtype)
+    bias = None if transposed else contiguous(projection.bias)
+    # Transposed, a box past the N rows of an expert would hold rows of the next one.
+    specialized = bias is None and _can_specialize(projection) and not (transposed and x.shape[1] % 64)
+    y = x.new_empty(x.shape[0], projection.shape[2 if transposed else 1]) if out is None else out
     if config.WARP_SPECIALIZED and specialized:
         kernels.codes_gemm_hopper(x, *codes, schedule, config, y, transposed)
     elif transposed:

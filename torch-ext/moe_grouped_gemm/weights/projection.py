@@ -31,7 +31,7 @@ class Projection(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """(E, N, K), of which 4-bit codes hold two columns a byte."""
         experts, N, K = self.weight.shape
-        return (experts, N, 2 * K) if self.weight.dtype in quantize_fp4.DTYPES else (experts, N, K)
+        return (experts, N, 2 * K) if quantize_fp4.is_packed(self.weight) else (experts, N, K)
 
 
 def matrix_size(weight, scale) -> int:

@@ -19,6 +19,11 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MAX_EXPONENT = 2  # of the greatest magnitude
 
 
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether this holds 4-bit codes: bytes of two."""
+    return weight.dtype in DTYPES
+
+
 def quantize_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The 4-bit codes of a weight, and the scale of each 32 columns of each row.
 
