@@ -1,5 +1,6 @@
 """Stages the build and has `kernels` load it under the name that it has on the Hub, as users do."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -68,6 +69,22 @@ def shift_seeds(by):
 def seeded(request):
     """What a test draws without naming a seed is the same in every run, whatever ran before it."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """A test that replaces Triton, the GPU or a folder leaves nothing that was found out there to the next one."""
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    once = {"config_class", "meet_peft", "_teach_conditions"}  # register or wrap something of another library's
+    for name in [name for name in sys.modules if name.startswith("_moe_grouped_gemm")]:
+        for function in vars(sys.modules[name]).values():
+            if isinstance(function, functools._lru_cache_wrapper) and function.__name__ not in once:
+                function.cache_clear()
 
 
 def pytest_ignore_collect(collection_path):

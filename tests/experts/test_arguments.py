@@ -96,7 +96,5 @@ def test_triton_missing_or_too_old_is_said(kernel, monkeypatch, version, message
     gpu = import_module(f"{kernel.__name__}.gpu")
     fake = None if version is None else SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "triton", fake)  # None: any import of it fails
-    gpu.launchers.cache_clear()
-    gpu.missing_triton.cache_clear()
     with pytest.raises(ImportError, match=f"needs Triton 3.6 or newer.*{message}.*pip install"):
         gpu.launchers()

@@ -29,9 +29,7 @@ def unmet(kernel, monkeypatch):
     """As if this process had not met PEFT yet."""
     monkeypatch.setattr(ParamWrapper, "_activate_lora", ParamWrapper._activate_lora.__wrapped__)
     kernel.integration.peft.meet_peft.cache_clear()
-    kernel.integration.peft._warn.cache_clear()
-    yield kernel
-    kernel.integration.peft._warn.cache_clear()
+    return kernel
 
 
 @pytest.mark.usefixtures("loadable_by_kernel_config", "cpu_in_kernel_config")

@@ -39,7 +39,6 @@ def load(path, way=None, **kwargs):
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_in_situations(checkpoint, kernel, record, way, situation):
-    kernel.integration.modules._warn.cache_clear()
     stock = load(checkpoint)
     model = load(checkpoint, way)
     calls = record(kernel.integration.modules, "_compute")
@@ -95,7 +94,6 @@ def test_a_model_that_moved_to_a_device_that_we_do_not_know(checkpoint, kernel, 
 def test_cuda_without_triton(checkpoint, kernel, monkeypatch, way):
     stock = load(checkpoint, device_map="cuda")
     model = load(checkpoint, way, device_map="cuda")
-    kernel.integration.modules._warn.cache_clear()
     monkeypatch.setattr(kernel.gpu, "missing_triton", lambda: "Triton is missing")
     with torch.no_grad(), pytest.warns(UserWarning, match="as Triton is missing") as warnings:
         torch.testing.assert_close(model(prompt().cuda()).logits, stock(prompt().cuda()).logits)

@@ -48,9 +48,7 @@ def tuning(kernel, monkeypatch, tmp_path):
     """The module, with an empty directory in place of the shipped files."""
     module = import_module(f"{kernel.__name__}.tuning")
     monkeypatch.setattr(import_module(f"{kernel.__name__}.tuned_files"), "CONFIGS", tmp_path)
-    module.experts_table.cache_clear()
-    yield module
-    module.experts_table.cache_clear()
+    return module
 
 
 @pytest.fixture

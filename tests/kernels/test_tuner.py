@@ -221,7 +221,6 @@ def test_compiling_ahead_fills_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "_active", NoGPU(GPUTarget("cuda", 90, 32), -2))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    import_module(f"{PACKAGE}.kernels.launch").warp_size.cache_clear()
     layer = candidates.Layer(64, 1024, 768, 6, BF16)
     wanted = candidates.candidates(layer, 10, SM90)[:3]
     too_many = ("down", wanted[2][1]._replace(BLOCK_N=2**20))  # does not compile: no matter

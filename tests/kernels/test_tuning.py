@@ -165,14 +165,12 @@ def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
     put(tuning, content(entry(64, GROUP_M=1)))
     monkeypatch.setattr(gpu, "traits", lambda device: SM90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    gpu.device_name.cache_clear()
     down_proj = torch.empty(SHAPE, dtype=BF16, device="meta")
     assert dense._experts_config(64, down_proj).gate_up.GROUP_M == 1
     # A GPU that is run as another has no tuned files.
     gpu.device_name.cache_clear()
     monkeypatch.setenv("MOE_GROUPED_GEMM_AS", "sm_90")
     assert dense._experts_config(64, down_proj).gate_up.GROUP_M != 1
-    gpu.device_name.cache_clear()
 
 
 def test_what_can_work_is_accepted(kernel, tuning):

@@ -75,7 +75,6 @@ def test_an_older_one_is_refused(tmp_path):
 
 def test_one_warning_where_kernels_are_refused(kernel, monkeypatch):
     module = import_module(f"{kernel.__name__}.integration.versions")
-    module._warn_of_kernels.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module.check_versions()
