@@ -1,6 +1,8 @@
 """`from_pretrained(..., quantization_config=moe.fp4_config())`: experts in 4 bits from whatever checkpoint."""
 
+import copy
 import json
+import pickle
 
 import accelerate
 import pytest
@@ -310,6 +312,17 @@ def test_sentinels_and_nan(experts, device):
     assert not broken[torch.arange(70) != 3].isnan().any()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_copy_of_the_config(checkpoint, kernel, copied):
+    """As programs make them that hand their arguments to another process."""
+    config = copied(kernel.fp4_config())
+    assert isinstance(config, Mxfp4Config)
+    assert torch.equal(
+        logits(load(checkpoint, quantization_config=config)),
+        logits(load(checkpoint, quantization_config=kernel.fp4_config())),
+    )
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +341,17 @@ def test_model_without_experts(kernel, tmp_path):
     )
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts that moe-grouped-gemm could hold in 4 bits"):
         load(tmp_path, quantization_config=kernel.fp4_config())
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", {"": "batched_mm"}], ids=str)
+def test_nobody_else_computes_them(checkpoint, kernel, name):
+    model = load(checkpoint, quantization_config=kernel.fp4_config())
+    expected = logits(model)
+    with pytest.raises(ValueError, match="experts_implementation: expected .*alone computes DeepseekV3Experts in 4 b"):
+        model.set_experts_implementation(name)
+    assert torch.equal(logits(model), expected)
+    model.set_experts_implementation("moe_grouped_gemm")
+    assert torch.equal(logits(model), expected)
 
 
 def test_codes_where_the_kernel_does_not_run(checkpoint, kernel, monkeypatch):

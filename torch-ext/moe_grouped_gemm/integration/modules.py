@@ -103,6 +103,20 @@ def is_fp8_experts(module: nn.Module) -> bool:
     return "activation_scheme" in module.__dict__  # a miss of nn.Module's getattr takes over a microsecond
 
 
+def is_ours_alone(module: nn.Module) -> bool:
+    """Whether it holds codes that its class knows nothing of, and nobody else can compute."""
+    return hasattr(module, "down_proj_scale_inv") and not is_fp8_experts(module)
+
+
+def check_choice(module: nn.Module, implementation: str | None) -> None:
+    """That this implementation can compute the experts module."""
+    if is_ours_alone(module) and implementation != EXPERTS_IMPLEMENTATION:
+        raise ValueError(
+            f"experts_implementation: expected {EXPERTS_IMPLEMENTATION!r}, which alone computes "
+            f"{type(module).__name__} in 4 bits, got {implementation!r}"
+        )
+
+
 def read(module: nn.Module, get: Callable = getattr) -> Experts:
     """Each parameter is asked for once: a parametrized one is computed anew every time, and may change as it is."""
     names = weight_names(module)
@@ -215,7 +229,7 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
         return out.to(hidden_states.dtype)
     if any(experts.lora):
         raise RuntimeError(f"moe-grouped-gemm cannot compute adapters on {type(module).__name__}: {reason}")
-    if are_quantized(*experts[:2]) and not is_fp8_experts(module):
+    if is_ours_alone(module):
         raise RuntimeError(
             f"moe-grouped-gemm cannot compute {type(module).__name__} in 4 bits: {reason}. Nor can Transformers; load "
             "the model without quantization_config."

@@ -37,7 +37,14 @@ def config_class() -> type:
         def get_loading_attributes(self):
             return {"quant_method": self.quant_method}
 
+        def __reduce__(self):  # nobody finds a class that is made here by its name
+            return _new_config, (), self.__dict__
+
     return Mxfp4Config
+
+
+def _new_config():
+    return config_class()()
 
 
 def _quantizer_class() -> type:
@@ -91,7 +98,7 @@ def _quantizer_class() -> type:
             # What is saved, whatever was loaded, of these modules alone: others may have dense experts.
             saved = [c for c in model._weight_conversions if not all(map(_is_of_experts, c.target_patterns))]
             for path, module in model.named_modules():
-                if hasattr(module, _scale("down_proj")):
+                if modules.is_ours_alone(module):
                     module.is_transposed = False
                     saved += conversions(re.escape(path))
             model._weight_conversions = saved

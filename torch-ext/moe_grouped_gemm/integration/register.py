@@ -37,7 +37,7 @@ def register_layers(layers: dict[str, type]) -> None:
     _mark_as_they_come()
     for cls in nn.Module.__subclasses__():
         stand_ins.make_switchable(cls)
-    switching.let_models_switch_off(modules.is_experts, stand_ins.learn)
+    switching.let_models_switch_off(modules.is_experts, stand_ins.learn, modules.check_choice)
 
 
 def _mark_as_they_come() -> None:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Callable
 
@@ -214,8 +214,11 @@ def _teach_conditions() -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def let_models_switch_off(is_experts: Callable, learn: Callable) -> None:
-    """Transformers' own switches reach our marks: `set_use_kernels(False)`, and the choice of an implementation."""
+def let_models_switch_off(is_experts: Callable, learn: Callable, check_choice: Callable) -> None:
+    """Transformers' own switches reach our marks: `set_use_kernels(False)`, and the choice of an implementation.
+
+    `check_choice(module, name)` raises if that implementation cannot compute this experts module.
+    """
     from transformers import PreTrainedModel
 
     if is_own(PreTrainedModel.set_use_kernels):
@@ -232,17 +235,16 @@ def let_models_switch_off(is_experts: Callable, learn: Callable) -> None:
 
     @functools.wraps(set_implementation)
     def set_implementation_and_switch(self, experts_implementation):
+        chosen = dict(_chosen(filter(is_experts, self.modules()), self.config, experts_implementation))
+        for module, name in chosen.items():
+            check_choice(module, name)
         set_implementation(self, experts_implementation)
         # `generate` changes grouped_mm for batched_mm while it decodes, and back: that is no choice of the user's.
         if sys._getframe(1).f_globals.get("__name__", "").startswith("transformers.generation"):
             return
-        chosen = None
-        if isinstance(experts_implementation, dict):  # by the name of a part's config, "" for the whole
-            chosen = [getattr(self.config, key, None) if key else self.config for key in experts_implementation]
-        for module in filter(is_experts, self.modules()):
-            if chosen is None or any(module.config is config for config in chosen):
-                switch_off(module, for_good=True)
-                learn(module)
+        for module in chosen:
+            switch_off(module, for_good=True)
+            learn(module)
 
     def assign_use_kernels(self, value):
         if not value:
@@ -253,3 +255,14 @@ def let_models_switch_off(is_experts: Callable, learn: Callable) -> None:
     PreTrainedModel.set_use_kernels = set_and_switch
     PreTrainedModel.set_experts_implementation = set_implementation_and_switch
     PreTrainedModel.use_kernels = property(use_kernels.__get__, assign_use_kernels, doc=use_kernels.__doc__)
+
+
+def _chosen(experts: Iterable[nn.Module], whole: object, implementation: str | dict | None) -> Iterator[tuple]:
+    """The experts modules that are given an implementation, and which: a dict has one for the config of each part."""
+    for module in experts:
+        if not isinstance(implementation, dict):
+            yield module, implementation
+            continue
+        for key, name in implementation.items():
+            if module.config is (getattr(whole, key, None) if key else whole):
+                yield module, name
