@@ -245,7 +245,8 @@ def main() -> None:
     size = sum(weight.numel() for weight in ours.parameters())
     origin = model if isinstance(model, str) else "random weights"
     print(f"model     {type(ours).__name__}, {size / 1e9:.2f}B parameters, {ours.dtype} on {DEVICE}, {origin}")
-    status = {name: served for name, served in kernel.status(ours).items() if not name.endswith(".gate")}  # the router
+    routers = (".gate", ".router")
+    status = {name: served for name, served in kernel.status(ours).items() if not name.endswith(routers)}
     replaced = [name for name, served in status.items() if served.split(",")[0] == "moe_grouped_gemm"]
     if not replaced:
         reasons = "; ".join(dict.fromkeys(status.values())) or "it has no experts"

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Write docs/models.md: how each experts class of the Transformers that runs this is served.
+"""Write docs/models.md: how each experts class and router of the Transformers that runs this is served.
 
-What is fused is asked of the kernel itself, about tiny experts of each model whose activation is the default config's;
-what is tested is what tests/integration/test_coverage.py runs.
+What is fused, and which router it is, is asked of the kernel itself, about tiny modules of each model that are
+otherwise as by its default config; what is tested is what test_coverage.py and test_routers.py in tests/integration/
+run.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ os.environ.setdefault("LOCAL_KERNELS", f"org/moe-grouped-gemm={ROOT}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(ROOT / "tests/helpers"))
 
+import torch  # noqa: E402
 import transformers  # noqa: E402
 from kernels import get_kernel  # noqa: E402
 
-from moe_models import ALONE, UNDECORATED, experts_classes, tiny_module  # noqa: E402
+from moe_models import (  # noqa: E402
+    ALONE,
+    OWN_ROUTERS,
+    UNDECORATED,
+    experts_classes,
+    router_classes,
+    tiny_module,
+    tiny_router,
+)
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- written by scripts/coverage.py -->", "<!-- end -->"
@@ -62,7 +72,28 @@ def table() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "And those without the decorator:", "", "| model | class | |", "|---|---|---|"]
     lines += [f"| {model} | `{name}` | {how} |" for (model, name), how in UNDECORATED.items()]
+    lines += ["", "The routers beside them:", "", "| model | class | scores | logits | |", "|---|---|---|---|---|"]
+    lines += [router_row(kernel, entry) for entry in router_classes()]
     return "\n".join(lines)
+
+
+def router_row(kernel, entry) -> str:
+    how = OWN_ROUTERS.get(entry.name)
+    scores = logits = ""
+    if how is None or how.startswith("served"):
+        module = tiny_router(entry)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16()
+        routers = kernel.integration.router_forms
+        found = routers.router_of(module, torch.bfloat16) or routers.router_of(tiny_router(entry), torch.float32)
+        form = found.form
+        words = [form.scoring.replace("_", " ")]
+        words += ["in groups"] if form.num_group > 1 else []
+        words += ["correction bias"] if found.correction else []
+        words += ["bias"] if found.bias else []
+        words += ["renormalised"] if form.norm_topk_prob else []
+        scores, logits = ", ".join(words), "fp32" if form.product_dtype is None else "the model's dtype"
+    return f"| {entry.model} | `{entry.name}` | {scores} | {logits} | {how or 'served'} |"
 
 
 def written(page: str) -> str:

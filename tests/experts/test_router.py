@@ -1,4 +1,7 @@
-"""`topk_router` against a token-by-token oracle and Transformers' own class."""
+"""`topk_router` against a token-by-token oracle and Transformers' own class.
+
+What other routers than DeepSeek-V3's compute is compared with their classes in integration/test_routers.py.
+"""
 
 from importlib import import_module
 
@@ -6,7 +9,16 @@ import pytest
 import torch
 from torch import library
 
-from oracle import ROUTERS, assert_routes, decided, in_fp64, route_by_hand, router
+from oracle import (
+    ROUTER_FORMS,
+    ROUTERS,
+    assert_routes,
+    decided,
+    in_fp64,
+    route_by_hand,
+    router,
+    router_of_form,
+)
 from suite import COMPILE_BACKENDS
 from tiny_models import stock_router
 
@@ -14,7 +26,14 @@ CASE = "experts, num_group, topk_group, top_k, norm"
 
 
 def op(kernel):
-    """What a GPU and torch.compile use when gradients are asked for."""
+    """What a GPU and torch.compile use when gradients are asked for, with the arguments of `topk_router`."""
+    topk_router_op, RouterForm = the_op(kernel), kernel.reference.RouterForm
+    return lambda x, weight, correction, *args, bias=None, **options: topk_router_op(
+        x, weight, correction, bias, *RouterForm(*args, **options)
+    )
+
+
+def the_op(kernel):
     return import_module(f"{kernel.__name__}.router")._topk_router_op
 
 
@@ -42,6 +61,63 @@ def test_values(kernel, device, experts, num_group, topk_group, top_k, norm, tok
         assert torch.equal(ids.gather(1, order[0]), results[2].gather(1, order[1]))
         torch.testing.assert_close(results[0], logits, rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(results[1].gather(1, order[1]), weights.gather(1, order[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+@pytest.mark.parametrize("name", ROUTER_FORMS)
+def test_forms(kernel, device, name, tokens, dtype):
+    tensors, args, options = router_of_form(name, tokens, 96, dtype, device)
+    if tensors[2] is not None:  # elsewhere equal choices are exactly so, and the lower index wins
+        tensors[0] = decided(*tensors, *args, **options)
+    assert_routes(kernel.topk_router(*tensors, *args, **options), route_by_hand(*tensors, *args, **options), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp64_and_16_bits(kernel, dtype):
+    """Of fp64 operands everything is in fp64, but for what is asked for in another dtype."""
+    tensors = in_fp64(router(9, 12, 16))
+    args = (4, 3, 2, True, 2.5)
+    assert [x.dtype for x in kernel.topk_router(*tensors, *args)] == [torch.float64, torch.float64, torch.int64]
+    logits, weights, _ = kernel.topk_router(*tensors, *args, product_dtype=dtype, weights_dtype=dtype)
+    assert logits.dtype == torch.float64 and weights.dtype == dtype
+    assert torch.equal(logits, (tensors[0] @ tensors[1].T).to(dtype).double())
+
+
+def of_logits(kernel, logits, top_k, device, **options):
+    """(weights, ids) of a token with these logits."""
+    x, weight = torch.zeros(1, 16, device=device), torch.zeros(len(logits), 16, device=device)
+    bias = torch.tensor(logits, device=device)
+    results = kernel.topk_router(x, weight, None, top_k, norm_topk_prob=False, bias=bias, **options)
+    return [result.cpu()[0] for result in results[1:]]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sqrtsoftplus", "sigmoid"])
+def test_large_logits(kernel, device, scoring):
+    """Exact where exp overflows, and where 1 + exp rounds to 1."""
+    logits = [-95.0, -30.0, -1.0, 0.0, 1.0, 30.0, 200.0]
+    weights, ids = of_logits(kernel, logits, 7, device, scoring=scoring)
+    exact = torch.tensor(logits, dtype=torch.float64)
+    exact = {
+        "softmax": (exact - 200).exp(),
+        "sqrtsoftplus": exact.exp().log1p().sqrt(),
+        "sigmoid": 1 / (1 + (-exact).exp()),
+    }[scoring]
+    torch.testing.assert_close(weights.double(), exact[ids], rtol=4e-6, atol=1e-38)
+
+
+def test_infinite_logits(kernel, device):
+    logits = [float("inf"), 0.0, 1.0, 2.0, 3.0, 4.0, -float("inf")]
+    weights, ids = of_logits(kernel, logits, 7, device, scoring="sqrtsoftplus")
+    assert ids.tolist() == [0, 5, 4, 3, 2, 1, 6]
+    torch.testing.assert_close(weights, torch.nn.functional.softplus(torch.tensor(logits)).sqrt()[ids])
+    assert of_logits(kernel, logits, 2, device, scoring="softmax")[0].isnan().all()  # inf - inf
+
+
+def test_zeros_of_either_sign_are_equal(kernel, device):
+    logits = [0.0, -0.0, 3.0, -0.0, 2.0, 1.0, -1.0]
+    ids = of_logits(kernel, logits, 6, device, choose_by="logits")[1]
+    assert ids.tolist() == [2, 4, 5, 0, 1, 3]
 
 
 @pytest.mark.gpu
@@ -161,6 +237,25 @@ def test_gradcheck(kernel, function, norm):
     assert torch.autograd.gradcheck(lambda *t: function(kernel)(*t, bias, 4, 3, 2, norm, 2.5)[:2], tensors)
 
 
+@pytest.mark.parametrize("through", ["logits", "weights", "both"])
+@pytest.mark.parametrize("function", [lambda kernel: kernel.topk_router, op], ids=["eager", "op"])
+@pytest.mark.parametrize("name", ROUTER_FORMS)
+def test_gradcheck_of_forms(kernel, name, function, through):
+    (x, weight, correction), args, options = router_of_form(name, 5, 6, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    # No choice is near another one, and nothing is rounded.
+    x = x + torch.rand(x.shape, generator=generator, dtype=x.dtype) / 8
+    options = {key: value for key, value in options.items() if not key.endswith("dtype")}
+    bias = options.pop("bias")
+    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+
+    def results(x, weight, bias=None):
+        logits, weights, _ = function(kernel)(x, weight, correction, *args, bias=bias, **options)
+        return {"logits": (logits,), "weights": (weights,), "both": (logits, weights)}[through]
+
+    assert torch.autograd.gradcheck(results, leaves)
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["hidden_states", "weight"])
 def test_one_gradient_alone(kernel, device, which):
     tensors = router(5, 12, 16, torch.bfloat16, torch.bfloat16, device)
@@ -175,7 +270,9 @@ def test_one_gradient_alone(kernel, device, which):
 def test_op_is_registered_well(kernel, device):
     x, weight, bias = router(5, 12, 16, device=device)
     args = (x.requires_grad_(), weight.requires_grad_(), bias, 4, 3, 2, True, 2.5)
-    library.opcheck(op(kernel), args)
+    library.opcheck(the_op(kernel), (*args[:3], None, *kernel.reference.RouterForm(*args[3:])))
+    options = dict(kernel.reference.RouterForm(4, scoring="softmax", product_dtype=torch.bfloat16)._asdict())
+    library.opcheck(the_op(kernel), (*args[:2], None, bias.clone().requires_grad_(), *options.values()))
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
@@ -213,12 +310,22 @@ BAD = [  # argument, how it is spoiled, error, part of the message
     ("topk_group", lambda _: 0, ValueError, "topk_group: expected 1 to 3 .*got 0"),
     ("top_k", lambda _: 13, ValueError, r"top_k: expected 1 to 12 \(the experts\), got 13"),
     ("top_k", lambda _: 0, ValueError, "top_k: expected 1 to 12 .*got 0"),
+    ("bias", lambda _: torch.zeros(8), ValueError, r"bias: expected \(12,\) to fit weight, got \(8,\)"),
+    ("bias", lambda _: torch.zeros(12).int(), TypeError, "bias: expected one of .*got torch.int32"),
+    ("scoring", lambda _: "relu", ValueError, "scoring: expected one of sigmoid, softmax, .*got 'relu'"),
+    ("scoring", lambda _: "softmax_of_chosen", ValueError, "choose_by: expected logits with .*got 'scores'"),
+    ("choose_by", lambda _: "score", ValueError, "choose_by: expected one of scores, logits, got 'score'"),
+    ("group_score", lambda _: "sum", ValueError, "group_score: expected one of top2, max, got 'sum'"),
+    ("product_dtype", lambda _: torch.int8, TypeError, "product_dtype: expected None or one of .*got torch.int8"),
+    ("logits_dtype", lambda _: torch.int8, TypeError, "logits_dtype: expected None or one of .*got torch.int8"),
+    ("scores_dtype", lambda _: torch.int8, TypeError, "scores_dtype: expected None or one of .*got torch.int8"),
+    ("weights_dtype", lambda _: torch.int8, TypeError, "weights_dtype: expected None or one of .*got torch.int8"),
 ]
 
 
 @pytest.mark.parametrize("name, spoil, error, message", BAD)
 def test_bad_input(kernel, name, spoil, error, message):
     args = dict(zip(NAMES, (*router(5, 12, 16), 4, 3, 2)))
-    args[name] = spoil(args[name])
+    args[name] = spoil(args.get(name))
     with pytest.raises(error, match=message):
         kernel.topk_router(**args, norm_topk_prob=True, routed_scaling_factor=1.0)

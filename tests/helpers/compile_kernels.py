@@ -21,6 +21,7 @@ from kernels import get_kernel
 from triton.backends.compiler import GPUTarget
 
 from compile_only import compile_only, registers_and_stack
+from oracle import ROUTER_FORMS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -324,9 +325,14 @@ def launches(package, gpu):
     for _, config in tuning.ROUTER.of(torch.float32, traits):
         x, w = torch.empty(96, HIDDEN, dtype=torch.bfloat16), torch.empty(256, HIDDEN)
         yield torch.float32, config, partial(kernels.router_logits, x, w, config)
+    RouterForm = import_module(f"{package}.reference").RouterForm
     for dtype, splits, num_group in product((torch.bfloat16, torch.float32), (1, 16), (1, 8)):
         partials, bias = torch.empty(splits, 96, 256), torch.empty(256, dtype=dtype)
-        yield dtype, None, partial(kernels.router_topk, partials, bias, 8, num_group, 1, True, 2.5)
+        yield dtype, None, partial(kernels.router_topk, partials, None, bias, RouterForm(8, num_group))
+    for experts, has_bias, has_correction, args, options in ROUTER_FORMS.values():
+        partials, vector = torch.empty(4, 96, experts), torch.empty(experts)
+        vectors = (vector if has_bias else None, vector if has_correction else None)
+        yield torch.float32, None, partial(kernels.router_topk, partials, *vectors, RouterForm(*args, **options))
 
 
 def tuned_launches(package, gpu):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,54 @@ def experts_classes(package: Path = INSTALLED) -> tuple[ExpertsClass, ...]:
                     assert path.stem == f"modeling_{path.parent.name}"
                     found.append(ExpertsClass(path.parent.name, node.name, options))
     return tuple(found)
+
+
+class RouterClass(NamedTuple):
+    model: str
+    name: str
+
+    load = ExpertsClass.load
+
+
+# Why the class's own forward stays: for docs/models.md.
+OWN_ROUTERS = {
+    "AXK2TopkRouter": "served where there is one group; else experts outside of the chosen groups may win",
+    "DeepseekV4HashRouter": "the experts follow from the tokens' ids",
+    "DiffusionGemmaTextRouter": "normalises and scales its input, and each expert",
+    "Gemma4TextRouter": "normalises and scales its input, and each expert",
+    "InklingTopkRouter": "weighs shared experts, too",
+    "MuseSparkTopkRouter": "scales its logits",
+    "PhimoeTopKRouter": "sparse mixer, one expert after another",
+    "ZayaRouter": "an MLP with a state, and an expert that skips",
+}
+
+
+@functools.cache
+def router_classes(package: Path = INSTALLED) -> tuple[RouterClass, ...]:
+    """From the sources: those beside decorated experts."""
+    found = []
+    for model in sorted({entry.model for entry in experts_classes(package)}):
+        source = (package / f"models/{model}/modeling_{model}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Router", "MoEV1Gate")):
+                found.append(RouterClass(model, node.name))
+    return tuple(found)
+
+
+def tiny_router(entry: RouterClass) -> torch.nn.Module:
+    """With random parameters and buffers."""
+    errors = []
+    for config_class, layer in itertools.product(config_classes(entry.model), ((), (0,))):
+        try:
+            module = entry.load()(tiny_config(entry.model, config_class), *layer)
+        except (AttributeError, StrictDataclassError, TypeError) as error:
+            errors.append(error)
+        else:
+            generator = torch.Generator().manual_seed(0)
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = 0.3 * torch.randn(tensor.shape, generator=generator)
+            return module.eval()
+    raise LookupError(f"no config of {entry.model} fits {entry.name}: {errors}")
 
 
 def config_classes(model: str) -> list[type]:
@@ -122,7 +171,11 @@ SPECIAL = {
     "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1},
     "deepseek_v4": {"head_dim": 16, "o_lora_rank": 16},
-    "dots3_note": {"head_dim": 24, "layer_types": ["indexed_attention"] * 2},  # sliding has sizes of its own
+    "dots3_note": {
+        "head_dim": 24,
+        "layer_types": ["indexed_attention"] * 2,  # sliding has sizes of its own
+        "adapter_in_dim": 64,
+    },
     "ernie4_5_vl_moe": {"moe_intermediate_size": [24, 24]},
     "flint": {"mlp_only_layers": [0]},
     "gemma4": {

@@ -115,43 +115,77 @@ def router(tokens, experts, hidden_dim, x_dtype=torch.float32, weight_dtype=None
     return [t.to(device) for t in (x, weight, bias)]
 
 
-def decided(x, weight, bias, top_k, num_group, topk_group, *_):
-    """The hidden states whose experts do not change if scores are off by what fp32 may round, 2e-6."""
-    scores = (x.double().cpu() @ weight.double().cpu().T).sigmoid() + bias.double().cpu()
-    by_group = scores.unflatten(1, (num_group, -1))
-    sums, groups = by_group.topk(min(2, by_group.shape[2]), dim=2)[0].sum(2).sort(dim=1, descending=True)
+def scores_by_hand(x, weight, correction, bias=None, scoring="sigmoid", choose_by="scores", **options):
+    """(logits, scores, choice), (T, E) in fp64, of a router with these options of `topk_router`."""
+
+    def rounded(numbers, dtype):
+        return numbers if dtype is None else numbers.to(dtype).double()
+
+    logits = x.double().cpu() @ weight.double().cpu().T
+    if bias is not None:
+        logits += bias.double().cpu()
+    logits = rounded(logits, options.get("product_dtype"))
+    scores = {
+        "sigmoid": lambda: 1 / (1 + (-logits).exp()),
+        "softmax": lambda: logits.exp() / logits.exp().sum(dim=1, keepdim=True),
+        "sqrtsoftplus": lambda: rounded(logits.exp().log1p(), options.get("scores_dtype")).sqrt(),
+        "softmax_of_chosen": lambda: logits,
+    }[scoring]()
+    scores = rounded(scores, options.get("scores_dtype"))
+    choice = logits if choose_by == "logits" else scores
+    return logits, scores, choice if correction is None else choice + correction.double().cpu()
+
+
+def decided(x, weight, correction, top_k, num_group=1, topk_group=1, *_, group_score="top2", **options):
+    """The hidden states whose experts do not change if choices are off by what fp32 may round, 2e-6."""
+    by_group = scores_by_hand(x, weight, correction, **options)[2].unflatten(1, (num_group, -1))
+    greatest = min(2 if group_score == "top2" else 1, by_group.shape[2])
+    sums, groups = by_group.topk(greatest, dim=2)[0].sum(2).sort(dim=1, descending=True)
     winners = groups[:, :topk_group, None].expand(-1, -1, by_group.shape[2])
     choice = by_group.gather(1, winners).flatten(1).sort(dim=1, descending=True)[0]
     gaps = [choice.diff(dim=1)[:, :top_k], sums.diff(dim=1)[:, topk_group - 1 : topk_group]]
     return x[(torch.cat(gaps, dim=1) < -8e-6).all(dim=1).to(x.device)]
 
 
-def route_by_hand(x, weight, bias, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor):
+def route_by_hand(
+    *tensors_and_args,
+    group_score="top2",
+    norm_eps=1e-20,
+    norm_min=0.0,
+    logits_dtype=None,
+    weights_dtype=None,
+    **options,
+):
     """What `topk_router` returns, in fp64 and token by token; among equals the lower index comes first."""
-    logits = x.double().cpu() @ weight.double().cpu().T
-    scores = logits.sigmoid()
+    x, weight, correction, top_k, num_group, topk_group, norm_topk_prob, routed_scaling_factor = tensors_and_args
+    logits, scores, choices = scores_by_hand(x, weight, correction, **options)
     size = scores.shape[1] // num_group
+    greatest = 2 if group_score == "top2" else 1
     weights = torch.empty(scores.shape[0], top_k, dtype=torch.float64)
     ids = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
-    for token, choice in enumerate((scores + bias.double().cpu()).tolist()):
-        groups = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(num_group)]
+    for token, choice in enumerate(choices.tolist()):
+        groups = [sum(sorted(choice[g * size : (g + 1) * size])[-greatest:]) for g in range(num_group)]
         winners = sorted(range(num_group), key=lambda g: (-groups[g], g))[:topk_group]
         # False before True: experts of other groups come last, in their own order.
         ranked = sorted(range(len(choice)), key=lambda e: (False, -choice[e], e) if e // size in winners else (True, e))
         ids[token] = torch.tensor(ranked[:top_k])
         weights[token] = scores[token, ids[token]]
+        if options.get("scoring") == "softmax_of_chosen":
+            weights[token] = weights[token].exp() / weights[token].exp().sum()
     if norm_topk_prob:
-        weights /= weights.sum(dim=1, keepdim=True)
+        weights /= (weights.sum(dim=1, keepdim=True) + norm_eps).clamp(min=norm_min)
     return logits, weights * routed_scaling_factor, ids
 
 
-def assert_routes(results, expected):
-    """fp32 results of `topk_router` against those of `route_by_hand`."""
+def assert_routes(results, expected, logits_dtype=None, weights_dtype=None, **_):
+    """Results of `topk_router` against those of `route_by_hand`."""
     logits, weights, ids = results
-    assert (logits.dtype, weights.dtype, ids.dtype) == (torch.float32, torch.float32, torch.int64)
+    dtypes = [dtype or torch.float32 for dtype in (logits_dtype, weights_dtype)]
+    assert [logits.dtype, weights.dtype, ids.dtype] == [*dtypes, torch.int64]
     assert torch.equal(ids.cpu(), expected[2])
-    torch.testing.assert_close(logits.cpu().double(), expected[0], rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(weights.cpu().double(), expected[1], rtol=4e-6, atol=1e-7)
+    for got, wanted, atol in ((logits, expected[0], 2e-6), (weights, expected[1], 1e-7)):
+        rtol = 4e-6 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=rtol, atol=atol)
 
 
 ROUTERS = [  # E, num_group, topk_group, top_k, norm_topk_prob
@@ -164,6 +198,64 @@ ROUTERS = [  # E, num_group, topk_group, top_k, norm_topk_prob
     (12, 4, 1, 5, True),  # more than the winning group has
     (22, 11, 3, 4, True),  # groups of two
 ]
+
+# What routers of Transformers do: E, has a bias, has a correction bias, arguments of `topk_router` after the tensors,
+# and options. Where a dtype is named, it is bf16, which stands for the model's.
+_BF16 = torch.bfloat16
+ROUTER_FORMS = {
+    "qwen3_moe": (
+        *(60, False, False, (8, 1, 1, True, 1.0)),
+        {"scoring": "softmax", "norm_eps": 0.0, "product_dtype": _BF16, "logits_dtype": _BF16, "weights_dtype": _BF16},
+    ),
+    "mixtral": (
+        *(8, False, False, (2, 1, 1, True, 1.0)),
+        {"scoring": "softmax", "norm_eps": 0.0, "product_dtype": _BF16, "logits_dtype": _BF16},
+    ),
+    "jamba": (16, False, False, (2, 1, 1, False, 1.0), {"scoring": "softmax", "weights_dtype": _BF16}),
+    "granitemoe": (
+        *(40, False, False, (8, 1, 1, False, 1.0)),
+        {"scoring": "softmax_of_chosen", "choose_by": "logits", "product_dtype": _BF16, "weights_dtype": _BF16},
+    ),
+    "gpt_oss": (
+        *(32, True, False, (4, 1, 1, False, 1.0)),
+        {
+            **{"scoring": "softmax_of_chosen", "choose_by": "logits", "product_dtype": _BF16},
+            **{"logits_dtype": _BF16, "weights_dtype": _BF16},
+        },
+    ),
+    "deepseek_v2": (40, False, False, (6, 8, 3, False, 16.0), {"scoring": "softmax", "group_score": "max"}),
+    "deepseek_v4": (48, False, True, (6, 1, 1, True, 1.5), {"scoring": "sqrtsoftplus"}),
+    "mistral4": (
+        *(32, False, False, (4, 4, 2, True, 2.0)),
+        {"scoring": "softmax", "scores_dtype": _BF16, "product_dtype": _BF16, "weights_dtype": _BF16},
+    ),
+    "ernie4_5_moe": (24, False, True, (6, 1, 1, True, 1.0), {"scoring": "softmax", "norm_eps": 0.0, "norm_min": 0.25}),
+    "kolibri1": (24, False, True, (4, 1, 1, True, 1.0), {"choose_by": "logits", "norm_eps": 0.0}),
+    "everything": (
+        *(21, True, True, (5, 7, 4, True, 0.5)),
+        {"scoring": "sqrtsoftplus", "group_score": "max", "norm_eps": 0.125, "scores_dtype": _BF16},
+    ),
+    "groups-of-one": (6, False, True, (2, 6, 3, False, 1.0), {"scoring": "softmax", "group_score": "max"}),
+}
+
+
+def router_of_form(name, tokens, hidden_dim, dtype=torch.float32, device="cpu", half=torch.bfloat16):
+    """(hidden_states, weight, e_score_correction_bias), arguments and options, among them bias, of ROUTER_FORMS.
+
+    half: in the place of bf16.
+    Small multiples of 1/4 and 1/16: products and their sums are exact, and so is what is rounded.
+    """
+    experts, has_bias, has_correction, args, options = ROUTER_FORMS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape, most=8, unit=4):
+        return torch.randint(-most, most + 1, shape, generator=generator).to(device, dtype) / unit
+
+    x, weight = numbers(tokens, hidden_dim), numbers(experts, hidden_dim, unit=16)
+    options = {key: half if value == _BF16 else value for key, value in options.items()}
+    options["bias"] = numbers(experts, unit=8) if has_bias else None
+    correction = numbers(experts, unit=64) if has_correction else None
+    return [x, weight, correction], args, options
 
 
 def dequantized(codes, scale, half=None):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_other_kernels")
 
 @pytest.fixture
 def calls(kernel, record):
-    return record(import_module(f"{kernel.__name__}.router"), "topk_router")
+    return record(import_module(f"{kernel.__name__}.router"), "route_tokens")
 
 
 def routers_of(model):
@@ -65,13 +65,13 @@ def test_model(checkpoint, registered, calls, device, training):
 
 def test_broken_router_breaks_logits(checkpoint, registered, monkeypatch):
     module = import_module(f"{registered.__name__}.router")
-    topk_router = module.topk_router
+    route_tokens = module.route_tokens
 
     def lowest_experts(*args):
-        logits, weights, ids = topk_router(*args)
+        logits, weights, ids = route_tokens(*args)
         return logits, weights, torch.arange(ids.shape[1]).expand_as(ids)
 
-    monkeypatch.setattr(module, "topk_router", lowest_experts)
+    monkeypatch.setattr(module, "route_tokens", lowest_experts)
     assert (run(load(checkpoint, use_kernels=True))[0] - run(load(checkpoint))[0]).abs().max() > 0.01
 
 

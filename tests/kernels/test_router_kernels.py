@@ -7,7 +7,7 @@ import torch
 
 from cases import covering
 from interpreted import DEVICE, DTYPES, INTERPRETED, enter_no_device, on_triton, under_the_interpreter
-from oracle import ROUTERS, assert_routes, decided, route_by_hand, router
+from oracle import ROUTER_FORMS, ROUTERS, assert_routes, decided, route_by_hand, router, router_of_form
 
 test_under_the_interpreter = under_the_interpreter(__file__)
 
@@ -42,17 +42,32 @@ def test_router_logits(kernel, launch, config, tokens, experts, hidden_dim, is_s
 @on_triton
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
-def test_router_topk(launch, experts, num_group, topk_group, top_k, norm, splits):
+def test_router_topk(kernel, launch, experts, num_group, topk_group, top_k, norm, splits):
     x, weight, bias = router(9, experts, 16 * splits)  # a token is a program: more of them show nothing
     args = (top_k, num_group, topk_group, norm, 2.5)
     x = decided(x, weight, bias, *args)
     parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
-    assert_routes(launch.router_topk(parts.to(DEVICE), bias.to(DEVICE), *args), route_by_hand(x, weight, bias, *args))
+    results = launch.router_topk(parts.to(DEVICE), None, bias.to(DEVICE), kernel.reference.RouterForm(*args))
+    assert_routes(results, route_by_hand(x, weight, bias, *args))
+
+
+@on_triton
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", ROUTER_FORMS)
+def test_router_topk_of_forms(kernel, launch, name, splits):
+    (x, weight, correction), args, options = router_of_form(name, 9, 16 * splits, half=DTYPES[0])
+    if correction is not None:
+        x = decided(x, weight, correction, *args, **options)
+    parts = torch.stack([a @ b.T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
+    expected = route_by_hand(x, weight, correction, *args, **options)
+    vectors = [x if x is None else x.to(DEVICE) for x in (options.pop("bias"), correction)]
+    results = launch.router_topk(parts.to(DEVICE), *vectors, kernel.reference.RouterForm(*args, **options))
+    assert_routes(results, expected, **options)
 
 
 @on_triton
 @pytest.mark.parametrize("experts, num_group, topk_group, top_k, norm", ROUTERS)
-def test_router_topk_ties(launch, experts, num_group, topk_group, top_k, norm):
+def test_router_topk_ties(kernel, launch, experts, num_group, topk_group, top_k, norm):
     """Few different logits, all of them exact, and no bias: most choices are decided by the index.
 
     None is negative: sigmoid(-1) + sigmoid(1) is sigmoid(0) + sigmoid(0) up to rounding, which is no tie.
@@ -62,7 +77,8 @@ def test_router_topk_ties(launch, experts, num_group, topk_group, top_k, norm):
     x[0] = 0
     bias = torch.zeros(experts)
     args = (top_k, num_group, topk_group, norm, 1.0)
-    results = launch.router_topk((x @ weight.T)[None].to(DEVICE), bias.to(DEVICE), *args)
+    form = kernel.reference.RouterForm(*args)
+    results = launch.router_topk((x @ weight.T)[None].to(DEVICE), None, bias.to(DEVICE), form)
     assert_routes(results, route_by_hand(x, weight, bias, *args))
 
 
@@ -75,8 +91,9 @@ def test_router_topk_of_anything(kernel, launch, experts, num_group, topk_group,
     weight[experts // 2, 0], x[5, 0] = float("inf"), 0  # NaN for token 5
     bias[0], bias[1], bias[2], bias[-1] = -1e30, 1e30, -torch.tensor(float("nan")), float("-inf")
     args = (top_k, num_group, topk_group, norm, 1.0)
-    logits, weights, ids = launch.router_topk((x @ weight.T)[None].to(DEVICE), bias.to(DEVICE), *args)
-    expected_logits, expected_weights, expected_ids = kernel.reference.topk_router(x, weight, bias, *args)
+    form = kernel.reference.RouterForm(*args)
+    logits, weights, ids = launch.router_topk((x @ weight.T)[None].to(DEVICE), None, bias.to(DEVICE), form)
+    expected_logits, expected_weights, expected_ids = kernel.reference.topk_router(x, weight, bias, None, form)
     assert torch.equal(ids.cpu(), expected_ids)
     torch.testing.assert_close(logits.cpu(), expected_logits, equal_nan=True)
     torch.testing.assert_close(weights.cpu(), expected_weights, equal_nan=True, rtol=4e-6, atol=1e-7)
@@ -92,5 +109,6 @@ def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dty
     monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS["sm_90"])
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
     x = decided(x, weight, bias, 6, 4, 2)
-    args = (x.T.contiguous().T, weight, bias, 6, 4, 2, True, 2.5)
-    assert_routes(module._router_gpu(*args), route_by_hand(*args))
+    args = (6, 4, 2, True, 2.5)
+    results = module._router_gpu(x.T.contiguous().T, weight, bias, None, kernel.reference.RouterForm(*args))
+    assert_routes(results, route_by_hand(x, weight, bias, *args))

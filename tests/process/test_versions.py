@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_models import experts_classes
+from moe_models import experts_classes, router_classes
 from suite import HELPERS, ROOT
 
 versions = runpy.run_path(str(ROOT / "scripts/versions.py"))
@@ -57,9 +57,11 @@ def test_the_table_is_of_the_newest_and_its_new_experts_are_tested():
     newest = list(versions["VERSIONS"])[-1]
     where = start(newest, "-c", "from importlib.util import find_spec; print(find_spec('transformers').origin)").stdout
     assert f"classes of transformers {newest}:" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
-    new = {entry.name for entry in experts_classes(Path(where).parent)} - {entry.name for entry in experts_classes()}
+    new = set()
+    for classes in (experts_classes, router_classes):
+        new |= {entry.name for entry in classes(Path(where).parent)} - {entry.name for entry in classes()}
     tests = " or ".join(["test_table", "(undecorated and (test_all or test_model))", *new])
-    files = [ROOT / f"tests/integration/test_{name}.py" for name in ("coverage", "undecorated")]
+    files = [ROOT / f"tests/integration/test_{name}.py" for name in ("coverage", "routers", "undecorated")]
     result = start(newest, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *files, "-k", tests)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
 

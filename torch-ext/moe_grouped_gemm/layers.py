@@ -6,6 +6,8 @@ Transformers.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -32,13 +34,28 @@ class FP8Experts(MoEExperts):
     """Replaces the forward of Transformers' FP8Experts, as `MoEExperts` does that of other experts."""
 
 
-class DeepseekV3TopkRouter(Layer):
-    """Replaces the forward of Transformers' DeepseekV3TopkRouter, as `MoEExperts` does that of the experts."""
+class TopKRouter(Layer):
+    """Replaces the forward of a router of Transformers, as `MoEExperts` does that of the experts."""
 
     @switches_on
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(..., H) hidden states -> (T, E) fp32 router logits, (T, top_k) fp32 weights, (T, top_k) int64 ids."""
+        """(..., H) hidden states -> (T, E) logits, (T, top_k) weights and int64 ids, in the order of its class."""
         return routers.router_forward(self, hidden_states)
+
+
+class DeepseekV3TopkRouter(TopKRouter):
+    """The same, by the name of the class."""
+
+
+class TopKRouterWithBias(Layer):
+    """`TopKRouter` for classes whose forward is given the correction bias."""
+
+    @switches_on
+    def forward(
+        self, hidden_states: torch.Tensor, e_score_correction_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `TopKRouter`; (E,) e_score_correction_bias."""
+        return routers.router_forward(self, hidden_states, e_score_correction_bias)
 
 
 class _StandIn(type):
@@ -65,10 +82,24 @@ class MoEExpertsLayout(nn.Module, metaclass=_StandIn):
     is_stock = staticmethod(stand_ins.is_stock_experts)
 
 
-class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
-    """What Transformers builds in place of a router that a KernelConfig maps to `DeepseekV3TopkRouter`."""
+class TopKRouterLayout(nn.Module, metaclass=_StandIn):
+    """What Transformers builds in place of a router that a KernelConfig maps to `TopKRouter`."""
 
-    stock_class = staticmethod(routers.stock_router_class)
+    stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.LAYER))
+    is_stock = staticmethod(routers.is_stock_router)
+
+
+class TopKRouterWithBiasLayout(nn.Module, metaclass=_StandIn):
+    """The same for `TopKRouterWithBias`."""
+
+    stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.LAYER_WITH_BIAS))
+    is_stock = staticmethod(routers.is_stock_router)
+
+
+class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
+    """The same for `DeepseekV3TopkRouter`."""
+
+    stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.OF_DEEPSEEK_V3))
     is_stock = staticmethod(routers.is_stock_router)
 
 
@@ -76,14 +107,15 @@ def register() -> None:
     """Make this kernel available to Transformers.
 
     Afterwards `use_kernels=True` (or `kernelize`) switches it on in every experts module that it can serve, FP8 ones
-    among them, and in DeepSeek-V3's routers, in models loaded before or after, and `experts_implementation=
+    among them, and in the routers beside them, in models loaded before or after, and `experts_implementation=
     "moe_grouped_gemm"` selects the experts by name. `use_kernels=False` and another `experts_implementation` switch it
     off again. May be called again.
 
     Raises:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
     """
-    register_layers({cls.__name__: cls for cls in (MoEExperts, FP8Experts, DeepseekV3TopkRouter)})
+    layers = (MoEExperts, FP8Experts, TopKRouter, TopKRouterWithBias, DeepseekV3TopkRouter)
+    register_layers({cls.__name__: cls for cls in layers})
 
 
 def fp4_config():

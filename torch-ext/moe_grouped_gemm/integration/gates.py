@@ -60,10 +60,15 @@ def gate_of(module: nn.Module) -> Gate | None:
 
 def activation_name(act: object) -> str | None:
     """Our name of an activation; None if there is none, or if somebody hooked the module or replaced its forward."""
-    if isinstance(act, nn.Module) and (any(getattr(act, hooks) for hooks in _HOOKS) or not _has_own_forward(act)):
+    if isinstance(act, nn.Module) and not is_as_its_class(act):
         return None
     kind = act if inspect.isfunction(act) else type(act)
     return _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def is_as_its_class(module: nn.Module) -> bool:
+    """Whether nobody hooked the module or replaced its forward."""
+    return not any(getattr(module, hooks) for hooks in _HOOKS) and _has_own_forward(module)
 
 
 def _has_own_forward(act: nn.Module) -> bool:
@@ -82,7 +87,7 @@ def _function(module: nn.Module) -> Callable | None:
     return None if "_apply_gate" in module.__dict__ else type(module)._apply_gate
 
 
-def _is_closed(function: Callable) -> bool:
+def is_closed(function: Callable) -> bool:
     """Whether it depends on nothing but its arguments, and what modules, classes and functions it names."""
     if not inspect.isfunction(function) or {"vars", "__dict__", "globals"} & set(function.__code__.co_names):
         return False
@@ -110,7 +115,7 @@ class _Recorder:
     def __getattr__(self, name: str):
         value = getattr(self._module, name, _MISSING)
         if isinstance(value, MethodType) and value.__self__ is self._module:
-            if not _is_closed(value.__func__):
+            if not is_closed(value.__func__):
                 self.reads[name] = _OPAQUE
             return MethodType(value.__func__, self)  # a helper of the class
         self.reads[name] = _plain(value)
@@ -124,9 +129,9 @@ class _Recorder:
 def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate | None]:
     """What `function` reads of the module, and the gate that it is; with an opaque read it is none of ours."""
     recorder = _Recorder(module)
-    if not _is_closed(function):
+    if not is_closed(function):
         return recorder.reads, None
-    with _undisturbed():
+    with undisturbed():
         try:
             inputs = [_grid(interleaved) for interleaved in (False, True)]
             # Twice: dropout differs.
@@ -146,7 +151,7 @@ def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate
 
 
 @contextmanager
-def _undisturbed():
+def undisturbed():
     """In no mode of the caller's: Transformers may be building a model around us, on "meta", or somebody may trace."""
     from torch.utils._python_dispatch import _disable_current_modes
 

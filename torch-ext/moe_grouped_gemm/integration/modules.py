@@ -79,9 +79,7 @@ def _missing_triton(x: torch.Tensor) -> str | None:
 
 def is_dispatch(forward: Callable) -> bool:
     """Whether this is the forward that Transformers' decorator gives a class, perhaps below ours."""
-    while switching.is_ours(forward):
-        forward = forward.__wrapped__
-    return forward.__code__ is _dispatch_code()
+    return switching.below_ours(forward).__code__ is _dispatch_code()
 
 
 @functools.cache

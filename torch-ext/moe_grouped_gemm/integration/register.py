@@ -29,14 +29,16 @@ def register_layers(layers: dict[str, type]) -> None:
 
     stand_ins.register_interface()
     meet_peft()
+    layers = {**layers, **routers.register(layers[routers.LAYER])}
     for name, cls in {**layers, **undecorated.make_switchable()}.items():
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
         register_kernel_mapping({name: {"cuda": modes, "cpu": modes}})
-    routers.stock_router_class()
     _mark_as_they_come()
     for cls in nn.Module.__subclasses__():
         stand_ins.make_switchable(cls)
+        if "_apply_gate" in vars(cls):
+            routers.meet(cls.__module__)
     switching.let_models_switch_off(modules.is_experts, stand_ins.learn, modules.check_choice)
 
 

@@ -1,58 +1,127 @@
-"""Transformers' DeepseekV3TopkRouter, on `topk_router`."""
+"""The routers of Transformers, on `topk_router`: those whose forward is one of its forms."""
 
 from __future__ import annotations
 
-import functools
+import importlib
+import inspect
 from typing import Callable
 
 import torch
 from torch import nn
 
 from .. import router
+from ..torch_ops import is_autocast
 from . import switching
 from .modules import is_plain
+from .router_forms import ARGUMENT, DTYPES, Router, get, learn, may_be_router, router_of
 
-LAYER = "DeepseekV3TopkRouter"
+# For `kernelize`: routers of hidden states alone, and those that are given their correction bias with them.
+LAYER, LAYER_WITH_BIAS = "TopKRouter", "TopKRouterWithBias"
+# A layer of its own, from before there were others.
+OF_DEEPSEEK_V3 = "DeepseekV3TopkRouter"
+# The name that Transformers itself gives to some, for whatever kernel there is.
+OF_TRANSFORMERS = "SoftmaxTopKRouter"
 
-
-def router_forward(module: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward of DeepseekV3TopkRouter: (..., H) -> what `topk_router` returns for (T, H)."""
-    return serve(module, type(module).forward, hidden_states)
-
-
-def serve(module: nn.Module, stock: Callable, hidden_states: torch.Tensor):
-    """What `module` computes, by us or, for operands that we do not take, by `stock(module, hidden_states)`."""
-    weight = module.weight
-    if not (is_plain(hidden_states) and is_plain(weight)):
-        return stock(module, hidden_states)
-    return router.topk_router(
-        hidden_states.view(-1, module.hidden_dim),
-        weight,
-        module.e_score_correction_bias,
-        module.top_k,
-        module.num_group,
-        module.topk_group,
-        bool(module.norm_topk_prob),  # None means no, too
-        module.routed_scaling_factor,
-    )
+_is_registered = False
+_met: set[str] = set()  # modeling files
+_stock: set[type] = set()  # that a stand-in stands for
 
 
-@functools.cache
-def router_class() -> type:
-    """Transformers' DeepseekV3TopkRouter; its name may point at our stand-in."""
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3
-
-    path = modeling_deepseek_v3.__name__, LAYER
-    return next(cls for cls in nn.Module.__subclasses__() if (cls.__module__, cls.__name__) == path)
+def router_forward(module: nn.Module, hidden_states: torch.Tensor, *correction) -> tuple[torch.Tensor, ...]:
+    """Forward of a router, as a layer has it: what that of its class returns."""
+    return serve(module, type(module).forward, hidden_states, *correction)
 
 
-def stock_router_class(config=None) -> type:
-    """Transformers' DeepseekV3TopkRouter, ready for `kernelize`; there is one, whatever the config."""
-    cls = router_class()
-    switching.make_switchable(cls, serve)
-    switching.name_for_kernelize(cls, LAYER, switching.is_switchable)
+def serve(module: nn.Module, stock: Callable, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, ...]:
+    """What `module` computes, by us or, where that is none of our forms, by `stock(module, hidden_states, ...)`."""
+    found = router_of(module, hidden_states.dtype)
+    if found is not None and hidden_states.ndim in found.ranks:
+        weight, *vectors = _operands(module, found, (*args, *kwargs.values()))
+        given = [x for x in vectors if x is not None]
+        if all(map(is_plain, (hidden_states, weight, *given))) and _keeps_its_dtypes(module, hidden_states):
+            bias, correction = (x if x is None else x.reshape(-1) for x in vectors)
+            rows = hidden_states.reshape(-1, weight.shape[1])
+            results = router.route_tokens(rows, weight, correction, bias, found.form)
+            return tuple(results[role] for role in found.order)
+    return stock(module, hidden_states, *args, **kwargs)
+
+
+def _operands(module: nn.Module, found: Router, given: tuple) -> tuple:
+    """(weight, bias, correction bias); the last one is no tensor if it should have been given and was not."""
+    correction = found.correction
+    if correction == ARGUMENT:
+        correction = given[0] if given and isinstance(given[0], torch.Tensor) else torch.empty(0, dtype=torch.bool)
+    elif correction is not None:
+        correction = get(module, correction)
+    return get(module, found.weight), None if found.bias is None else get(module, found.bias), correction
+
+
+def _keeps_its_dtypes(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Not where autocast changes the dtype of its logits; it leaves alone whoever asks for fp32."""
+    if not is_autocast(hidden_states):
+        return True
+    found = router_of(module, torch.bfloat16)
+    return found is not None and found.form.product_dtype is None
+
+
+def register(layer: type) -> dict[str, type]:
+    """From now on meet the routers of every modeling file that has experts; returns what else `layer` is to take."""
+    global _is_registered
+    _is_registered = True
+    mapped = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get()
+    devices = {device for device, _ in mapped.get(OF_TRANSFORMERS, {}).items()}
+    return {} if devices & {"cuda", "cpu"} else {OF_TRANSFORMERS: layer}
+
+
+def meet(modeling: str) -> None:
+    """Let `kernelize` switch on the routers of a modeling file that has been imported."""
+    if _is_registered and modeling not in _met:
+        _met.add(modeling)
+        for cls in _classes(modeling):
+            make_switchable(cls)
+
+
+def _classes(modeling: str) -> list[type]:
+    """Not by name: a stand-in may have it."""
+    return [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and may_be_router(cls)]
+
+
+def make_switchable(cls: type, layer_name: str | None = None) -> type:
+    name = getattr(cls, "kernel_layer_name", None)
+    if name in (None, LAYER, LAYER_WITH_BIAS, OF_DEEPSEEK_V3):
+        is_given_one = len(inspect.signature(cls.forward).parameters) == 2
+        name = layer_name or name or (OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else None)
+        name = name or (LAYER if is_given_one else LAYER_WITH_BIAS)
+        switching.make_switchable(cls, serve, learn)
+        switching.name_for_kernelize(cls, name, _may_switch_on)
+    elif name == OF_TRANSFORMERS:  # whatever kernel takes it is asked as before
+        switching.make_switchable(cls, serve, learn)
     return cls
 
 
+def _may_switch_on(module: nn.Module) -> bool:
+    return switching.is_switchable(module) and is_served(module)
+
+
+def is_router(module: nn.Module) -> bool:
+    return switching.is_switchable(module) and may_be_router(type(module))
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether it is one of our forms for hidden states of some dtype."""
+    return any(router_of(module, dtype) is not None for dtype in DTYPES)
+
+
+def stock_router_class(layer_name: str, config) -> type:
+    """The router of the model that `config` belongs to, ready for `kernelize` as a layer of this name."""
+    for config_class in type(config).__mro__:
+        classes = _classes(config_class.__module__.replace("configuration_", "modeling_"))
+        if len(classes) == 1:
+            _stock.update(classes)
+            return make_switchable(classes[0], layer_name)
+    raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one class of routers")
+
+
 def is_stock_router(module: object) -> bool:
-    return isinstance(module, router_class())
+    """Whether the module is what some `stock_router_class` makes."""
+    return isinstance(module, tuple(_stock))

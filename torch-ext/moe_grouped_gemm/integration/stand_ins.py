@@ -8,7 +8,7 @@ import sys
 
 from torch import nn
 
-from . import modules, switching
+from . import modules, routers, switching
 from .gates import gate_of
 from .peft import meet_peft
 
@@ -18,7 +18,8 @@ FP8_EXPERTS_LAYER = "FP8Experts"
 
 
 def learn(module: nn.Module) -> None:
-    """Find out about the module's gate before torch.compile asks, if it has one."""
+    """Find out about the module's gate before torch.compile asks, if it has one; and meet the routers beside it."""
+    routers.meet(type(module).__module__)
     if getattr(module, "has_gate", True):
         gate_of(module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import modules, switching
+from . import modules, routers, switching
 
 
 def status(model: nn.Module) -> dict[str, str]:
@@ -39,4 +39,6 @@ def _experts(module: nn.Module) -> str:
 
 
 def _other(module: nn.Module) -> str:
+    if routers.is_router(module) and not routers.is_served(module):
+        return "Transformers: none of the routers that this kernel has"
     return modules.EXPERTS_IMPLEMENTATION if switching.is_switched_on(module) else "Transformers: not switched on"

@@ -111,6 +111,13 @@ def is_own(function: Callable) -> bool:
     return _OWN in _builds(function)
 
 
+def below_ours(function: Callable) -> Callable:
+    """What was there before any build of this kernel."""
+    while is_ours(function):
+        function = function.__wrapped__
+    return function
+
+
 def _unwrapped(function: Callable) -> Iterator[Callable]:
     while function is not None:
         yield function

@@ -16,4 +16,13 @@ from .grouped import (
     row_sums,
     sort_slots,
 )
-from .router import router_dtype, topk_router
+from .router import (
+    SCORES,
+    RouterForm,
+    router_choice,
+    router_dtype,
+    router_scores,
+    router_weights,
+    router_weights_backward,
+    topk_router,
+)

@@ -1,0 +1,420 @@
+"""Every router class of the installed Transformers against its own forward, and what a trial must not be fooled by."""
+
+import copy
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import Mode, kernelize
+from torch import nn
+from transformers import KernelConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.models.laguna import modeling_laguna
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from moe_models import OWN_ROUTERS, experts_classes, router_classes, tiny_config, tiny_model, tiny_router
+from suite import COMPILE_BACKENDS, REPO_ID
+from tiny_models import is_switched_on
+
+SERVED = [entry for entry in router_classes() if entry.name not in OWN_ROUTERS]
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered")
+
+
+@pytest.fixture
+def calls(kernel, record):
+    return record(import_module(f"{kernel.__name__}.router"), "route_tokens")
+
+
+def router(name):
+    return tiny_router(next(entry for entry in router_classes() if entry.name == name))
+
+
+def switched_on(kernel, module):
+    """A copy that is, and whether it was."""
+    kernel.integration.routers.meet(type(module).__module__)
+    clone = copy.deepcopy(module)
+    kernelize(clone, mode=Mode.TRAINING, device="cpu")
+    return clone, is_switched_on(kernel, clone)
+
+
+def arguments(module, tokens=33, dtype=torch.float32, device="cpu"):
+    """Hidden states, as the class takes them, and where its forward asks for one a correction bias."""
+    generator = torch.Generator().manual_seed(1)
+    weight = next(p for p in module.parameters() if p.ndim == 2)
+    x = torch.randn(tokens, weight.shape[1], generator=generator)
+    correction = torch.randn(weight.shape[0], generator=generator) / 4
+    if "Afmoe" in type(module).__name__:
+        x = x[None]
+    wants_two = len(import_module("inspect").signature(type(module).forward).parameters) == 3
+    return [x.to(device, dtype), *([correction.to(device)] if wants_two else [])]
+
+
+def in_order(results):
+    """(logits, weights by expert), whatever order the experts come in."""
+    logits, weights, ids = results
+    return logits, torch.zeros_like(logits, dtype=weights.dtype).scatter(1, ids, weights)
+
+
+# --- every class ------------------------------------------------------------------------------------------------------
+
+
+def test_enumeration():
+    assert len(SERVED) > 40
+    assert set(OWN_ROUTERS) <= {entry.name for entry in router_classes()}
+
+
+@pytest.mark.parametrize("entry", router_classes(), ids=lambda entry: entry.name)
+def test_served_or_not(kernel, entry):
+    """As docs/models.md has it; a new class fails here or in test_alone until somebody looks at it."""
+    served = switched_on(kernel, tiny_router(entry))[1]
+    assert served == (entry.name not in OWN_ROUTERS or entry.name == "AXK2TopkRouter")
+
+
+@pytest.mark.parametrize("entry", SERVED, ids=lambda entry: entry.name)
+def test_alone(kernel, calls, device, entry):
+    stock = tiny_router(entry).to(device)
+    module, served = switched_on(kernel, stock)
+    assert served
+    both = []
+    for router in (stock, module):
+        x, *correction = arguments(router, device=device)
+        results = in_order(router(x.requires_grad_(), *correction))
+        loss_weights = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(2)).to(device)
+        leaves = {"x": x, **dict(router.named_parameters())}
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and "correction" not in name}
+        loss = sum((result * loss_weights).sum() for result in results)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        both.append([*results, *gradients])
+        assert all(result.shape[0] == 33 for result in results)
+    assert len(calls) == 1
+    for got, expected in zip(both[1], both[0]):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("entry", SERVED, ids=lambda entry: entry.name)
+def test_alone_in_16_bits(kernel, calls, device, entry, dtype):
+    """As models hold them: weights in 16 bits, buffers in fp32. Equal logits, of which there are some, may swap."""
+    stock = tiny_router(entry).to(device)
+    for parameter in stock.parameters():
+        parameter.data = parameter.data.to(dtype)
+    args = arguments(stock, 200, dtype, device)
+    module, _ = switched_on(kernel, stock)
+    try:
+        expected = stock(*args)
+    except RuntimeError as error:  # the class takes no such hidden states
+        with pytest.raises(RuntimeError, match=str(error)[:40]):
+            module(*args)
+        return
+    got = module(*args)
+    assert len(calls) == 1
+    assert [result.dtype for result in got] == [result.dtype for result in expected]
+    eps = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[0], expected[0], rtol=eps, atol=eps)
+    same = (got[2].sort(dim=1)[0] == expected[2].sort(dim=1)[0]).all(dim=1)
+    assert same.float().mean() > 0.9
+    for result, wanted in zip(in_order(got), in_order(expected)):
+        torch.testing.assert_close(result[same], wanted[same], rtol=2 * eps, atol=eps)
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3MoeExperts", "GptOssExperts", "MiniMaxM2Experts", "AfmoeExperts", "JambaExperts"]
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_in_a_model(kernel, calls, name, training):
+    entry = next(entry for entry in experts_classes() if entry.name == name)
+    model = tiny_model(entry)
+    model.train(training)
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):  # of zeros, all experts are equal
+            for parameter in module.parameters():
+                parameter.data.normal_(generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(2, 120, (2, 7), generator=torch.Generator().manual_seed(1))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = model(input_ids=ids).logits
+    gradients = torch.autograd.grad(expected.square().mean(), parameters, allow_unused=True)
+    kernelize(model, mode=Mode.TRAINING, device="cpu")
+    routers = [module for module in model.modules() if kernel.integration.routers.is_router(module)]
+    assert routers and all(is_switched_on(kernel, module) for module in routers)
+    out = model(input_ids=ids).logits
+    assert len(calls) == len(routers)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(out.square().mean(), parameters, allow_unused=True)
+    for ours, stock in zip(got, gradients):
+        if stock is not None:
+            torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4 * max(1e-3, stock.abs().max().item()))
+
+
+# --- what a trial must not be fooled by -------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Softmax of the chosen; `change` says what is done to (self, x, logits, weights)."""
+
+    def __init__(self, change, experts=8, hidden_dim=24):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, hidden_dim, generator=torch.Generator().manual_seed(0)))
+        self.top_k, self.scale, self.config = 2, 1.0, SimpleNamespace(scale=1.0)
+        self.norm = nn.Identity()
+        self.buffer = nn.Buffer(torch.zeros(experts))
+        self.change = change
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        chosen, ids = logits.topk(self.top_k, dim=-1)
+        return logits, chosen.softmax(dim=-1), ids
+
+
+def variant(forward):
+    """A class of its own for every test."""
+    return type("Variant", (Scaled,), {"forward": forward, "choose": choose})(None)
+
+
+def choose(self, hidden_states):
+    logits = F.linear(hidden_states, self.weight)
+    chosen, ids = logits.topk(self.top_k, dim=-1)
+    return logits, chosen.softmax(dim=-1), ids
+
+
+def noisy(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights + 1e-3 * torch.rand_like(weights), ids
+
+
+def noisy_in_training(self, hidden_states):
+    if self.training:
+        hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(0.9, 1.1)
+    return choose(self, hidden_states)
+
+
+def by_config(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights * self.config.scale, ids
+
+
+def counts(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    self.buffer += F.one_hot(ids, len(self.buffer)).sum(dim=(0, 1))
+    return logits, weights, ids
+
+
+def remembers(self, hidden_states):
+    self.last = hidden_states
+    return choose(self, hidden_states)
+
+
+def writes_its_input(self, hidden_states):
+    hidden_states *= 1.5
+    return choose(self, hidden_states)
+
+
+def temperature(self, hidden_states):
+    logits, _, ids = choose(self, hidden_states)
+    return logits, (logits.gather(1, ids) / 1.5).softmax(dim=1), ids
+
+
+def soft_cap(self, hidden_states):
+    logits = 30 * torch.tanh(F.linear(hidden_states, self.weight) / 30)
+    chosen, ids = logits.topk(self.top_k, dim=-1)
+    return logits, chosen.softmax(dim=-1), ids
+
+
+def rare_clamp(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights.clamp(min=1e-6), ids
+
+
+def least(self, hidden_states):
+    logits = F.linear(hidden_states, self.weight)
+    chosen, ids = (-logits).topk(self.top_k, dim=-1)
+    return logits, chosen.softmax(dim=-1), ids
+
+
+def two_results(self, hidden_states):
+    return choose(self, hidden_states)[1:]
+
+
+def normalised_input(self, hidden_states):
+    return choose(self, F.normalize(hidden_states, dim=-1))
+
+
+NONE_OF_OURS = [
+    *(noisy, by_config, counts, remembers, writes_its_input, temperature, soft_cap, rare_clamp, least, two_results),
+    normalised_input,
+]
+
+
+@pytest.mark.parametrize("forward", NONE_OF_OURS, ids=lambda forward: forward.__name__)
+def test_none_of_ours(kernel, calls, forward):
+    module = variant(forward)
+    kernel.integration.routers.make_switchable(type(module))
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert not is_switched_on(kernel, module)
+    assert "none of the routers" in kernel.status(nn.ModuleList([module]))["0"]
+    module(torch.ones(3, 24))
+    assert not calls
+
+
+def test_found_whatever_the_order_of_results(kernel, calls):
+    """And with a name that says nothing."""
+
+    def forward(self, x):
+        logits, weights, ids = choose(self, x)
+        return ids, logits, weights
+
+    module = variant(forward)
+    x = torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
+    expected = module(x)
+    kernel.integration.routers.make_switchable(type(module))
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    for got, wanted in zip(module(x), expected):
+        torch.testing.assert_close(got, wanted)
+    assert len(calls) == 1
+
+
+def test_noise_in_training_alone(kernel, calls):
+    module = variant(noisy_in_training)
+    kernel.integration.routers.make_switchable(type(module))
+    kernelize(module.eval(), mode=Mode.TRAINING, device="cpu")
+    module(torch.ones(3, 24))
+    assert len(calls) == 1
+    module.train()(torch.ones(3, 24))
+    assert len(calls) == 1
+    module.eval()(torch.ones(3, 24))
+    assert len(calls) == 2
+
+
+def test_groups_of_which_others_may_win(kernel, calls):
+    """AXK2 sets the choice of other groups to zero, and a correction bias may be less."""
+    module = router("AXK2TopkRouter")
+    module.num_group, module.topk_group = 2, 1
+    stock = copy.deepcopy(module)
+    module, served = switched_on(kernel, module)
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    for got, wanted in zip(in_order(module(x)), in_order(stock(x))):
+        assert torch.equal(got, wanted)
+    assert not served and not calls
+
+
+def test_attributes_that_change(kernel, calls):
+    module, _ = switched_on(kernel, router("DeepseekV3TopkRouter"))
+    stock = router("DeepseekV3TopkRouter")
+    for name, value in (("top_k", 3), ("routed_scaling_factor", 0.75), ("norm_topk_prob", False), ("num_group", 4)):
+        for other in (module, stock):
+            setattr(other, name, value)
+            other.topk_group = other.num_group // 2
+        x = arguments(module)[0]
+        torch.testing.assert_close(in_order(module(x)), in_order(stock(x)), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
+
+
+def test_a_hook_inside_is_called(kernel, calls):
+    """Also one that comes after it was switched on."""
+    module, served = switched_on(kernel, router("HunYuanMoEV1Gate"))
+    assert served
+    hooked = []
+    module.wg.register_forward_hook(lambda *_: hooked.append(1))
+    module(*arguments(module))
+    assert hooked and not calls
+
+
+def test_a_correction_bias_that_is_left_out(kernel, calls):
+    """As Lfm2Moe's may be: the class's own forward says what that means."""
+    module, served = switched_on(kernel, router("Lfm2MoeTopKRouter"))
+    assert served
+    x, correction = arguments(module)
+    with pytest.raises(TypeError):
+        module(x)
+    module(hidden_states=x, expert_bias=correction)
+    assert len(calls) == 1
+
+
+def test_autocast(kernel, calls):
+    """Whoever asks for fp32 logits gets them, as always here; others compute in the dtype of autocast."""
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    for name, served in (("DeepseekV3TopkRouter", 1), ("Qwen3MoeTopKRouter", 0)):
+        calls.clear()
+        module, _ = switched_on(kernel, router(name))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = module(x)[0]
+        assert len(calls) == served and logits.dtype == (torch.float32 if served else torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeTopKRouter", "GptOssTopKRouter", "HunYuanMoEV1Gate", "MiniMaxM2TopKRouter"])
+def test_compiles_into_one_graph(kernel, device, name):
+    torch.compiler.reset()
+    module, served = switched_on(kernel, router(name).to(device))
+    assert served
+    args = arguments(module, device=device)
+    graphs = []
+    backend = COMPILE_BACKENDS[device]
+    if device == "cpu":
+
+        def backend(graph, inputs):
+            graphs.append([str(node.target) for node in graph.graph.nodes])
+            return graph
+
+    with torch.no_grad():
+        got = torch.compile(module, fullgraph=True, backend=backend)(*args)
+    torch.testing.assert_close(in_order(got), in_order(module(*args)))
+    assert all(any("topk_router" in target for target in targets) for targets in graphs)
+
+
+# --- ways in ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_the_name_that_transformers_gives(kernel, is_mapped):
+    """`SoftmaxTopKRouter`: ours, unless the user has mapped it."""
+    import kernels
+
+    class Theirs(nn.Module):
+        def forward(self, hidden_states):
+            return "theirs"
+
+    class Repository:
+        def load(self):
+            return Theirs
+
+    mapping = {"SoftmaxTopKRouter": {"cpu": {Mode.INFERENCE: Repository()}}} if is_mapped else {}
+    with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
+        kernel.register()
+        module = router("LagunaTopKRouter").eval()
+        kernel.integration.routers.meet(modeling_laguna.__name__)
+        kernelize(module, mode=Mode.INFERENCE, device="cpu")
+        x = arguments(module)[0]
+        if is_mapped:
+            assert module(x) == "theirs"
+        else:
+            assert is_switched_on(kernel, module)
+            expected = type(module).forward.__wrapped__(module, x)
+            torch.testing.assert_close(in_order(module(x)), in_order(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config_class, cls", [(Qwen3MoeConfig, Qwen3MoeTopKRouter), (MixtralConfig, MixtralTopKRouter)]
+)
+def test_what_a_stand_in_stands_for(kernel, config_class, cls):
+    config = tiny_config(config_class.model_type, config_class)
+    module = kernel.layers.TopKRouterLayout(config)
+    assert type(module) is cls and isinstance(module, kernel.layers.TopKRouterLayout)
+    kernelize(module, mode=Mode.INFERENCE, device="cpu")
+    assert is_switched_on(kernel, module)
+
+
+@pytest.mark.usefixtures("loadable_by_kernel_config", "cpu_in_kernel_config")
+def test_kernel_config(kernel, calls, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    entry = next(entry for entry in experts_classes() if entry.name == "Qwen3MoeExperts")
+    tiny_model(entry).save_pretrained(tmp_path)
+    ids = torch.randint(2, 120, (2, 7), generator=torch.Generator().manual_seed(1))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits
+    config = KernelConfig({"Qwen3MoeTopKRouter": f"{REPO_ID}:TopKRouter"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, use_kernels=True, kernel_config=config)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
