@@ -4,8 +4,10 @@
     python benchmarks/generate.py                      # all of it, and benchmarks/results/<gpu>-generate.json
     python benchmarks/generate.py --modes eager        # without the minutes that torch.compile takes
     python benchmarks/generate.py --modes static --batches 64
+    python benchmarks/generate.py --model qwen3
 
-A DeepSeek-V3 of the 16B "moonlight" size with random weights (on a CPU a small one, to see that the script runs).
+Random weights in a DeepSeek-V3 of the 16B "moonlight" size, or in as many layers of Qwen3-30B-A3B as fit; on a CPU in
+small ones, to see that the script runs.
 Modes: "eager", and "static": `generate(..., cache_implementation="static")`, which compiles the decoding step and
 records it as a CUDA graph. Prefill is never compiled. Logits are compared in every mode and batch before anything is
 timed, and nothing is written unless they agree. A run adds its cases to those of earlier runs of the same commit.
@@ -32,7 +34,7 @@ import torch
 import transformers
 from demo import DEVICE, Clock, moonlight_config, random_model, small_config
 from tqdm import tqdm
-from transformers import DeepseekV3Config, LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from common import argument_parser, header, staged_kernel, write
@@ -45,21 +47,49 @@ GROUPED_MM = "grouped_mm_throughout"
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def model_config() -> DeepseekV3Config:
+def deepseek_config() -> PreTrainedConfig:
     return moonlight_config(torch.cuda.mem_get_info()[0]) if DEVICE == "cuda" else small_config()
 
 
-def build_models(kernel) -> dict[str, PreTrainedModel]:
+def qwen3_config() -> PreTrainedConfig:
+    """The dimensions of Qwen3-30B-A3B: 48 layers, or as many as fit beside what a step needs."""
+    if DEVICE == "cpu":
+        sizes = {"hidden_size": 256, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
+        return Qwen3MoeConfig(vocab_size=512, num_hidden_layers=2, num_attention_heads=4, head_dim=32, **sizes)
+    layer_bytes = 2 * 128 * 3 * 2048 * 768
+    return Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_hidden_layers=min(48, int(0.75 * torch.cuda.mem_get_info()[0]) // layer_bytes),
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+
+
+CONFIGS = {"moonlight": deepseek_config, "qwen3": qwen3_config}
+
+
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model with the same weights, in the same memory."""
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, weights)  # which takes what is in its memo for copied already
+
+
+def build_models(kernel, config: PreTrainedConfig) -> dict[str, PreTrainedModel]:
     """One set of weights in three models.
 
     stock: what Transformers does by itself: grouped_mm, but batched_mm while `generate` decodes on a GPU.
     grouped_mm: stock kept from that switch, which helps at batch 1 and hurts beyond.
     use_kernels: this kernel.
     """
-    stock = random_model(model_config())
-    weights = {id(tensor): tensor for tensor in (*stock.parameters(), *stock.buffers())}
-    # deepcopy takes what is in its memo for copied already.
-    models = {name: copy.deepcopy(stock, dict(weights)) for name in ("grouped_mm", "use_kernels")}
+    stock = random_model(config)
+    models = {name: sharing(stock) for name in ("grouped_mm", "use_kernels")}
     # `generate` switches only what is called "grouped_mm".
     ALL_EXPERTS_FUNCTIONS.register(GROUPED_MM, grouped_mm_experts_forward)
     models["grouped_mm"].set_experts_implementation(GROUPED_MM)
@@ -180,14 +210,16 @@ def run_case(models, phase, mode, batch, noise, progress) -> dict:
             case["relative_error"], case["top1_agreement"] = found[0], 1 - found[1]
             case["stock_relative_error"], case["stock_top1_agreement"] = noise[0], 1 - noise[1]
     del expected, logits
+    return case | time_rounds(models, phase, mode, tokens, prompt_length, progress)
+
+
+def time_rounds(models, phase, mode, tokens, prompt_length, progress) -> dict[str, float]:
     rounds = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
             seconds, _ = generate(model, tokens, prompt_length, mode, progress)
             rounds[name].append(1e3 * (seconds[0] if phase == "prefill" else statistics.median(seconds[1:])))
-    for name, times in rounds.items():
-        case[f"{name}_ms"] = min(times)
-    return case
+    return {f"{name}_ms": min(times) for name, times in rounds.items()}
 
 
 def key(case: dict) -> tuple:
@@ -235,14 +267,18 @@ def main() -> None:
     parser = argument_parser(__doc__, "benchmarks/results/<gpu>-generate.json")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], help="sequences decoded at once")
     parser.add_argument("--modes", nargs="+", choices=("eager", "static"), default=["eager", "static"])
+    parser.add_argument("--model", choices=CONFIGS, default="moonlight", help="default: %(default)s")
     args = parser.parse_args()
+    if args.model != "moonlight" and args.out == parser.get_default("out"):
+        args.out = args.out.with_name(args.out.name.replace("-generate", f"-{args.model}-generate"))
 
     kernel = staged_kernel()
-    models = build_models(kernel)
+    models = build_models(kernel, CONFIGS[args.model]())
     check_models(models, kernel)
     stock = models["stock"]
     parameters = sum(weight.numel() for weight in stock.parameters())
-    head = header(transformers, layers=stock.config.num_hidden_layers, parameters=parameters)
+    layers = stock.config.num_hidden_layers
+    head = header(transformers, model=args.model, layers=layers, parameters=parameters)
     cases = earlier_cases(args.out, head)
     noise = prefill_noise(models)
     todo = plan(models, args.modes, args.batches)

@@ -27,6 +27,12 @@ def calls(kernel, record):
 
 
 @pytest.fixture
+def routers_on_cpu(kernel, monkeypatch):
+    """Where they keep their own forward, in order to test here what a GPU's do."""
+    monkeypatch.setattr(kernel.integration.routers, "SERVES_CPU", True)
+
+
+@pytest.fixture
 def unregistered(monkeypatch):
     """As in a process that never called register()."""
     monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Experts, "kernel_layer_name", raising=False)

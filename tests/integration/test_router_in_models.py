@@ -17,7 +17,7 @@ from tiny_models import NUM_MOE_LAYERS, deepseek_v3_config, is_switched_on, load
 
 HUB_NAME = f"{REPO_ID}:DeepseekV3TopkRouter"
 
-pytestmark = pytest.mark.usefixtures("no_other_kernels")
+pytestmark = pytest.mark.usefixtures("no_other_kernels", "routers_on_cpu")
 
 
 @pytest.fixture

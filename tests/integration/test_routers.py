@@ -20,7 +20,7 @@ from tiny_models import is_switched_on
 
 SERVED = [entry for entry in router_classes() if entry.name not in OWN_ROUTERS]
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered", "routers_on_cpu")
 
 
 @pytest.fixture
@@ -147,6 +147,14 @@ def test_in_a_model(kernel, calls, name, training):
     for ours, stock in zip(got, gradients):
         if stock is not None:
             torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4 * max(1e-3, stock.abs().max().item()))
+
+
+def test_on_a_cpu_the_class_does_it_itself(kernel, calls, monkeypatch):
+    monkeypatch.setattr(kernel.integration.routers, "SERVES_CPU", False)
+    module, served = switched_on(kernel, router("Qwen3MoeTopKRouter"))
+    module(*arguments(module))
+    assert served and not calls
+    assert kernel.status(nn.ModuleList([module])) == {"0": "Transformers: a router on a CPU"}
 
 
 # --- what a trial must not be fooled by -------------------------------------------------------------------------------

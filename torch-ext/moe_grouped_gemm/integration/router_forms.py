@@ -69,11 +69,17 @@ def learn(module: nn.Module) -> None:
 
 def router_of(module: nn.Module, dtype: torch.dtype) -> Router | None:
     """The router that it is for hidden states of this dtype; None if it is none of ours, or if that is not sure."""
-    cls = type(module)
+    cls, is_compiling = type(module), torch.compiler.is_compiling()
+    state = {} if is_compiling else module.__dict__  # through which torch.compile does not see
     for reads, router in _TRIED.get((cls, dtype), ()):
-        if all(_remembered(get(module, path)) == value for path, value in reads.items()):
+        for path, value in reads.items():
+            # nn.Module's own lookup takes a microsecond.
+            found = state[path] if path in state else get(module, path)
+            if found is not value and _remembered(found) != value:
+                break
+        else:
             return router
-    if torch.compiler.is_compiling() or dtype not in DTYPES:
+    if is_compiling or dtype not in DTYPES:
         return None
     trial = _Trial(module, dtype)
     tried = _TRIED.setdefault((cls, dtype), [])

@@ -22,6 +22,9 @@ OF_DEEPSEEK_V3 = "DeepseekV3TopkRouter"
 # The name that Transformers itself gives to some, for whatever kernel there is.
 OF_TRANSFORMERS = "SoftmaxTopKRouter"
 
+# There both are plain PyTorch, and the class's own takes fewer calls.
+SERVES_CPU = False
+
 _is_registered = False
 _met: set[str] = set()  # modeling files
 _stock: set[type] = set()  # that a stand-in stands for
@@ -33,14 +36,14 @@ def router_forward(module: nn.Module, hidden_states: torch.Tensor, *correction) 
 
 
 def serve(module: nn.Module, stock: Callable, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-    """What `module` computes, by us or, where that is none of our forms, by `stock(module, hidden_states, ...)`."""
-    found = router_of(module, hidden_states.dtype)
+    """What `module` computes, by us or, on a CPU or where it is none of our forms, by `stock(module, ...)`."""
+    found = router_of(module, hidden_states.dtype) if SERVES_CPU or not hidden_states.is_cpu else None
     if found is not None and hidden_states.ndim in found.ranks:
         weight, *vectors = _operands(module, found, (*args, *kwargs.values()))
         given = [x for x in vectors if x is not None]
         if all(map(is_plain, (hidden_states, weight, *given))) and _keeps_its_dtypes(module, hidden_states):
-            bias, correction = (x if x is None else x.reshape(-1) for x in vectors)
-            rows = hidden_states.reshape(-1, weight.shape[1])
+            bias, correction = (x if x is None or x.ndim == 1 else x.flatten() for x in vectors)
+            rows = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, weight.shape[1])
             results = router.route_tokens(rows, weight, correction, bias, found.form)
             return tuple(results[role] for role in found.order)
     return stock(module, hidden_states, *args, **kwargs)
