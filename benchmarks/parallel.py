@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from common import argument_parser, header, staged_kernel, write
-from generate import bf16_noise, check_logits, compare, model_config, prefill_logits, random_tokens
+from generate import bf16_noise, check_logits, compare, deepseek_config, prefill_logits, random_tokens
 
 LAYERS = 9
 TOKENS = (1024, 4096, 16384) if DEVICE == "cuda" else (64,)
@@ -48,7 +48,7 @@ def plans(ranks: int) -> dict[str, DistributedConfig]:
 
 def build_model() -> PreTrainedModel:
     """Whole, with the same weights on every rank."""
-    config = model_config()
+    config = deepseek_config()
     config.num_hidden_layers = min(config.num_hidden_layers, LAYERS)
     return random_model(config)
 

@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 def run(name, *arguments, monkeypatch):
     monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("sys.path", [str(BENCHMARKS), *sys.path])  # as for a script
     runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
 
 
@@ -37,7 +37,7 @@ def test_hub_benchmarks_stand_alone(path, monkeypatch, tmp_path):
 def no_gpu(monkeypatch):
     """The small model of the CPU, on any machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("demo", "benchmark", "common"):
+    for module in ("demo", "benchmark", "common", "generate"):
         monkeypatch.delitem(sys.modules, module, raising=False)
 
 
@@ -74,6 +74,34 @@ def test_generate_times_nothing_that_is_wrong(kernel, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="logits differ by .*: nothing is timed"):
         run("generate.py", "--batches", 1, "--out", out, monkeypatch=monkeypatch)
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_generate_with_qwen3s_dimensions(monkeypatch, tmp_path):
+    out = tmp_path / "generate.json"
+    run("generate.py", "--model", "qwen3", "--modes", "eager", "--batches", 1, "--out", out, monkeypatch=monkeypatch)
+    assert json.loads(out.read_text())["model"] == "qwen3"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_generate_codes(monkeypatch, tmp_path):
+    out = tmp_path / "codes.json"
+    run("generate_codes.py", "--modes", "eager", "--batches", 2, "--out", out, monkeypatch=monkeypatch)
+    result = json.loads(out.read_text())
+    (case,) = result["cases"]
+    assert all(case[f"{name}_ms"] > 0 for name in ("bf16", "fp8", "fp4"))
+    assert 0 < case["fp8_relative_difference"] < case["fp4_relative_difference"]
+    assert result["bf16_bytes"] > result["fp8_bytes"] > result["fp4_bytes"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_memory(monkeypatch, tmp_path):
+    """All but the peak, which there is none of on a CPU: the step is taken, of the adapters of all experts alone."""
+    out = tmp_path / "memory.json"
+    run("memory.py", "--out", out, monkeypatch=monkeypatch)
+    result = json.loads(out.read_text())
+    sizes = 256 + 2 * 64, 64 + 256  # A and B of gate_up_proj and of down_proj, for each rank, expert and layer
+    assert result["trained"] == result["layers"] * 16 * result["rank"] * sum(sizes)
 
 
 @pytest.mark.long
