@@ -81,19 +81,15 @@ def main() -> None:
     kernel = common.staged_kernel()
     kernel.register()
     result = common.header(transformers, cases=[])
-    print(
-        f"{'router':15} {'T':>6} {'ours':>8} {'stock':>8} {'ours':>8} {'stock':>8}  microseconds, in a graph and eager"
-    )
+    print("microseconds in a graph, and eager; tokens that go to the same experts")
+    print(f"{'router':15} {'T':>6} {'ours':>8} {'stock':>8} {'ours':>8} {'stock':>8} {'same':>8}")
     for name in ROUTERS:
         routers = modules(kernel, name, "cuda")
         for tokens in TOKENS:
             case = run_case(name, routers, tokens, "cuda")
             result["cases"].append(case)
             times = " ".join(f"{case[f'{way}_{how}_us']:8.1f}" for how in ("graph", "eager") for way in routers)
-            print(
-                f"{name:15} {tokens:6} {times}  {case['same_experts']:.2%} of the tokens to the same experts",
-                flush=True,
-            )
+            print(f"{name:15} {tokens:6} {times} {case['same_experts']:8.2%}", flush=True)
     common.write(args.out, result)
     print(args.out)
 
