@@ -165,6 +165,8 @@ def route_by_hand(
     ids = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
     for token, choice in enumerate(choices.tolist()):
         groups = [sum(sorted(choice[g * size : (g + 1) * size])[-greatest:]) for g in range(num_group)]
+        if correction is None and options.get("scores_dtype") is not None:
+            groups = torch.tensor(groups, dtype=torch.float64).to(options["scores_dtype"]).tolist()
         winners = sorted(range(num_group), key=lambda g: (-groups[g], g))[:topk_group]
         # False before True: experts of other groups come last, in their own order.
         ranked = sorted(range(len(choice)), key=lambda e: (False, -choice[e], e) if e // size in winners else (True, e))

@@ -34,7 +34,7 @@ class FP8Experts(MoEExperts):
     """Replaces the forward of Transformers' FP8Experts, as `MoEExperts` does that of other experts."""
 
 
-class TopKRouter(Layer):
+class MoERouter(Layer):
     """Replaces the forward of a router of Transformers, as `MoEExperts` does that of the experts."""
 
     @switches_on
@@ -43,18 +43,18 @@ class TopKRouter(Layer):
         return routers.router_forward(self, hidden_states)
 
 
-class DeepseekV3TopkRouter(TopKRouter):
+class DeepseekV3TopkRouter(MoERouter):
     """The same, by the name of the class."""
 
 
-class TopKRouterWithBias(Layer):
-    """`TopKRouter` for classes whose forward is given the correction bias."""
+class MoERouterWithBias(Layer):
+    """`MoERouter` for classes whose forward is given the correction bias."""
 
     @switches_on
     def forward(
         self, hidden_states: torch.Tensor, e_score_correction_bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `TopKRouter`; (E,) e_score_correction_bias."""
+        """As `MoERouter`; (E,) e_score_correction_bias."""
         return routers.router_forward(self, hidden_states, e_score_correction_bias)
 
 
@@ -82,15 +82,15 @@ class MoEExpertsLayout(nn.Module, metaclass=_StandIn):
     is_stock = staticmethod(stand_ins.is_stock_experts)
 
 
-class TopKRouterLayout(nn.Module, metaclass=_StandIn):
-    """What Transformers builds in place of a router that a KernelConfig maps to `TopKRouter`."""
+class MoERouterLayout(nn.Module, metaclass=_StandIn):
+    """What Transformers builds in place of a router that a KernelConfig maps to `MoERouter`."""
 
     stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.LAYER))
     is_stock = staticmethod(routers.is_stock_router)
 
 
-class TopKRouterWithBiasLayout(nn.Module, metaclass=_StandIn):
-    """The same for `TopKRouterWithBias`."""
+class MoERouterWithBiasLayout(nn.Module, metaclass=_StandIn):
+    """The same for `MoERouterWithBias`."""
 
     stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.LAYER_WITH_BIAS))
     is_stock = staticmethod(routers.is_stock_router)
@@ -114,7 +114,7 @@ def register() -> None:
     Raises:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
     """
-    layers = (MoEExperts, FP8Experts, TopKRouter, TopKRouterWithBias, DeepseekV3TopkRouter)
+    layers = (MoEExperts, FP8Experts, MoERouter, MoERouterWithBias, DeepseekV3TopkRouter)
     register_layers({cls.__name__: cls for cls in layers})
 
 

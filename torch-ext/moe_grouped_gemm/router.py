@@ -63,8 +63,10 @@ def topk_router(
             "softmax_of_chosen" allows.
         group_score: of a group, "top2", the sum of its two greatest choices, or "max", the greatest.
         product_dtype, scores_dtype: bf16 or fp16, to which the logits, or the scores, are rounded, as by a module that
-            computes them in it; "sqrtsoftplus" before its root as well. None is fp32 (fp64, if an operand is).
-        logits_dtype, weights_dtype: of the results; None is fp32 (fp64, if an operand is).
+            computes them in it; "sqrtsoftplus" before its root as well, and sums of scores without a correction bias.
+            None is fp32 (fp64, if an operand is).
+        logits_dtype, weights_dtype: of the results; None is fp32 (fp64, if an operand is). Logits in 16 bits are so in
+            product_dtype: a gradient starts from them.
     Returns:
         router_logits (T, E), topk_weights (T, top_k) and topk_indices (T, top_k) int64, by descending choice. At most
         two launches and no host sync on a GPU.
@@ -231,3 +233,8 @@ def _check_form(form: RouterForm, experts: int, allowed: tuple[torch.dtype, ...]
         dtype = getattr(form, name)
         if dtype is not None and dtype not in allowed:
             raise TypeError(f"{name}: expected None or one of {', '.join(map(str, allowed))}, got {dtype}")
+    if form.logits_dtype in (torch.bfloat16, torch.float16) and form.logits_dtype != form.product_dtype:
+        raise ValueError(
+            f"logits_dtype: expected None, torch.float32 or product_dtype ({form.product_dtype}), "
+            f"got {form.logits_dtype}"
+        )

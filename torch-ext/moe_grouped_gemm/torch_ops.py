@@ -172,6 +172,10 @@ def _tell_flop_counters() -> None:
             registry.setdefault(op, formula)
 
 
+def are_transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def rejects_transforms(function: Callable) -> Callable:
     """Decorates a public function: an error where torch.func or forward-mode AD would fail obscurely or lose tangents.
 
@@ -180,7 +184,7 @@ def rejects_transforms(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if are_transforms_active():
             raise NotImplementedError(
                 f"{function.__name__}: torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD are not "
                 "supported; take gradients with backward() or torch.autograd.grad"

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from .. import router
-from ..torch_ops import is_autocast
+from ..torch_ops import are_transforms_active, is_autocast
 from . import switching
 from .modules import is_plain
-from .router_forms import ARGUMENT, DTYPES, Router, get, learn, may_be_router, router_of
+from .router_forms import DTYPES, get, learn, may_be_router, router_of
+from .router_trial import ARGUMENT
 
 # For `kernelize`: routers of hidden states alone, and those that are given their correction bias with them.
-LAYER, LAYER_WITH_BIAS = "TopKRouter", "TopKRouterWithBias"
+LAYER, LAYER_WITH_BIAS = "MoERouter", "MoERouterWithBias"
 # A layer of its own, from before there were others.
 OF_DEEPSEEK_V3 = "DeepseekV3TopkRouter"
 # The name that Transformers itself gives to some, for whatever kernel there is.
@@ -35,35 +36,45 @@ def router_forward(module: nn.Module, hidden_states: torch.Tensor, *correction) 
     return serve(module, type(module).forward, hidden_states, *correction)
 
 
-def serve(module: nn.Module, stock: Callable, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, ...]:
+def serve(module: nn.Module, stock: Callable, *args, **kwargs) -> tuple[torch.Tensor, ...]:
     """What `module` computes, by us or, on a CPU or where it is none of our forms, by `stock(module, ...)`."""
-    found = router_of(module, hidden_states.dtype) if SERVES_CPU or not hidden_states.is_cpu else None
-    if found is not None and hidden_states.ndim in found.ranks:
-        weight, *vectors = _operands(module, found, (*args, *kwargs.values()))
-        given = [x for x in vectors if x is not None]
-        if all(map(is_plain, (hidden_states, weight, *given))) and _keeps_its_dtypes(module, hidden_states):
-            bias, correction = (x if x is None or x.ndim == 1 else x.flatten() for x in vectors)
-            rows = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, weight.shape[1])
-            results = router.route_tokens(rows, weight, correction, bias, found.form)
-            return tuple(results[role] for role in found.order)
-    return stock(module, hidden_states, *args, **kwargs)
+    hidden_states = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(hidden_states, torch.Tensor) and (SERVES_CPU or not hidden_states.is_cpu):
+        given = [x for x in (*args, *kwargs.values()) if x is not hidden_states]
+        results = _computed(module, hidden_states, given)
+        if results is not None:
+            return results
+    return stock(module, *args, **kwargs)
 
 
-def _operands(module: nn.Module, found: Router, given: tuple) -> tuple:
-    """(weight, bias, correction bias); the last one is no tensor if it should have been given and was not."""
-    correction = found.correction
-    if correction == ARGUMENT:
-        correction = given[0] if given and isinstance(given[0], torch.Tensor) else torch.empty(0, dtype=torch.bool)
-    elif correction is not None:
-        correction = get(module, correction)
-    return get(module, found.weight), None if found.bias is None else get(module, found.bias), correction
+def _computed(module: nn.Module, hidden_states: torch.Tensor, given: list) -> tuple[torch.Tensor, ...] | None:
+    """What the module returns for hidden states, and what else its forward is given; None where we do not know."""
+    found = router_of(module, hidden_states.dtype)
+    if found is None or hidden_states.ndim not in found.ranks or are_transforms_active():
+        return None
+    weight, bias, correction = (None if path in (None, ARGUMENT) else get(module, path) for path in found[1:4])
+    if found.correction == ARGUMENT:
+        # As in the trial, and no other.
+        (correction,) = given if len(given) == 1 else (None,)
+        is_as_tried = isinstance(correction, torch.Tensor) and correction.dtype == torch.float32
+        if not is_as_tried or correction.shape != weight.shape[:1]:
+            return None
+    elif any(x is not None for x in given):
+        return None
+    operands = [x for x in (hidden_states, weight, bias, correction) if x is not None]
+    if not all(map(is_plain, operands)) or hidden_states.shape[-1] != weight.shape[1]:
+        return None
+    if is_autocast(hidden_states) and not _is_in_fp32(module, hidden_states.device.type):
+        return None
+    rows = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, weight.shape[1])
+    bias, correction = (x if x is None or x.ndim == 1 else x.flatten() for x in (bias, correction))
+    results = router.route_tokens(rows, weight, correction, bias, found.form)
+    return tuple(results[role] for role in found.order)
 
 
-def _keeps_its_dtypes(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Not where autocast changes the dtype of its logits; it leaves alone whoever asks for fp32."""
-    if not is_autocast(hidden_states):
-        return True
-    found = router_of(module, torch.bfloat16)
+def _is_in_fp32(module: nn.Module, device_type: str) -> bool:
+    """Whether its class asks for fp32 logits, which autocast then does not change here."""
+    found = router_of(module, torch.get_autocast_dtype(device_type))
     return found is not None and found.form.product_dtype is None
 
 

@@ -191,7 +191,10 @@ def _router_topk_kernel(
         group_keys, first = _first_max(keys, offs_e, 1)
         if GROUP_SCORE == "top2":
             second = tl.max(tl.where(offs_e == first[:, None], BELOW_ALL, keys), axis=1)
-            group_keys = _key(_value(group_keys) + _value(second))
+            group_scores = _value(group_keys) + _value(second)
+            if correction_ptr is None:
+                group_scores = group_scores.to(SCORES).to(tl.float32)
+            group_keys = _key(group_scores)
         group_keys = tl.where(offs_g < GROUPS, group_keys, BELOW_ALL)
         for _ in range(topk_group):
             _, group = _first_max(group_keys, offs_g, 0)

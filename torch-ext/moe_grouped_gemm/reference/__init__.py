@@ -19,6 +19,7 @@ from .grouped import (
 from .router import (
     SCORES,
     RouterForm,
+    rounded,
     router_choice,
     router_dtype,
     router_scores,

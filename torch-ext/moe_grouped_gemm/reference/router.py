@@ -79,6 +79,8 @@ def router_choice(
     groups = choice.unflatten(1, (form.num_group, -1))
     greatest = 2 if form.group_score == "top2" else 1
     group_scores = groups.topk(greatest, dim=-1)[0].sum(dim=-1)
+    if e_score_correction_bias is None:  # which makes fp32 of a sum
+        group_scores = rounded(group_scores, form.scores_dtype)
     others = group_scores.sort(dim=1, descending=True, stable=True)[1][:, form.topk_group :, None]
     return groups.scatter(1, others.expand(-1, -1, groups.shape[2]), float("-inf")).flatten(1)
 
