@@ -1,6 +1,7 @@
 """Every router class of the installed Transformers against its own forward, and what a trial must not be fooled by."""
 
 import copy
+import functools
 import inspect
 from importlib import import_module
 from types import SimpleNamespace
@@ -174,6 +175,7 @@ class Scaled(nn.Module):
         self.norm = nn.Identity()
         self.buffer = nn.Buffer(torch.zeros(experts))
         self.mask = torch.zeros(experts)
+        self.history = []
         self.change = change
 
     def forward(self, hidden_states):
@@ -312,7 +314,61 @@ def counts_in_a_plain_tensor(self, hidden_states):
     return logits, weights, ids
 
 
+def padded(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights.masked_fill((hidden_states == 0).all(-1, keepdim=True), 0), ids
+
+
+def decoding(self, hidden_states):
+    return of_logits(F.linear(hidden_states, self.weight), 1 if len(hidden_states) == 1 else 2)
+
+
+def clamped_bias(self, hidden_states):
+    logits = F.linear(hidden_states, self.weight)
+    ids = (logits + self.buffer.clamp(max=0)).topk(self.top_k, dim=-1)[1]
+    return logits, logits.gather(1, ids).softmax(dim=-1), ids
+
+
+def straight_through(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights + (self.buffer - self.buffer.detach())[ids], ids
+
+
+class Replay:
+    ids = None
+
+
+def replayed(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights, ids if Replay.ids is None else Replay.ids
+
+
+SCALE = 1.0
+
+
+@torch.autocast("cpu", enabled=False)
+def decorated(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights * SCALE, ids
+
+
+def scale():
+    return SCALE
+
+
+def by_a_helper(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    return logits, weights * scale(), ids
+
+
+def keeps_history(self, hidden_states):
+    logits, weights, ids = choose(self, hidden_states)
+    self.history.append(ids)
+    return logits, weights, ids
+
+
 NONE_OF_OURS = [
+    *(padded, decoding, clamped_bias, straight_through, replayed, decorated, by_a_helper, keeps_history),
     *(noisy, by_config, counts, remembers, writes_its_input, temperature, soft_cap, rare_clamp, least, two_results),
     *(normalised_input, cosine, clamped_weight, rounded_weight, scaled_logits, finite_logits, clamped_logits),
     *(detached_input, detached_logits, without_gradients, by_grad_mode, masked, counts_in_a_plain_tensor),
@@ -329,7 +385,7 @@ def test_none_of_ours(kernel, calls, forward, dtype):
     kernelize(module, mode=Mode.INFERENCE, device="cpu")
     assert not is_switched_on(kernel, module)
     assert "none of the routers" in kernel.status(nn.ModuleList([module]))["0"]
-    assert module.mask.eq(0).all()  # a trial writes into nothing of the user's
+    assert module.mask.eq(0).all() and not module.history  # a trial writes into nothing of the user's
     module(torch.ones(3, 24, dtype=module.weight.dtype))
     assert not calls
 
@@ -439,14 +495,129 @@ def test_the_size_is_part_of_what_was_found_out(kernel, calls):
     assert len(calls) == 1
 
 
-def test_one_odd_module_does_not_speak_for_its_class(kernel):
-    """Fewer columns than experts, or a weight that is elsewhere."""
-    stock = router("Qwen3MoeTopKRouter")
-    for shape in ((8, 8), (0,)):
-        odd = copy.deepcopy(stock)
-        odd.weight = nn.Parameter(torch.empty(shape))
-        assert not is_switched_on(kernel, switched(kernel, odd))
-    assert is_switched_on(kernel, switched(kernel, stock))
+ODD_WEIGHTS = {
+    "few-columns": lambda: nn.Parameter(torch.empty(8, 8)),
+    "elsewhere": lambda: nn.Parameter(torch.empty(0)),
+    "none": lambda: None,
+    "lazy": nn.UninitializedParameter,
+}
+
+
+@pytest.mark.parametrize("weight", ODD_WEIGHTS)
+def test_one_odd_module_does_not_speak_for_its_class(kernel, weight):
+    class Odd(Scaled):
+        forward = choose
+
+    odd = Odd(None)
+    odd.weight = ODD_WEIGHTS[weight]()
+    assert not is_switched_on(kernel, switched(kernel, odd))
+    assert is_switched_on(kernel, switched(kernel, Odd(None)))
+
+
+def test_a_model_that_is_built_in_inference_mode(kernel):
+    class Built(Scaled):
+        forward = choose
+
+    kernel.integration.routers.make_switchable(Built)
+    with torch.inference_mode():
+        Built(None)
+    assert is_switched_on(kernel, switched(kernel, Built(None)))
+
+
+def test_what_is_none_in_one_module_and_there_in_the_next(kernel):
+    for attribute in ("bias", "weight"):
+        first, second = (router("HunYuanMoEV1Gate") for _ in range(2))
+        second.wg.bias = nn.Parameter(torch.randn(8))
+        for module in (first, second) if attribute == "bias" else (second, first):
+            own_forward = kernel.integration.switching.below_ours(type(module).forward)
+            expected = in_order(own_forward(module, *arguments(module)))
+            got = in_order(switched(kernel, module)(*arguments(module)))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_container_inside(kernel, calls):
+    """Its forward reads what it has past every attribute."""
+
+    class Contained(Scaled):
+        def __init__(self, *more):
+            super().__init__(None)
+            del self.weight
+            self.norm = nn.Sequential(nn.Linear(24, 8, bias=False), *more)
+
+        def forward(self, hidden_states):
+            logits = self.norm(hidden_states)
+            chosen, ids = logits.topk(self.top_k, dim=-1)
+            return logits, chosen.softmax(dim=-1), ids
+
+    for module in (Contained(), Contained(nn.Tanh())):
+        assert not is_switched_on(kernel, switched(kernel, module))
+
+
+def test_one_tensor_under_two_names(kernel, calls):
+    def forward(self, hidden_states):
+        return of_logits(F.linear(hidden_states, self.weight, self.bias))
+
+    module = variant(forward)
+    module.other = nn.Parameter(torch.randn(8))
+    module.bias = module.other
+    x = torch.randn(9, 24)
+    torch.testing.assert_close(switched(kernel, module)(x)[0], F.linear(x, module.weight, module.bias))
+    assert len(calls) == 1
+
+
+def test_a_method_of_somebody_else(kernel, calls):
+    class Schedule:
+        value = 1.0
+
+        def scaled(self, logits):
+            return logits * self.value
+
+    def forward(self, hidden_states):
+        return of_logits(self.schedule(F.linear(hidden_states, self.weight)))
+
+    module, schedule = variant(forward), Schedule()
+    module.schedule = schedule.scaled
+    assert not is_switched_on(kernel, switched(kernel, module))
+
+
+def test_a_forward_that_is_replaced(kernel, calls):
+    """And made switchable again, as by every load with a KernelConfig."""
+
+    class Replaced(Scaled):
+        forward = choose
+
+    x = torch.randn(9, 24)
+    switched(kernel, Replaced(None))(x)
+    assert len(calls) == 1
+    Replaced.forward = soft_cap
+    module = Replaced(None)
+    got = switched(kernel, module)(x)[0]
+    assert torch.equal(got, soft_cap(module, x)[0]) and len(calls) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_as_many_experts_as_kimi_k2_has(kernel, threads):
+    """Whatever the order of sums in the product, which follows the number of threads."""
+    module = router("DeepseekV3TopkRouter")
+    module.weight = nn.Parameter(torch.randn(384, 7168, dtype=torch.bfloat16))
+    module.e_score_correction_bias = torch.rand(384)
+    module.num_experts, module.hidden_dim, module.top_k, module.num_group, module.topk_group = 384, 7168, 8, 1, 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert kernel.integration.router_forms.Trial(module, torch.bfloat16).router is not None
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_names_that_only_look_like_functions(kernel):
+    class Odd(nn.Module):
+        pick = functools.wraps(torch.topk)(lambda self, x: x)
+
+        def forward(self, hidden_states):
+            return self.pick(hidden_states)
+
+    assert not kernel.integration.router_forms.may_be_router(Odd)
 
 
 def test_a_class_whose_forward_is_wrapped_later(kernel, calls):

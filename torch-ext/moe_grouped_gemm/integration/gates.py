@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "torch.nn.modules.activation.ReLU": "relu",
 }
 _MISSING, _OPAQUE = "<missing>", "<opaque>"
+_LIBRARIES = {"torch", "transformers", "math", "builtins", "contextlib"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Of each `_apply_gate` that was tried: what it read, and which gate it then was; None if none of ours. Of the newest
@@ -87,13 +88,23 @@ def _function(module: nn.Module) -> Callable | None:
     return None if "_apply_gate" in module.__dict__ else type(module)._apply_gate
 
 
-def is_closed(function: Callable) -> bool:
-    """Whether it depends on nothing but its arguments, and what modules, classes and functions it names."""
+def is_closed(function: Callable, *callers: Callable) -> bool:
+    """Whether it depends on nothing but its arguments, libraries, and functions of which the same holds."""
     if not inspect.isfunction(function) or {"vars", "__dict__", "globals"} & set(function.__code__.co_names):
         return False
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     named = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
-    return all(inspect.ismodule(value) or callable(value) for value in (*cells, *named))
+    return all(_is_known(value, function, *callers) for value in (*cells, *named))
+
+
+def _is_known(value: object, *callers: Callable) -> bool:
+    """Whether it will be tomorrow what it is today: what a class or a module of the user's holds may not."""
+    name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+    if (inspect.ismodule(value) or callable(value)) and (name or "builtins").partition(".")[0] in _LIBRARIES:
+        return True
+    if inspect.isclass(value) and issubclass(value, nn.Module):
+        return True  # the `__class__` of a `super()`
+    return value in callers or is_closed(value, *callers)
 
 
 def _plain(value: object) -> object:
@@ -155,8 +166,8 @@ def undisturbed():
     """In no mode of the caller's: Transformers may be building a model around us, on "meta", or somebody may trace."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        with torch.random.fork_rng(devices=[]):
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             yield
 
 

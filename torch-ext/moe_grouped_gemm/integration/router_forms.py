@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Callable
 
 import torch
 from torch import nn
@@ -11,17 +12,19 @@ from .router_trial import MISSING, Router, Trial, remembered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Of each class and dtype of the hidden states: what its forward read in a trial, and which router it then was; None if
-# none of ours. Of the newest trials alone: each layer may have attributes of its own, but models do not have so many.
+# Of each class and dtype of the hidden states: its forward, what that read in a trial, and which router it then was;
+# None if none of ours. Of the newest trials alone: each layer may have attributes of its own, but models do not have so
+# many.
 _MOST_TRIALS = 256
-_TRIED: dict[tuple[type, torch.dtype], list[tuple[dict[str, object], Router | None]]] = {}
+_TRIED: dict[tuple[type, torch.dtype], list[tuple[Callable, dict[str, object], Router | None]]] = {}
 
 
 def may_be_router(cls: type) -> bool:
     """Whether to try: its forward takes hidden states, and at most one tensor more, and something asks for a topk."""
     forward = vars(cls).get("forward")
     functions = [inspect.unwrap(value) for value in vars(cls).values() if inspect.isfunction(value)]
-    if forward is None or not any("topk" in function.__code__.co_names for function in functions):
+    names = [function.__code__.co_names for function in functions if hasattr(function, "__code__")]
+    if forward is None or not any("topk" in of_one for of_one in names):
         return False
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
     return len(kinds) in (2, 3) and set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
@@ -37,7 +40,9 @@ def router_of(module: nn.Module, dtype: torch.dtype) -> Router | None:
     """The router that it is for hidden states of this dtype; None if it is none of ours, or if that is not sure."""
     cls, is_compiling = type(module), torch.compiler.is_compiling()
     state = {} if is_compiling else module.__dict__  # through which torch.compile does not see
-    for reads, router in _TRIED.get((cls, dtype), ()):
+    for forward, reads, router in _TRIED.get((cls, dtype), ()):
+        if forward is not cls.forward:
+            continue
         for path, value in reads.items():
             # nn.Module's own lookup takes a microsecond.
             found = state[path] if path in state else get(module, path)
@@ -48,9 +53,10 @@ def router_of(module: nn.Module, dtype: torch.dtype) -> Router | None:
     if is_compiling or dtype not in DTYPES:
         return None
     trial = Trial(module, dtype)
-    tried = _TRIED.setdefault((cls, dtype), [])
-    tried.append((trial.reads, trial.router))
-    del tried[:-_MOST_TRIALS]
+    if trial.reads:
+        tried = _TRIED.setdefault((cls, dtype), [])
+        tried.append((cls.forward, trial.reads, trial.router))
+        del tried[:-_MOST_TRIALS]
     return trial.router
 
 

@@ -14,7 +14,7 @@ from ..torch_ops import are_transforms_active, is_autocast
 from . import switching
 from .modules import is_plain
 from .router_forms import DTYPES, get, learn, may_be_router, router_of
-from .router_trial import ARGUMENT
+from .router_inputs import ARGUMENT
 
 # For `kernelize`: routers of hidden states alone, and those that are given their correction bias with them.
 LAYER, LAYER_WITH_BIAS = "MoERouter", "MoERouterWithBias"
