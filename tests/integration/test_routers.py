@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from kernels import Mode, kernelize
 from torch import nn
-from transformers import KernelConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import KernelConfig, LagunaConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.laguna import modeling_laguna
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -817,11 +817,18 @@ def test_the_name_that_transformers_gives(kernel, is_mapped):
             torch.testing.assert_close(in_order(module(x)), in_order(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config_class, cls", [(Qwen3MoeConfig, Qwen3MoeTopKRouter), (MixtralConfig, MixtralTopKRouter)]
-)
-def test_what_a_stand_in_stands_for(kernel, config_class, cls):
-    config = tiny_config(config_class.model_type, config_class)
+STOOD_IN = [
+    ("qwen3_moe", Qwen3MoeConfig, Qwen3MoeTopKRouter),
+    ("mixtral", MixtralConfig, MixtralTopKRouter),
+    ("laguna", LagunaConfig, modeling_laguna.LagunaTopKRouter),  # which has a name for kernels of its own
+]
+
+
+@pytest.mark.parametrize("model, config_class, cls", STOOD_IN, ids=[row[0] for row in STOOD_IN])
+def test_what_a_stand_in_stands_for(kernel, monkeypatch, model, config_class, cls):
+    for attribute in ("kernel_layer_name", "kernel_condition"):  # as they are
+        monkeypatch.setattr(cls, attribute, getattr(cls, attribute, None), raising=False)
+    config = tiny_config(model, config_class)
     module = kernel.layers.MoERouterLayout(config)
     assert type(module) is cls and isinstance(module, kernel.layers.MoERouterLayout)
     kernelize(module, mode=Mode.INFERENCE, device="cpu")

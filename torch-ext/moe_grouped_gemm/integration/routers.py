@@ -82,9 +82,11 @@ def register(layer: type) -> dict[str, type]:
     """From now on meet the routers of every modeling file that has experts; returns what else `layer` is to take."""
     global _is_registered
     _is_registered = True
-    mapped = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get()
-    devices = {device for device, _ in mapped.get(OF_TRANSFORMERS, {}).items()}
-    return {} if devices & {"cuda", "cpu"} else {OF_TRANSFORMERS: layer}
+    try:
+        mapping = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get()
+    except (ImportError, AttributeError):  # a `kernels` to come: what is mapped there nobody can tell
+        return {}
+    return {} if {"cuda", "cpu"} & set(mapping.get(OF_TRANSFORMERS, {})) else {OF_TRANSFORMERS: layer}
 
 
 def meet(modeling: str) -> None:
@@ -101,15 +103,17 @@ def _classes(modeling: str) -> list[type]:
 
 
 def make_switchable(cls: type, layer_name: str | None = None) -> type:
-    name = getattr(cls, "kernel_layer_name", None)
-    if name in (None, LAYER, LAYER_WITH_BIAS, OF_DEEPSEEK_V3):
-        is_given_one = len(inspect.signature(cls.forward).parameters) == 2
-        name = layer_name or name or (OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else None)
-        name = name or (LAYER if is_given_one else LAYER_WITH_BIAS)
-        switching.make_switchable(cls, serve, learn)
-        switching.name_for_kernelize(cls, name, _may_switch_on)
-    elif name == OF_TRANSFORMERS:  # whatever kernel takes it is asked as before
-        switching.make_switchable(cls, serve, learn)
+    """Let `kernelize` switch modules of `cls` on, as layers of this name; by default the class's own, if it has one."""
+    own_name = getattr(cls, "kernel_layer_name", None)
+    if own_name not in (None, LAYER, LAYER_WITH_BIAS, OF_DEEPSEEK_V3, OF_TRANSFORMERS):
+        return cls  # another kernel's
+    switching.make_switchable(cls, serve, learn)
+    if layer_name is None and own_name is None:
+        takes_one = len(inspect.signature(cls.forward).parameters) == 2
+        by_form = LAYER if takes_one else LAYER_WITH_BIAS
+        layer_name = OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else by_form
+    if layer_name is not None:  # under Transformers' name, whatever kernel takes it is asked as before
+        switching.name_for_kernelize(cls, layer_name, _may_switch_on)
     return cls
 
 
