@@ -514,6 +514,20 @@ def test_one_odd_module_does_not_speak_for_its_class(kernel, weight):
     assert is_switched_on(kernel, switched(kernel, Odd(None)))
 
 
+def test_nothing_is_tried_before_it_is_switched_on(kernel, record):
+    """A trial takes up to a third of a second."""
+
+    class Built(Scaled):
+        forward = choose
+
+    trials = record(kernel.integration.router_forms, "Trial")
+    kernel.integration.routers.make_switchable(Built)
+    module = Built(None)
+    assert not trials
+    switched(kernel, module)
+    assert len(trials) == 3  # hidden states in each dtype
+
+
 def test_a_model_that_is_built_in_inference_mode(kernel):
     class Built(Scaled):
         forward = choose

@@ -28,7 +28,7 @@ _ACTIVATIONS = {
     "transformers.activations.GELUTanh": "gelu_pytorch_tanh",
     "torch.nn.modules.activation.ReLU": "relu",
 }
-_MISSING, _OPAQUE = "<missing>", "<opaque>"
+MISSING, OPAQUE = "<missing>", "<opaque>"
 _LIBRARIES = {"torch", "transformers", "math", "builtins", "contextlib"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -48,7 +48,7 @@ def gate_of(module: nn.Module) -> Gate | None:
     if function is None:
         return None
     for reads, gate in _TRIED.get(function, ()):
-        if all(_plain(getattr(module, name, _MISSING)) == value for name, value in reads.items()):
+        if all(_plain(getattr(module, name, MISSING)) == value for name, value in reads.items()):
             return gate
     if torch.compiler.is_compiling():
         return None
@@ -111,7 +111,7 @@ def _plain(value: object) -> object:
     """What a read of this value is remembered as."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return activation_name(value) or _OPAQUE
+    return activation_name(value) or OPAQUE
 
 
 class _Recorder:
@@ -124,15 +124,15 @@ class _Recorder:
         raise TypeError(f"{name} is written: more than a function")
 
     def __getattr__(self, name: str):
-        value = getattr(self._module, name, _MISSING)
+        value = getattr(self._module, name, MISSING)
         if isinstance(value, MethodType) and value.__self__ is self._module:
             if not is_closed(value.__func__):
-                self.reads[name] = _OPAQUE
+                self.reads[name] = OPAQUE
             return MethodType(value.__func__, self)  # a helper of the class
         self.reads[name] = _plain(value)
-        if value is _MISSING:
+        if value is MISSING:
             raise AttributeError(name)
-        if isinstance(value, nn.Module) and self.reads[name] is not _OPAQUE:
+        if isinstance(value, nn.Module) and self.reads[name] is not OPAQUE:
             return MethodType(type(value).forward, value)  # a kernel in its place may run on a GPU alone
         return value
 
@@ -152,7 +152,7 @@ def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate
         except Exception:  # it is not written for what it was given
             return recorder.reads, None
         reads = recorder.reads
-        if _OPAQUE in reads.values() or not all(map(_same, *results)):
+        if OPAQUE in reads.values() or not all(map(_same, *results)):
             return reads, None
         for gate in _candidates(reads):
             exactly = all(_same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0]))

@@ -22,10 +22,9 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ..reference import SCORES, RouterForm, rounded, router_choice, router_scores, router_weights
 from . import switching
-from .gates import is_as_its_class, is_closed, undisturbed
+from .gates import MISSING, OPAQUE, is_as_its_class, is_closed, undisturbed
 from .router_inputs import ARGUMENT, MODERATE, SPECIAL, Inputs, make_inputs, normal
 
-MISSING, OPAQUE = "<missing>", "<opaque>"
 _INTERNAL = frozenset(dir(nn.Module())) - {"training"}
 _MOST_TENSORS = 4
 
@@ -121,35 +120,36 @@ class Trial:
             for bias, correction in self._operands(inputs):
                 for form in self._forms(*by_role, inputs, bias, correction):
                     router = Router(form, self._weight, bias, correction, order, tuple(found))
-                    if self._is_confirmed(module, router, inputs):
+                    if self._is_confirmed(module, router, inputs, found):
                         return router
         return None
 
-    def _is_confirmed(self, module: nn.Module, router: Router, inputs: Inputs) -> bool:
-        """In each rank, for one token, with biases of the other sign, and in its gradients."""
+    def _is_confirmed(self, module: nn.Module, router: Router, inputs: Inputs, found: dict[int, list]) -> bool:
+        """By what was found in each rank, for one token, with biases of the other sign, and by its gradients."""
         one = inputs._replace(x=inputs.x[MODERATE // 2 : MODERATE // 2 + 1])
-        others = {path: tensor if path == self._weight else -tensor for path, tensor in inputs.tensors.items()}
-        negated = inputs._replace(tensors=others, argument=-inputs.argument)
-        runs = ((given, rank) for given in (inputs, one, negated) for rank in router.ranks)
-        if not all(self._agrees(router, self._run(module, *run), run[0]) for run in runs):
+        tensors = {path: tensor if path == self._weight else -tensor for path, tensor in inputs.tensors.items()}
+        negated = inputs._replace(tensors=tensors, argument=-inputs.argument)
+        if not all(self._agrees(router, results, inputs) for results in found.values()):
+            return False
+        others = ((given, rank) for given in (one, negated) for rank in router.ranks)
+        if not all(self._agrees(router, self._run(module, given, rank), given) for given, rank in others):
             return False
         return self._has_gradients(module, router, inputs, router.ranks[0])
 
     def _run(self, module: nn.Module, inputs: Inputs, rank: int) -> list[torch.Tensor] | None:
         """Three tensors with a row for each token; None if it does not return such, or does more than that."""
         x = inputs.x if rank == 2 else inputs.x.unflatten(0, (2, -1) if len(inputs.x) % 2 == 0 else (1, -1))
-        given, arguments = x.clone(), [inputs.argument.detach().clone()] if self._takes_two else []
+        given, argument = x.clone(), inputs.argument.clone()
         before = {path: tensor.detach().clone() for path, tensor in inputs.tensors.items()}
-        if torch.is_grad_enabled():
-            given, arguments = x, [inputs.argument] if self._takes_two else []
         try:
-            results = self._forward(self._clone(module, "", inputs.tensors), given, *arguments)
+            clone = self._clone(module, "", inputs.tensors)
+            results = self._forward(clone, given, *([argument] if self._takes_two else []))
         except _Opaque:
             raise
         except Exception:
             return None
-        after = [(x, given), *((before[path], inputs.tensors[path]) for path in before)]
-        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in after):
+        written = [(x, given), (inputs.argument, argument), *((before[p], inputs.tensors[p]) for p in before)]
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in written):
             return None
         if not (isinstance(results, tuple) and len(results) == 3):
             return None

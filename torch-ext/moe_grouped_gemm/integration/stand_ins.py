@@ -29,7 +29,7 @@ def make_switchable(cls: type) -> type:
     if "_apply_gate" in vars(cls):
         is_fp8 = cls.__module__.startswith("transformers.integrations.")
         if modules.is_dispatch(cls.forward):
-            switching.make_switchable(cls, modules.serve, learn)
+            switching.make_switchable(cls, modules.serve, learn, learn)
         elif not is_fp8:  # which is decorated as a model is quantised
             return cls
         name = FP8_EXPERTS_LAYER if is_fp8 else EXPERTS_LAYER

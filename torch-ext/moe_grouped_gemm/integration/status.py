@@ -39,8 +39,9 @@ def _experts(module: nn.Module) -> str:
 
 
 def _other(module: nn.Module) -> str:
-    if routers.is_router(module) and not routers.is_served(module):
-        return "Transformers: none of the routers that this kernel has"
-    if routers.is_router(module) and not routers.SERVES_CPU and any(p.is_cpu for p in module.parameters()):
-        return "Transformers: a router on a CPU"
+    if routers.is_router(module):
+        if not routers.is_served(module):
+            return "Transformers: none of the routers that this kernel has"
+        if not routers.SERVES_CPU and any(parameter.is_cpu for parameter in module.parameters()):
+            return "Transformers: a router on a CPU"
     return modules.EXPERTS_IMPLEMENTATION if switching.is_switched_on(module) else "Transformers: not switched on"

@@ -43,12 +43,15 @@ class Layer(nn.Module):
     has_backward = True
 
 
-def make_switchable(cls: type, serve: Callable, learn: Callable | None = None) -> None:
+def make_switchable(
+    cls: type, serve: Callable, learn: Callable | None = None, learn_built: Callable | None = None
+) -> None:
     """From now on modules of `cls` can be switched on.
 
     Args:
         serve: (module, stock forward, *inputs) -> output, for a module that is switched on.
-        learn: called with a module as it is built or switched on, ahead of any forward that torch.compile may trace.
+        learn: called with a module as it is switched on, ahead of any forward that torch.compile may trace.
+        learn_built: called with a module as it is built, for what is served without being switched on.
     """
     if not is_own(cls.forward):
         setattr(cls, _MARK, _OFF)  # of modules without one: as cheap to read, and plain to torch.compile
@@ -56,8 +59,8 @@ def make_switchable(cls: type, serve: Callable, learn: Callable | None = None) -
         # These two stay where they are if somebody decorates the class anew.
         if not any(map(is_own, _unwrapped(cls.__setattr__))):
             cls.__setattr__ = _setattr(cls.__setattr__, learn)
-        if learn is not None and not any(map(is_own, _unwrapped(cls.__init__))):
-            cls.__init__ = _init(cls.__init__, learn)
+        if learn_built is not None and not any(map(is_own, _unwrapped(cls.__init__))):
+            cls.__init__ = _init(cls.__init__, learn_built)
 
 
 def is_switchable(module: nn.Module) -> bool:
