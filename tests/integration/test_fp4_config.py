@@ -15,6 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTo
 import moe_models
 from moe_models import ALONE, experts_classes, tiny_config, with_the_numbers_of
 from oracle import dequantized_fp4, error
+from situations import on_a_gpu
 from tiny_models import NUM_MOE_LAYERS, prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels")
@@ -353,6 +354,18 @@ def test_nobody_else_computes_them(checkpoint, kernel, name):
     assert torch.equal(logits(model), expected)
     model.set_experts_implementation("moe_grouped_gemm")
     assert torch.equal(logits(model), expected)
+
+
+def test_generate_changes_the_name_while_it_decodes(checkpoint, kernel):
+    """On a GPU grouped_mm for batched_mm: served by `use_kernels`, the experts take no notice of the name."""
+    model = load(checkpoint, quantization_config=kernel.fp4_config())
+    expected = logits(model)
+    model.set_use_kernels(True)
+    model.config._experts_implementation = "grouped_mm"
+    with on_a_gpu(type(model)), model._optimize_model_for_decode():
+        assert model.get_experts_implementation() == {"": "batched_mm"}
+        hidden = model.model(prompt()).last_hidden_state
+    assert torch.equal(hidden, model.model(prompt()).last_hidden_state) and torch.equal(logits(model), expected)
 
 
 def test_codes_where_the_kernel_does_not_run(checkpoint, kernel, monkeypatch):

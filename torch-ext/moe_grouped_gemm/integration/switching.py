@@ -245,13 +245,14 @@ def let_models_switch_off(is_experts: Callable, learn: Callable, check_choice: C
 
     @functools.wraps(set_implementation)
     def set_implementation_and_switch(self, experts_implementation):
+        # `generate` changes grouped_mm for batched_mm while it decodes, and back: that is no choice of the user's.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("transformers.generation"):
+            set_implementation(self, experts_implementation)
+            return
         chosen = dict(_chosen(filter(is_experts, self.modules()), self.config, experts_implementation))
         for module, name in chosen.items():
             check_choice(module, name)
         set_implementation(self, experts_implementation)
-        # `generate` changes grouped_mm for batched_mm while it decodes, and back: that is no choice of the user's.
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("transformers.generation"):
-            return
         for module in chosen:
             switch_off(module, for_good=True)
             learn(module)
