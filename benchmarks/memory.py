@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The memory of a training step: LoRA over experts in 4 bits, of a model with Qwen3-30B-A3B's dimensions.
 
-    python benchmarks/memory.py             # on a GPU: the peak, and docs/measurements/<gpu>-memory.json
-    python benchmarks/memory.py --limit 24  # in GiB: fails as on a card that has no more
+    python benchmarks/memory.py      # on a GPU: the peaks, and docs/measurements/<gpu>-memory.json
 
-48 layers, experts in random codes, the rest in bf16; adapters of rank 16 on all experts' weights, in bf16; 4096 tokens,
-gradient checkpointing, one forward, backward and step of AdamW as Trainer takes them. On a CPU a small model, to see
-that the script runs.
+48 layers, experts in random codes, the rest in bf16; adapters of rank 16 in bf16, on all experts' weights or on those
+of attention; 4096 tokens, gradient checkpointing, one forward, backward and step of fused AdamW, as Trainer takes them.
+The loss is that of the model, which makes all logits at once, or of 512 tokens at a time, as fused losses make it. On a
+CPU a small model, to see that the script runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ os.environ["USE_HUB_KERNELS"] = "NO"  # as in generate.py
 
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from common import argument_parser, header, staged_kernel, write
@@ -28,6 +30,10 @@ from generate import DEVICE, qwen3_config, random_tokens
 TOKENS, RANK = (4096, 16) if DEVICE == "cuda" else (64, 4)
 LAYERS = 48
 WEIGHTS = ("gate_up_proj", "down_proj")
+TARGETS = {
+    "experts": {"target_modules": [], "target_parameters": [f"mlp.experts.{name}" for name in WEIGHTS]},
+    "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+}
 
 
 def random_codes(module: nn.Module) -> None:
@@ -61,9 +67,8 @@ def build_model(kernel) -> nn.Module:
     return model
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    targets = [f"mlp.experts.{name}" for name in WEIGHTS]
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=targets)
+def adapted(model: nn.Module, adapters: str) -> nn.Module:
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, **TARGETS[adapters])
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -71,6 +76,19 @@ def adapted(model: nn.Module) -> nn.Module:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     return model.train()
+
+
+def loss_of(model: nn.Module, tokens: torch.Tensor, in_parts: bool) -> torch.Tensor:
+    if not in_parts:
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    causal = model.get_base_model()
+    hidden_states = causal.model(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]
+
+    def of_part(hidden_states, labels):
+        return F.cross_entropy(causal.lm_head(hidden_states).float(), labels, reduction="sum")
+
+    parts = zip(hidden_states.split(512), tokens[0, 1:].split(512))
+    return sum(checkpoint(of_part, *part, use_reentrant=False) for part in parts) / (tokens.numel() - 1)
 
 
 def count(name: str, parameter: nn.Parameter) -> int:
@@ -92,47 +110,47 @@ def allocated(peak: bool = False) -> int:
 
 def main() -> None:
     parser = argument_parser(__doc__, "docs/measurements/<gpu>-memory.json")
-    parser.add_argument("--limit", type=float, help="GiB that may be allocated")
     args = parser.parse_args()
-    if args.limit is not None and DEVICE == "cuda":
-        torch.cuda.set_per_process_memory_fraction(args.limit * 2**30 / torch.cuda.mem_get_info()[1])
 
     kernel = staged_kernel()
     kernel.register()
     torch.manual_seed(0)
     model = build_model(kernel)
-    loaded, numbers = allocated(), sum(count(*named) for named in model.named_parameters())
-    model = adapted(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    numbers = sum(count(*named) for named in model.named_parameters())
     tokens = random_tokens(1, TOKENS, model.config.vocab_size)
-    peaks = []
-    for _ in range(2):  # the second has the optimizer's state from its beginning
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    layers = model.config.num_hidden_layers
+    sizes = {"tokens": TOKENS, "rank": RANK, "parameters": numbers, "model_gib": gib(allocated())}
+    result = header(transformers, peft, layers=layers, **sizes, cases=[])
+    print(f"{result['gpu']}: {numbers / 1e9:.1f}B parameters take {result['model_gib']:.1f} GiB")
+    print(f"{'adapters':10} {'trained':>8} {'loss':>8} {'peak GiB':>9}")
+    for adapters in TARGETS:
+        model = adapted(model, adapters)
+        for in_parts in (False, True):
+            case = step(model, tokens, in_parts)
+            result["cases"].append({"adapters": adapters, "loss": "in parts" if in_parts else "at once", **case})
+            trained = f"{case['trained'] / 1e6:.0f}M"
+            print(f"{adapters:10} {trained:>8} {result['cases'][-1]['loss']:>8} {case['peak_gib']:9.1f}", flush=True)
+            write(args.out, result)
+        model = model.unload()
+    print(args.out)
+
+
+def step(model: nn.Module, tokens: torch.Tensor, in_parts: bool) -> dict:
+    """The peak of two steps: the second has the optimizer's state from its beginning."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    case = {"trained": sum(parameter.numel() for parameter in trained)}
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        loss = loss_of(model, tokens, in_parts)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        peaks.append(allocated(peak=True))
     if not torch.isfinite(loss):
         raise SystemExit(f"the loss is {loss.item()}: nothing is reported")
-    result = header(
-        transformers,
-        peft,
-        layers=model.config.num_hidden_layers,
-        tokens=TOKENS,
-        rank=RANK,
-        parameters=numbers,
-        trained=sum(parameter.numel() for parameter in trained),
-        model_gib=gib(loaded),
-        peak_gib=gib(max(peaks)),
-        limit_gib=args.limit,
-    )
-    write(args.out, result)
-    print(f"{result['gpu']}: {result['parameters'] / 1e9:.1f}B parameters take {result['model_gib']:.1f} GiB,", end=" ")
-    print(f"a step that trains {result['trained'] / 1e6:.0f}M more, {result['peak_gib']:.1f} GiB at its peak")
-    print(args.out)
+    return case | {"peak_gib": gib(allocated(peak=True))}
 
 
 if __name__ == "__main__":

@@ -92,12 +92,15 @@ def test_generate_codes(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_memory(monkeypatch, tmp_path):
-    """All but the peak, which there is none of on a CPU: the step is taken, of the adapters of all experts alone."""
+    """All but the peaks, which there are none of on a CPU: the steps are taken, of the adapters that they say."""
     out = tmp_path / "memory.json"
     run("memory.py", "--out", out, monkeypatch=monkeypatch)
     result = json.loads(out.read_text())
     sizes = 256 + 2 * 64, 64 + 256  # A and B of gate_up_proj and of down_proj, for each rank, expert and layer
-    assert result["trained"] == result["layers"] * 16 * result["rank"] * sum(sizes)
+    experts = result["layers"] * 16 * result["rank"] * sum(sizes)
+    cases = [(case["adapters"], case["loss"], case["trained"] == experts) for case in result["cases"]]
+    losses = ("at once", "in parts")
+    assert cases == [(name, loss, name == "experts") for name in ("experts", "attention") for loss in losses]
 
 
 @pytest.mark.long
