@@ -1,9 +1,11 @@
 """What only a GPU can show; skipped without one."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
-from oracle import layer, router, variant_of
+from oracle import layer, router, shared_weights, variant_of
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +114,16 @@ def test_router_takes_at_most_two_launches(kernel, tokens, requires_grad):
     x.requires_grad_(requires_grad)
     names = launches(lambda: kernel.topk_router(x, weight, bias, 8, 8, 4, True, 2.5))
     assert 1 <= len(names) <= 2, names
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_decode_with_shared_experts_takes_two_launches(kernel, gated):
+    ops, weights = (import_module(f"{kernel.__name__}.{name}") for name in ("experts.ops", "weights"))
+    *inputs, gate_up, down = layer(2, 64, 8, 128, 64, torch.bfloat16, "cuda")
+    shared = kernel.reference.SharedExperts(*shared_weights(128, 96, torch.bfloat16, "cuda", gated))
+    projections = [weights.Projection(w) for w in (gate_up, down)]
+    names = launches(lambda: ops.forward_on_gpu(*inputs, *projections, kernel.reference.Gate(), False, shared))
+    assert len(names) == 2, names
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 600])

@@ -193,7 +193,8 @@ def fp8_launches(package, traits, precisions):
                 yield dtype, config, partial(kernels.codes_gemm_hopper, z, w1, s1, schedule, config, y, transposed=True)
         up, down = tuning.DECODE_FP8
         yield dtype, up, partial(kernels.gate_up_decode_fp8, x, w1, s1, index, Gate(), up)
-        yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down)
+        for addend in (None, y):
+            yield dtype, down, partial(kernels.down_decode_fp8, a, w2, s2, index, weights, down, addend)
         if traits.has_fp8:
             yield dtype, None, partial(kernels.quantize_rows, x)
             yield dtype, None, partial(kernels.quantize_slots, x, slots)
@@ -249,7 +250,9 @@ def fp4_launches(package, traits, precisions):
         weights = empty(16, 6, dtype=torch.float32)
         for gate, biases in ((Gate(), (None, None)), (Gate(**GPT_OSS), (b1, b2))):
             yield dtype, up, partial(kernels.gate_up_decode_fp4, x, w1, s1, index, gate, up, biases[0])
-            yield dtype, down, partial(kernels.down_decode_fp4, a, w2, s2, index, weights, down, biases[1])
+            args = (a, w2, s2, index, weights, down, biases[1])
+            for addend in (None, y):
+                yield dtype, down, partial(kernels.down_decode_fp4, *args, addend)
 
 
 def lora_launches(package, dtype, traits, precisions):
@@ -300,6 +303,7 @@ def launches(package, gpu):
         w1, w2 = (torch.empty(EXPERTS, n, k, dtype=dtype) for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)))
         weights = torch.empty(16, 6)
         yield dtype, None, partial(kernels.combine, y, slots, weights)
+        yield dtype, None, partial(kernels.combine, y, slots, weights, addend=y)
         yield dtype, None, partial(kernels.zero_skipped, y, slots)
         yield dtype, None, partial(kernels.zero_tail, y, offsets)
         index = torch.zeros(16, 6, dtype=torch.int64)
@@ -309,6 +313,12 @@ def launches(package, gpu):
             b1, b2 = (torch.empty(EXPERTS, n, dtype=dtype) if gate.interleaved else None for n in (2 * INTER, HIDDEN))
             yield dtype, up, partial(kernels.gate_up_decode, x, v1, index, gate, up, b1)
             yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, b2)
+            if gate.interleaved:  # of which no model has shared experts
+                continue
+            for gate_weight in (x[:1], None):
+                shared = (w1[0], w1[1], w2[0], gate_weight)
+                yield dtype, up, partial(kernels.gate_up_decode, x, v1, index, gate, up, shared=shared)
+                yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, shared=shared)
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)
         for (_, config), precision in product(tuning.EXPERTS.of(dtype, traits), precisions):

@@ -55,6 +55,17 @@ def experts_densely(x, index, weights, gate_up_proj, down_proj, activation="silu
     return (share[..., None] * y).sum(dim=1)
 
 
+def shared_weights(hidden_dim, inter, dtype=torch.float32, device="cpu", gated=True, margin=0):
+    """Fields of SharedExperts; their rows lie `margin` numbers farther apart than they are long."""
+    generator = torch.Generator().manual_seed(inter)
+    shapes = (inter, hidden_dim), (inter, hidden_dim), (hidden_dim, inter), (1, hidden_dim)
+    weights = [
+        (torch.randn(rows, columns + margin, generator=generator) / columns**0.5).to(dtype).to(device)[:, :columns]
+        for rows, columns in shapes
+    ]
+    return weights if gated else [*weights[:3], None]
+
+
 # name -> (are both weights stored as (E, in, out), do they have biases, other arguments of `moe_experts`)
 VARIANTS = {
     "gpt-oss": (True, True, {"activation": "swigluoai", "limit": 0.8, "alpha": 1.3, "interleaved": True}),

@@ -80,6 +80,20 @@ def test_weights_in_decode(kernel, launch, spread):
 
 
 @on_triton
+def test_weights_of_shared_experts(kernel, launch, spread):
+    gate, decode = kernel.reference.Gate(), import_module(f"{kernel.__name__}.tuning").DECODE
+    index, x, weights = routing(launch, 16)[0][:1], randn(1, H), torch.ones(1, TOP_K, device=DEVICE)
+    gate_up, down = randn(E, 2 * I, H), randn(E, H, I)
+
+    def run(shared):
+        a = launch.gate_up_decode(x, gate_up, index, gate, decode.gate_up, shared=shared)
+        return launch.down_decode(a, down, index, weights, decode.down, shared=shared)
+
+    shared = (randn(I, H), randn(I, H), randn(H, I), None)
+    assert_same(run, shared, [None if w is None else spread(w, ROWS_APART, 1) for w in shared])
+
+
+@on_triton
 @pytest.mark.parametrize("block_m", [16, 64], ids=["weights-first", "rows-first"])
 def test_weights_in_gemms(kernel, launch, config, spread, block_m):
     gate = kernel.reference.Gate()
@@ -122,7 +136,7 @@ def test_rows(kernel, launch, config, spread):
     index, (offsets, slots, _, schedule) = routing(launch, 16)
     x, w = randn(T, H), randn(E, 2 * I, H)
     far = spread(x, ROWS_APART, 1)
-    weights = torch.ones(T, TOP_K, device=DEVICE)
+    weights, positions = torch.ones(T, TOP_K, device=DEVICE), torch.arange(T, dtype=torch.int32, device=DEVICE)
     for function in (
         lambda x: launch.gather(x, slots, offsets, TOP_K),
         lambda x: launch.row_sums(x, slots, offsets, weights),
@@ -130,6 +144,10 @@ def test_rows(kernel, launch, config, spread):
         lambda x: launch.gate_up(x, w, slots, schedule, TOP_K, gate, "ieee", config),
         lambda x: launch.router_logits(x, w[0], tuning.ROUTER.least[0][1]),
         lambda x: launch.quantize_rows(x)[1],
+        lambda x: launch.combine(x.contiguous(), positions, weights[:, :1].contiguous(), x),
+        lambda x: launch.combine(
+            w[0, :T], torch.arange(T, dtype=torch.int32, device=DEVICE), torch.ones(T, 1, device=DEVICE), x
+        ),
     ):
         assert_same(function, x, far)
     rows = torch.tensor([0, 2, T], dtype=torch.int32, device=DEVICE)

@@ -5,6 +5,8 @@
 
 of the rows of expert e, t the token of a row. A1, B1, A2, B2: adapters, if there are any. Then rows are padded, z and a
 are made by a launch each, and GEMMs read rows one after another; else the first GEMM gathers rows and applies the gate.
+
+Shared experts are computed in decode's own launches, if weights are dense; elsewhere by torch, and `combine` adds them.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from .rows import route
 
 
 @gpu.on_its_device
-def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
-    """(T, H) -> (T, H)."""
+def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None):
+    """(T, H) -> (T, H). shared: SharedExperts whose result is added, or None."""
     if is_empty(hidden_states, top_k_index, down):
-        return hidden_states.new_zeros(hidden_states.shape)
+        return hidden_states.new_zeros(hidden_states.shape) if shared is None else shared.of(hidden_states, gate)
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
     if not are_adapted(gate_up, down):
-        out = format_of(gate_up).decode(*inputs)
+        out = format_of(gate_up).decode(*inputs, shared)
         if out is not None:
             return out
-    return _of_many_rows(*inputs, quantize_activations, save=False)[0]
+    addend = None if shared is None else shared.of(inputs[0], gate)
+    return _of_many_rows(*inputs, quantize_activations, save=False, addend=addend)[0]
 
 
 @gpu.on_its_device
@@ -42,26 +45,26 @@ def is_empty(hidden_states, routing, down):
     return routing.numel() == 0 or hidden_states.numel() == 0 or down.weight.numel() == 0
 
 
-def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save):
+def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save, addend=None):
     weights, (experts, rows_of_z, _) = format_of(gate_up), gate_up.weight.shape
     slots = top_k_index.numel()
     if are_adapted(gate_up, down):
         rows = route(top_k_index, top_k_weights, experts, PAD).padded()
         # Every expert with rows has PAD at least, so tiles are chosen by padded rows.
         config = weights.row_config(rows.slots.numel(), down.weight, x.dtype)
-        return _of_gathered_rows(x, rows.scheduled(config.BLOCK_M), gate_up, down, gate, config)
+        return _of_gathered_rows(x, rows.scheduled(config.BLOCK_M), gate_up, down, gate, config, addend)
     plan = weights.plan(slots, gate_up, down, gate, x.dtype, quantize_activations)
     rows = route(top_k_index, top_k_weights, experts, plan.gate_up.BLOCK_M)
     if plan.gathered:
-        return _of_gathered_rows(x, rows, gate_up, down, gate, plan.down)
+        return _of_gathered_rows(x, rows, gate_up, down, gate, plan.down, addend)
     z = x.new_empty(slots, rows_of_z) if save else None
     a = weights.first_gemm(x, gate_up, rows, gate, plan, z)
-    return weights.second_gemm(a, down, rows, plan), z, None, None, rows
+    return weights.second_gemm(a, down, rows, plan, addend), z, None, None, rows
 
 
-def _of_gathered_rows(x, rows, gate_up, down, gate, config):
+def _of_gathered_rows(x, rows, gate_up, down, gate, config, addend):
     gathered = rows.gather(x)
     z, u1 = product(gathered, gate_up, rows, config)
     a = gpu.launchers().glu(z, rows.slots, rows.offsets, gate)
     y, u2 = product(a, down, rows, config, out=gathered)  # as large, and read for the last time
-    return rows.combine(y), z, u1, u2, rows
+    return rows.combine(y, addend=addend), z, u1, u2, rows

@@ -39,9 +39,11 @@ class Rows(NamedTuple):
         """(T, H) -> a row for each slot; padding rows are zero."""
         return gpu.launchers().gather(x, self.slots, self.offsets, self.top_k)
 
-    def combine(self, y: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """A row for each slot -> (T, H), each token's weighted sum."""
-        return gpu.launchers().combine(y, self.positions, self.weights if weights is None else weights)
+    def combine(
+        self, y: torch.Tensor, weights: torch.Tensor | None = None, addend: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A row for each slot -> (T, H), each token's weighted sum, and its row of `addend`."""
+        return gpu.launchers().combine(y, self.positions, self.weights if weights is None else weights, addend)
 
 
 def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, block_m: int) -> Rows:

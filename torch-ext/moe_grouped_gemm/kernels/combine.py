@@ -1,6 +1,6 @@
-"""out[t] = sum_k weight[t, k] * y[slot_positions[t * top_k + k]]: back from expert order to token order.
+"""out[t] = addend[t] + sum_k weight[t, k] * y[slot_positions[t * top_k + k]]: back from expert order to token order.
 
-The products and the sum over k are fp32, in the order of k. Grid: (T, cdiv(H, BLOCK_H)).
+The products and the sum are fp32, in the order of k; there may be no addend. Grid: (T, cdiv(H, BLOCK_H)).
 
 Where top_k is 1 the down GEMM stores its rows in token order itself; what is left for `zero_skipped` are the rows of
 tokens that no expert here has. Grid: (cdiv(T, BLOCK_T), cdiv(H, BLOCK_H)).
@@ -21,14 +21,18 @@ def _combine_kernel(
     y_ptr,  # (S, H), rows in expert order
     slot_positions_ptr,  # (S,) int32
     top_k_weights_ptr,  # (T, top_k)
+    addend_ptr,  # (T, H), or None
     out_ptr,  # (T, H)
     top_k,
     H,
+    stride_addend,
     BLOCK_H: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
+    if addend_ptr is not None:
+        acc += tl.load(addend_ptr + token * stride_addend + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
     for k in tl.range(0, top_k, loop_unroll_factor=8):
         position = tl.load(slot_positions_ptr + token * top_k + k).to(tl.int64)
         weight = tl.load(top_k_weights_ptr + token * top_k + k).to(tl.float32)
@@ -39,8 +43,8 @@ def _combine_kernel(
     tl.store(out_ptr + token * H + offs_h, acc.to(out_ptr.dtype.element_ty), mask=offs_h < H)
 
 
-def combine(y, slot_positions, top_k_weights):
-    """y (S, H), slot_positions (S,), contiguous top_k_weights (T, top_k) -> (T, H) in y.dtype."""
+def combine(y, slot_positions, top_k_weights, addend=None):
+    """y (S, H), slot_positions (S,), contiguous top_k_weights (T, top_k), addend (T, H) -> (T, H) in y.dtype."""
     tokens, top_k = top_k_weights.shape
     hidden_dim = y.shape[1]
     out = torch.empty((tokens, hidden_dim), dtype=y.dtype, device=y.device)
@@ -48,9 +52,9 @@ def combine(y, slot_positions, top_k_weights):
     launch(
         _combine_kernel,
         (tokens, cdiv(hidden_dim, block_h), 1),
-        (y, slot_positions, top_k_weights, out),
+        (y, slot_positions, top_k_weights, addend, out),
         (),
-        (top_k, hidden_dim, block_h),
+        (top_k, hidden_dim, None if addend is None else addend.stride(0), block_h),
     )
     return out
 

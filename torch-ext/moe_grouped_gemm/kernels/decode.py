@@ -3,10 +3,14 @@
     gate_up_decode:  a[s] = act(gate[e] @ x[t]) * (up[e] @ x[t])             s = t * top_k + k, e = top_k_index[s]
     down_decode:     out[t] = sum_k weight[s] * (down[e] @ a[s])
 
-with biases added to each product. GATE as in gate.py.
+with biases added to each product. GATE as in gate.py. And of shared experts, if there are any:
 
-Every weight element is read once for each slot and used once, so both run at the speed of memory. Grids: (S, tiles of
-I) and (T, tiles of H).
+    gate_up_decode:  shared_a[t] = act(gate @ x[t]) * (up @ x[t]) * sigmoid(gate_weight @ x[t])
+    down_decode:     out[t] += down @ shared_a[t]
+
+shared_a[t] lies behind a of the token's slots. Every weight element is read once for each slot, or token, and used
+once, so both run at the speed of memory. Grids: (S, tiles of I) and (T, tiles of H). With shared experts the first is
+(T * (top_k + shared_rows), tiles of I), where shared_rows times the tiles of I are enough for those of Is.
 """
 
 import torch
@@ -18,11 +22,76 @@ from .launch import cdiv, launch
 
 
 @triton.jit
+def _gate_and_up_sums(
+    x_ptrs,  # [BLOCK_K]
+    gate_ptrs,  # [BLOCK_N, BLOCK_K]
+    up_ptrs,  # [BLOCK_N, BLOCK_K]
+    gate_weight_ptr,  # (H,), or None
+    offs_n,
+    N,
+    H,
+    stride_wk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_N] gate and up of a token in fp32, and gate_weight @ x, if there is one."""
+    offs_k = tl.arange(0, BLOCK_K)
+    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    logit = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, H, BLOCK_K):
+        mask_k = offs_k < H - k
+        mask_w = (offs_n < N)[:, None] & mask_k[None, :]
+        # Not pointers that advance: fewer loads would be on their way.
+        w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
+        w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
+        x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+        gate += w_gate.to(tl.float32) * x[None, :]
+        up += w_up.to(tl.float32) * x[None, :]
+        if gate_weight_ptr is not None:
+            logit += tl.load(gate_weight_ptr + offs_k + k, mask=mask_k, other=0.0).to(tl.float32) * x
+    return tl.sum(gate, axis=1), tl.sum(up, axis=1), tl.sum(logit, axis=0)
+
+
+@triton.jit
+def _shared_gate_up(
+    x_ptr,  # (H,) of a token
+    gate_ptr,  # (Is, H)
+    up_ptr,  # (Is, H)
+    gate_weight_ptr,  # (H,), or None
+    a_ptr,  # (Is,) of the token
+    tile,
+    Is,
+    H,
+    stride_gn,
+    stride_un,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    rows = offs_n[:, None].to(tl.int64)
+    gate_ptrs = gate_ptr + rows * stride_gn + offs_k[None, :]
+    up_ptrs = up_ptr + rows * stride_un + offs_k[None, :]
+    gate, up, logit = _gate_and_up_sums(
+        x_ptr + offs_k, gate_ptrs, up_ptrs, gate_weight_ptr, offs_n, Is, H, 1, BLOCK_N, BLOCK_K
+    )
+    a = _glu(gate, up, GATE)
+    if gate_weight_ptr is not None:
+        a *= tl.sigmoid(logit)
+    tl.store(a_ptr + offs_n, a.to(a_ptr.dtype.element_ty), mask=offs_n < Is)
+
+
+@triton.jit
 def _gate_up_decode_kernel(
     x_ptr,  # (T, H)
     w_ptr,  # (E, 2I, H)
     bias_ptr,  # (E, 2I), or None
-    a_ptr,  # (S, I)
+    shared_gate_ptr,  # (Is, H), or None
+    shared_up_ptr,  # (Is, H), or None
+    gate_weight_ptr,  # (H,), or None
+    a_ptr,  # (T, top_k * I + Is)
     top_k_index_ptr,  # (S,) int32 | int64
     top_k,
     E,
@@ -32,37 +101,45 @@ def _gate_up_decode_kernel(
     stride_we,
     stride_wn,
     stride_wk,
+    Is,
+    shared_rows,
+    stride_gn,
+    stride_un,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
     GATE: tl.constexpr,
 ):
     slot = tl.program_id(0)
+    if shared_gate_ptr is not None:
+        token = slot // (top_k + shared_rows)
+        k = slot % (top_k + shared_rows)
+        slot = token * top_k + k
+        x_ptr += token.to(tl.int64) * stride_xt
+        a_ptr += token.to(tl.int64) * Is
+        if k >= top_k:
+            a_ptr += (token + 1).to(tl.int64) * top_k * I
+            tile = (k - top_k) * tl.num_programs(1) + tl.program_id(1)
+            _shared_gate_up(
+                *(x_ptr, shared_gate_ptr, shared_up_ptr, gate_weight_ptr, a_ptr),
+                *(tile, Is, H, stride_gn, stride_un, BLOCK_N, BLOCK_K, GATE),
+            )
+            return
     expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + (slot // top_k).to(tl.int64) * stride_xt + offs_k
+    if shared_gate_ptr is None:
+        x_ptr += (slot // top_k).to(tl.int64) * stride_xt
+    x_ptrs = x_ptr + offs_k
     gate_rows = 2 * offs_n if GATE.interleaved else offs_n
     if WIDE:
         stride_wk = tl.cast(stride_wk, tl.int64)
     up_offset = 1 if GATE.interleaved else I
     gate_ptrs = w_ptr + expert * stride_we + gate_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
-    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        mask_k = offs_k < H - k
-        mask_w = (offs_n < I)[:, None] & mask_k[None, :]
-        # Not pointers that advance: fewer loads would be on their way.
-        w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
-        w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
-        x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-        gate += w_gate.to(tl.float32) * x
-        up += w_up.to(tl.float32) * x
-    gate = tl.sum(gate, axis=1)
-    up = tl.sum(up, axis=1)
+    gate, up, _ = _gate_and_up_sums(x_ptrs, gate_ptrs, up_ptrs, None, offs_n, I, H, stride_wk, BLOCK_N, BLOCK_K)
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * (2 * I) + gate_rows
         gate += tl.load(bias_ptrs, mask=offs_n < I, other=0.0).to(tl.float32)
@@ -73,9 +150,10 @@ def _gate_up_decode_kernel(
 
 @triton.jit
 def _down_decode_kernel(
-    a_ptr,  # (S, I)
+    a_ptr,  # (T, top_k * I + Is)
     w_ptr,  # (E, H, I)
     bias_ptr,  # (E, H), or None
+    shared_ptr,  # (H, Is), or None
     top_k_index_ptr,  # (S,) int32 | int64
     top_k_weights_ptr,  # (S,)
     out_ptr,  # (T, H)
@@ -86,6 +164,8 @@ def _down_decode_kernel(
     stride_we,
     stride_wn,
     stride_wk,
+    Is,
+    stride_sn,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
@@ -97,6 +177,8 @@ def _down_decode_kernel(
         stride_wk = tl.cast(stride_wk, tl.int64)
     row_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if shared_ptr is not None:
+        a_ptr += token * Is
     if bias_ptr is not None:
         biases = tl.zeros((BLOCK_N,), tl.float32)
     for slot in tl.range(token * top_k, (token + 1) * top_k, loop_unroll_factor=2):
@@ -114,6 +196,13 @@ def _down_decode_kernel(
         if bias_ptr is not None:
             mask = offs_n < tl.where(columns > 0, H, 0)
             biases += tl.load(bias_ptr + expert * H + offs_n, mask=mask, other=0.0).to(tl.float32) * weight
+    if shared_ptr is not None:
+        shared_ptrs = shared_ptr + offs_n[:, None].to(tl.int64) * stride_sn + offs_k[None, :]
+        for k in range(0, Is, BLOCK_K):
+            mask_k = offs_k < Is - k
+            a = tl.load(a_ptr + (token + 1) * top_k * I + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            w = tl.load(shared_ptrs + k, mask=(offs_n < H)[:, None] & mask_k[None, :], other=0.0)
+            acc += w.to(tl.float32) * a[None, :]
     out = tl.sum(acc, axis=1)
     if bias_ptr is not None:
         out += biases
@@ -129,20 +218,26 @@ def _is_wide(w):
     return w.shape[2] * w.stride(2) >= 2**31
 
 
-def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
-    """x (T, H), w (E, 2I, H), contiguous top_k_index (T, top_k) and bias (E, 2I) -> (S, I).
+def gate_up_decode(x, w, top_k_index, gate, config, bias=None, shared=None):
+    """x (T, H), w (E, 2I, H), contiguous top_k_index (T, top_k) and bias (E, 2I) -> (T, top_k * I + Is).
 
-    Rows of skipped slots stay unwritten.
+    Rows of skipped slots stay unwritten. shared: as SharedExperts of reference/; None, and Is is 0.
     """
-    experts, rows, hidden_dim = w.shape
-    inter = rows // 2
-    slots, top_k = top_k_index.numel(), top_k_index.shape[1]
-    a = torch.empty((slots, inter), dtype=x.dtype, device=x.device)
-    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride())
+    experts, inter, hidden_dim = w.shape[0], w.shape[1] // 2, w.shape[2]
+    (tokens, top_k), tiles = top_k_index.shape, cdiv(inter, config.BLOCK_N)
+    rows, columns = top_k, top_k * inter
+    gate_proj, up_proj, _, gate_weight = of_shared = (None,) * 4
+    if shared is not None:
+        gate_proj, up_proj, _, gate_weight = shared
+        shared_rows = cdiv(gate_proj.shape[0], tiles * config.BLOCK_N)
+        rows, columns = rows + shared_rows, columns + gate_proj.shape[0]
+        of_shared = (gate_proj.shape[0], shared_rows, gate_proj.stride(0), up_proj.stride(0))
+    a = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
+    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride(), *of_shared)
     launch(
         _gate_up_decode_kernel,
-        (slots, cdiv(inter, config.BLOCK_N), 1),
-        (x, w, bias, a, top_k_index),
+        (tokens * rows, tiles, 1),
+        (x, w, bias, gate_proj, up_proj, gate_weight, a, top_k_index),
         (),
         (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w), gate),
         num_warps=config.num_warps,
@@ -150,17 +245,22 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None):
     return a
 
 
-def down_decode(a, w, top_k_index, top_k_weights, config, bias=None):
-    """a (S, I), w (E, H, I), contiguous top_k_index and top_k_weights (T, top_k) and bias (E, H) -> (T, H)."""
+def down_decode(a, w, top_k_index, top_k_weights, config, bias=None, shared=None):
+    """a of gate_up_decode, w (E, H, I), contiguous top_k_index and top_k_weights (T, top_k), bias (E, H) -> (T, H)."""
     experts, hidden_dim, inter = w.shape
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
+    shared_w, of_shared = None, (None, None)
+    if shared is not None:
+        shared_w = shared[2]
+        of_shared = (shared_w.shape[1], shared_w.stride(0))
+    sizes = (top_k, experts, inter, hidden_dim, *w.stride(), *of_shared)
     launch(
         _down_decode_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, w, bias, top_k_index, top_k_weights, out),
+        (a, w, bias, shared_w, top_k_index, top_k_weights, out),
         (),
-        (top_k, experts, inter, hidden_dim, *w.stride(), config.BLOCK_N, config.BLOCK_K, _is_wide(w)),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w)),
         num_warps=config.num_warps,
     )
     return out

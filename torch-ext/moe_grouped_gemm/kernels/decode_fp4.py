@@ -1,7 +1,7 @@
 """decode.py for weights in 4 bits, through the tensor cores: a product with one token's numbers would take every unit.
 
     gate_up_decode_fp4:  a[s] = act(gate[e] @ x[t]) * (up[e] @ x[t])             s = t * top_k + k, e = top_k_index[s]
-    down_decode_fp4:     out[t] = sum_k weight[s] * (down[e] @ a[s])
+    down_decode_fp4:     out[t] = sum_k weight[s] * (down[e] @ a[s]) + addend[t]
 
 with biases added to each product. Grids as in decode.py, tiles of weights as in fp4_registers.py. Of the eight columns
 that mma has for x, in the first kernel all are the same. In the second, columns are a token's slots, and a warp has
@@ -102,6 +102,7 @@ def _down_decode_fp4_kernel(
     bias_ptr,  # (E, H), or None
     top_k_index_ptr,  # (S,) int32 | int64
     top_k_weights_ptr,  # (S,)
+    addend_ptr,  # (T, H), or None
     out_ptr,  # (T, H)
     top_k,
     E,
@@ -109,6 +110,7 @@ def _down_decode_fp4_kernel(
     H,
     stride_we,
     stride_wn,
+    stride_addend,
     BLOCK_N: gl.constexpr,
     EVEN: gl.constexpr,
 ):
@@ -154,6 +156,8 @@ def _down_decode_fp4_kernel(
         out += gl.where(is_ours, weight * y, 0.0)
     out = gl.sum(out.reshape([SLOTS, BLOCK_N]), 0)
     offs_n = first_n + gl.arange(0, BLOCK_N, out.type.layout)
+    if addend_ptr is not None:
+        out += gl.load(addend_ptr + token * stride_addend + offs_n, mask=offs_n < H, other=0.0).to(gl.float32)
     gl.store(out_ptr + token * H + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < H)
 
 
@@ -186,17 +190,18 @@ def gate_up_decode_fp4(x, w, w_scale, top_k_index, gate, config, bias=None):
     return a
 
 
-def down_decode_fp4(a, w, w_scale, top_k_index, top_k_weights, config, bias=None):
-    """a (S, I), w (E, H, I / 2), the others contiguous, top_k_index and top_k_weights (T, top_k) -> (T, H)."""
+def down_decode_fp4(a, w, w_scale, top_k_index, top_k_weights, config, bias=None, addend=None):
+    """a (S, I), w (E, H, I / 2), addend (T, H) by rows, the others contiguous, two of them (T, top_k) -> (T, H)."""
     (experts, hidden_dim), inter = w.shape[:2], a.shape[1]
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
     words, w_scale = in_registers(w, w_scale, inter)
-    sizes = (top_k, experts, inter, hidden_dim, words.stride(0), words.stride(1))
+    stride_addend = None if addend is None else addend.stride(0)
+    sizes = (top_k, experts, inter, hidden_dim, words.stride(0), words.stride(1), stride_addend)
     launch(
         _down_decode_fp4_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, words, w_scale, bias, top_k_index, top_k_weights, out),
+        (a, words, w_scale, bias, top_k_index, top_k_weights, addend, out),
         (),
         (*sizes, config.BLOCK_N, inter % STEP == 0),
         num_warps=min(config.num_warps, next_power_of_2(top_k)),

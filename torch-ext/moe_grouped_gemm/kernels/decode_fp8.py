@@ -1,7 +1,7 @@
 """decode.py for weights in float8_e4m3fn with one scale for each block of 128 x 128; activations stay as they are.
 
     gate_up_decode_fp8:  a[s] = act(gate[e] @ x[t]) * (up[e] @ x[t])             s = t * top_k + k, e = top_k_index[s]
-    down_decode_fp8:     out[t] = sum_k weight[s] * (down[e] @ a[s])
+    down_decode_fp8:     out[t] = sum_k weight[s] * (down[e] @ a[s]) + addend[t]
 
 Grids as in decode.py. Tiles of weights are [A, N, BLOCKS, 8, 16]: gate and up or slots, rows, blocks of 128 columns, 16
 columns that a thread loads at once, whose products it adds before they meet their scale. In Gluon, for one reason: here
@@ -114,6 +114,7 @@ def _down_decode_fp8_kernel(
     w_scale_ptr,  # (E, ceil(H / 128), ceil(I / 128)) fp32 | e8m0 as uint8
     top_k_index_ptr,  # (S,) int32 | int64
     top_k_weights_ptr,  # (S,)
+    addend_ptr,  # (T, H), or None
     out_ptr,  # (T, H)
     top_k,
     E,
@@ -121,6 +122,7 @@ def _down_decode_fp8_kernel(
     H,
     stride_we,
     stride_wn,
+    stride_addend,
     BLOCK_N: gl.constexpr,
     BLOCKS: gl.constexpr,
     WARP: gl.constexpr,
@@ -164,6 +166,8 @@ def _down_decode_fp8_kernel(
             acc += products * gl.expand_dims(scale, 3)
         rows = gl.sum(gl.sum(acc, 3), 2)
         out += gl.sum(gl.where(gl.expand_dims(is_ours, 1), gl.expand_dims(weight, 1) * rows, 0.0), 0)
+    if addend_ptr is not None:
+        out += gl.load(addend_ptr + token * stride_addend + offs_n, mask=offs_n < H, other=0.0).to(gl.float32)
     gl.store(out_ptr + token * H + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < H)
 
 
@@ -187,18 +191,19 @@ def gate_up_decode_fp8(x, w, w_scale, top_k_index, gate, config):
     return a
 
 
-def down_decode_fp8(a, w, w_scale, top_k_index, top_k_weights, config):
-    """a (S, I), w (E, H, I) fp8, the others contiguous, top_k_index and top_k_weights (T, top_k) -> (T, H)."""
+def down_decode_fp8(a, w, w_scale, top_k_index, top_k_weights, config, addend=None):
+    """a (S, I), w (E, H, I) fp8, addend (T, H) by rows, the others contiguous, two of them (T, top_k) -> (T, H)."""
     experts, hidden_dim, inter = w.shape
     tokens, top_k = top_k_index.shape
     out = torch.empty((tokens, hidden_dim), dtype=a.dtype, device=a.device)
-    sizes = (top_k, experts, inter, hidden_dim, w.stride(0), w.stride(1))
+    stride_addend = None if addend is None else addend.stride(0)
+    sizes = (top_k, experts, inter, hidden_dim, w.stride(0), w.stride(1), stride_addend)
     constants = (config.BLOCK_N, config.BLOCK_K // BLOCK, warp_size(a.device))
     num_warps = min(config.num_warps, next_power_of_2(top_k))
     launch(
         _down_decode_fp8_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
-        (a, w, w_scale, top_k_index, top_k_weights, out),
+        (a, w, w_scale, top_k_index, top_k_weights, addend, out),
         (),
         (*sizes, *constants),
         num_warps=num_warps,

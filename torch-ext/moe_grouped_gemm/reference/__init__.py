@@ -27,3 +27,4 @@ from .router import (
     router_weights_backward,
     topk_router,
 )
+from .shared import SharedExperts, shared_experts

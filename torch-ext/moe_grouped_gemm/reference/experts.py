@@ -7,6 +7,7 @@ import torch
 from ..weights.projection import Projection
 from .gate import Gate, apply_gate, gate_backward
 from .grouped import acc_dtype, empty_gradient, grouped_linear, matrix, sort_slots
+from .shared import SharedExperts, shared_experts
 
 
 def moe_experts(
@@ -23,19 +24,20 @@ def moe_experts(
     interleaved: bool = False,
     gate_up_proj_scale: torch.Tensor | None = None,
     down_proj_scale: torch.Tensor | None = None,
+    shared: SharedExperts | None = None,
 ) -> torch.Tensor:
     """y[t] = sum_k weight[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = top_k_index[t, k].
 
     Arguments and result as `moe_grouped_gemm.moe_experts`; differentiable, but for weights in codes. Weighting and the
-    sum are in at least fp32.
+    sum are in at least fp32. What `shared` experts give, if there are any, is part of that sum.
     """
     gate_up = Projection(gate_up_proj, gate_up_proj_bias, gate_up_proj_scale)
     down = Projection(down_proj, down_proj_bias, down_proj_scale)
     gate = Gate(activation, limit, alpha, interleaved)
-    return _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate)[0]
+    return _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, shared)[0]
 
 
-def _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate):
+def _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, shared=None):
     """The layer; z and slots of the rows that belong to an expert; all sorted slots; expert_offsets."""
     sorted_slots, expert_offsets = sort_slots(top_k_index, gate_up.weight.shape[0])
     slots = sorted_slots[: int(expert_offsets[-1])]
@@ -43,8 +45,12 @@ def _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate):
     z = grouped_linear(hidden_states[tokens], gate_up.weight, expert_offsets, gate_up.bias, gate_up.scale)
     y = grouped_linear(apply_gate(z, gate), down.weight, expert_offsets, down.bias, down.scale)
     y = y * top_k_weights.reshape(-1, 1)[slots].to(acc_dtype(y))
+    if shared is None:
+        out = torch.zeros(hidden_states.shape, dtype=y.dtype, device=y.device)
+    else:
+        out = shared_experts(hidden_states, shared, gate).to(y.dtype)
     # In expert order: the order of every sum is fixed.
-    out = torch.zeros(hidden_states.shape, dtype=y.dtype, device=y.device).index_add_(0, tokens, y)
+    out = out.index_add_(0, tokens, y)
     return out.to(hidden_states.dtype), z, slots, sorted_slots, expert_offsets
 
 

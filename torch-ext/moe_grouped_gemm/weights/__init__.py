@@ -4,11 +4,11 @@ check         what the layer's tensors have to be, before their shapes are looke
 check_one     the same of one weight that multiplies x, whose shape fits
 check_scales  whether the scales fit the weights
 dequantize    one expert's numbers, for plain PyTorch; a format that has no scales has none
-decode        the layer for a few rows, in two launches; or None
+decode        the layer for a few rows, in two launches, and what `shared` experts add to it, if any; or None
 plan          how the two GEMMs of a forward are launched
 first_gemm    a = gate(x W1^T + bias1) of routed rows, in whatever form second_gemm takes it; a format of which every
               plan says that rows are gathered has neither
-second_gemm   out[t] = sum over the token's slots of their weight * (a W2^T + bias2)
+second_gemm   out[t] = sum over the token's slots of their weight * (a W2^T + bias2), + addend[t] if there is one
 row_config    how row_gemm is launched
 row_gemm      y = x W^T + bias of rows in expert order; transposed, y = x W, the gradient of x
 wgrad         the gradient of W; a format whose weights are frozen has none

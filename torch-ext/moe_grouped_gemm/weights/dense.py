@@ -22,7 +22,7 @@ def check_scales(gate_up, down, gated):
     pass
 
 
-def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
+def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     rows, experts = top_k_index.numel(), down.weight.shape[0]
     expert_bytes = 3 * down.weight.stride(0) * down.weight.element_size()
     if not tuning.is_decode(rows, top_k_index.shape[0], experts, expert_bytes):
@@ -32,8 +32,9 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
         return None
     kernels = gpu.launchers()
     up_config, down_config = tuning.decode_config(x.dtype, transposed)
-    a = kernels.gate_up_decode(x, gate_up.weight, top_k_index, gate, up_config, contiguous(gate_up.bias))
-    return kernels.down_decode(a, down.weight, top_k_index, top_k_weights, down_config, contiguous(down.bias))
+    up_bias, down_bias = contiguous(gate_up.bias), contiguous(down.bias)
+    a = kernels.gate_up_decode(x, gate_up.weight, top_k_index, gate, up_config, up_bias, shared)
+    return kernels.down_decode(a, down.weight, top_k_index, top_k_weights, down_config, down_bias, shared)
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
@@ -54,14 +55,13 @@ def first_gemm(x, gate_up, rows, gate, plan, z=None):
     return gpu.launchers().gate_up(x, gate_up.weight, *order, gate, *how, z, contiguous(gate_up.bias))
 
 
-def second_gemm(a, down, rows, plan):
-    """A sum of one is no sum: with top_k = 1 the GEMM itself stores the result."""
-    kernels = gpu.launchers()
-    if rows.top_k > 1:
+def second_gemm(a, down, rows, plan, addend):
+    """A sum of one is no sum: with top_k = 1 and nothing to add the GEMM itself stores the result."""
+    if rows.top_k > 1 or addend is not None:
         y = gemm(a, down.weight, rows.schedule, plan.down, bias=down.bias)
-        return kernels.combine(y, rows.positions, rows.weights)
+        return rows.combine(y, addend=addend)
     out = a.new_empty(a.shape[0], down.weight.shape[1])
-    kernels.zero_skipped(out, rows.positions)
+    gpu.launchers().zero_skipped(out, rows.positions)
     return gemm(a, down.weight, rows.schedule, plan.down, out, rows.slots, rows.weights, bias=down.bias)
 
 

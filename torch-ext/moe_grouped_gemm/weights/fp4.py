@@ -42,7 +42,7 @@ def _check_scale(names, projection):
     check_scale(names, projection, (experts, N, K // quantize_fp4.GROUP))
 
 
-def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
+def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     rows, experts = top_k_index.numel(), down.weight.shape[0]
     expert_bytes = 3 * down.weight.stride(0)
     if not tuning.is_decode(rows, top_k_index.shape[0], experts, expert_bytes):
@@ -52,8 +52,9 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
     kernels = gpu.launchers()
     up_config, down_config = tuning.DECODE_FP4
     up_bias, down_bias = contiguous(gate_up.bias), contiguous(down.bias)
+    addend = None if shared is None else shared.of(x, gate)
     a = kernels.gate_up_decode_fp4(x, *_codes(gate_up), top_k_index, gate, up_config, up_bias)
-    return kernels.down_decode_fp4(a, *_codes(down), top_k_index, top_k_weights, down_config, down_bias)
+    return kernels.down_decode_fp4(a, *_codes(down), top_k_index, top_k_weights, down_config, down_bias, addend)
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):

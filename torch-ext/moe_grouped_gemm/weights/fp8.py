@@ -45,7 +45,7 @@ def check_one(projection, x):
     check_scale(names, projection, quantize_fp8.scale_shape(*projection.weight.shape))
 
 
-def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
+def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     rows, experts = top_k_index.numel(), down.weight.shape[0]
     if gate.interleaved or _is_biased(gate_up, down) or not gate_up.weight.stride(2) == down.weight.stride(2) == 1:
         return None
@@ -53,8 +53,9 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate):
         return None
     kernels = gpu.launchers()
     up_config, down_config = tuning.DECODE_FP8
+    addend = None if shared is None else shared.of(x, gate)
     a = kernels.gate_up_decode_fp8(x, *_as_bits(gate_up), top_k_index, gate, up_config)
-    return kernels.down_decode_fp8(a, *_as_bits(down), top_k_index, top_k_weights, down_config)
+    return kernels.down_decode_fp8(a, *_as_bits(down), top_k_index, top_k_weights, down_config, addend)
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
@@ -90,7 +91,7 @@ def first_gemm(x, gate_up, rows, gate, plan, z=None):
     return kernels.gate_up_fp8(x, x_scale, weight, scale, *order, gate, precision, config, z)
 
 
-def second_gemm(a, down, rows, plan):
+def second_gemm(a, down, rows, plan, addend):
     kernels, (weight, scale), (a, a_scale) = gpu.launchers(), _as_bits(down), a
     y = a.new_empty(a.shape[0], weight.shape[1], dtype=plan.dtype)
     if plan.down.WARP_SPECIALIZED:
@@ -99,7 +100,7 @@ def second_gemm(a, down, rows, plan):
         config = _as_readable(plan.down, a, weight)
         precision = gpu.input_precision(plan.dtype)
         kernels.grouped_gemm_fp8(a, a_scale, weight, scale, rows.schedule, precision, config, y)
-    return rows.combine(y)
+    return rows.combine(y, addend=addend)
 
 
 def row_config(rows, weight, dtype, transposed=False):
