@@ -66,6 +66,46 @@ OWN_ROUTERS = {
 }
 
 
+# Likewise of blocks that are computed part by part.
+OWN_BLOCKS = {
+    "AXK1MoE": "normalises the sum",
+    "DeepseekV4SparseMoeBlock": "is given the tokens' ids",
+    "Glm5NextTextMoE": "clamps its gates",
+    "HYV4MoE": "clamps its gates",
+    "InklingMoE": "its router weighs shared experts",
+    "MiniMaxM3VLSparseMoeBlock": "clamps its gates",
+    "MuseSparkMoE": "projects before and after its experts",
+    "NemotronHMoE": "projects before and after its experts",
+    "OpenAIPrivacyFilterMLP": "returns other weights than it computes with",
+    "PhimoeSparseMoeBlock": "its router is not served",
+    "ZayaSparseMoeBlock": "is given what another router returned",
+}
+
+
+@functools.cache
+def block_classes(package: Path = INSTALLED) -> tuple[RouterClass, ...]:
+    """From the sources: those of which `forward` takes hidden states and little more, and calls decorated experts."""
+    found = []
+    for model in sorted({entry.model for entry in experts_classes(package)}):
+        source = (package / f"models/{model}/modeling_{model}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            functions = [child for child in getattr(node, "body", ()) if isinstance(child, ast.FunctionDef)]
+            for forward in functions:
+                if forward.name == "forward" and len(forward.args.args) <= 3:
+                    if "self.experts(" in ast.unparse(forward):
+                        found.append(RouterClass(model, node.name))
+    return tuple(found)
+
+
+def tiny_block(cls: type, model: torch.nn.Module) -> torch.nn.Module:
+    """The first that there is in a model, with random parameters and buffers."""
+    block = next(module for module in model.modules() if type(module) is cls)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*block.parameters(), *block.buffers()):
+        tensor.data = 0.2 * torch.randn(tensor.shape, generator=generator)
+    return block.eval()
+
+
 @functools.cache
 def router_classes(package: Path = INSTALLED) -> tuple[RouterClass, ...]:
     """From the sources: those beside decorated experts."""

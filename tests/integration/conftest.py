@@ -33,6 +33,11 @@ def routers_on_cpu(kernel, monkeypatch):
 
 
 @pytest.fixture
+def blocks_on_cpu(kernel, routers_on_cpu, monkeypatch):
+    monkeypatch.setattr(kernel.integration.blocks, "SERVES_CPU", True)
+
+
+@pytest.fixture
 def unregistered(monkeypatch):
     """As in a process that never called register()."""
     monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Experts, "kernel_layer_name", raising=False)

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import nn
 
-from .integration import modules, quantizer, routers, stand_ins
+from .integration import blocks, modules, quantizer, routers, stand_ins
 from .integration.register import register_layers
 from .integration.switching import Layer, switches_on
 
@@ -56,6 +56,19 @@ class MoERouterWithBias(Layer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `MoERouter`; (E,) e_score_correction_bias."""
         return routers.router_forward(self, hidden_states, e_score_correction_bias)
+
+
+class MoEBlock(Layer):
+    """Replaces the forward of a block of Transformers, router, experts and shared experts together, in inference."""
+
+    @switches_on
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, H) hidden states -> (B, S, H), and the routing weights where its class returns them."""
+        return blocks.block_forward(self, hidden_states)
+
+
+class DeepseekV3MoE(MoEBlock):
+    """The same, by the name of the class."""
 
 
 class _StandIn(type):
@@ -103,18 +116,32 @@ class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
     is_stock = staticmethod(routers.is_stock_router)
 
 
+class MoEBlockLayout(nn.Module, metaclass=_StandIn):
+    """What Transformers builds in place of a block that a KernelConfig maps to `MoEBlock`."""
+
+    stock_class = staticmethod(functools.partial(blocks.stock_block_class, blocks.LAYER))
+    is_stock = staticmethod(blocks.is_stock_block)
+
+
+class DeepseekV3MoELayout(nn.Module, metaclass=_StandIn):
+    """The same for `DeepseekV3MoE`."""
+
+    stock_class = staticmethod(functools.partial(blocks.stock_block_class, blocks.OF_DEEPSEEK_V3))
+    is_stock = staticmethod(blocks.is_stock_block)
+
+
 def register() -> None:
     """Make this kernel available to Transformers.
 
     Afterwards `use_kernels=True` (or `kernelize`) switches it on in every experts module that it can serve, FP8 ones
-    among them, and in the routers beside them, in models loaded before or after, and `experts_implementation=
-    "moe_grouped_gemm"` selects the experts by name. `use_kernels=False` and another `experts_implementation` switch it
-    off again. May be called again.
+    among them, in the routers beside them and in the blocks around them, in models loaded before or after, and
+    `experts_implementation="moe_grouped_gemm"` selects the experts by name. `use_kernels=False` and another
+    `experts_implementation` switch it off again. May be called again.
 
     Raises:
         ImportError: Transformers is older than 5.17 or lacks what we build on.
     """
-    layers = (MoEExperts, FP8Experts, MoERouter, MoERouterWithBias, DeepseekV3TopkRouter)
+    layers = (MoEExperts, FP8Experts, MoERouter, MoERouterWithBias, DeepseekV3TopkRouter, MoEBlock, DeepseekV3MoE)
     register_layers({cls.__name__: cls for cls in layers})
 
 

@@ -104,7 +104,7 @@ def route_tokens(
     form: RouterForm,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`topk_router`, with the rest of its arguments in one value."""
-    _check(hidden_states, weight, e_score_correction_bias, bias, form)
+    check_router(hidden_states, weight, e_score_correction_bias, bias, form)
     tensors = (hidden_states, weight, e_score_correction_bias, bias)
     # As in functional.py: only those who need a custom op pay for one.
     if needs_op(_topk_router_op, tensors):
@@ -113,14 +113,14 @@ def route_tokens(
         return reference.topk_router(*tensors, form)
     if needs_gradients((hidden_states, weight, bias)):
         return _topk_router_op(*tensors, *form)
-    return _router_gpu(*tensors, form)
+    return router_on_gpu(*tensors, form)
 
 
 @gpu.on_its_device
-def _router_gpu(hidden_states, weight, e_score_correction_bias, bias, form):
+def router_on_gpu(hidden_states, weight, e_score_correction_bias, bias, form):
     tokens = hidden_states.shape[0]
     if tokens == 0:
-        return _empty(hidden_states, weight, form)
+        return empty_results(hidden_states, weight, form)
     kernels, device = gpu.launchers(), hidden_states.device.index
     hidden_states, weight = by_rows(hidden_states), by_rows(weight)
     dtype = hidden_states.dtype if weight.dtype == hidden_states.dtype else torch.float32
@@ -129,11 +129,12 @@ def _router_gpu(hidden_states, weight, e_score_correction_bias, bias, form):
 
 
 def _router_forward(hidden_states, weight, e_score_correction_bias, bias, *form):
-    forward = reference.topk_router if hidden_states.device.type == "cpu" else _router_gpu
+    forward = reference.topk_router if hidden_states.device.type == "cpu" else router_on_gpu
     return forward(hidden_states, weight, e_score_correction_bias, bias, RouterForm(*form))
 
 
-def _empty(hidden_states, weight, form):
+def empty_results(hidden_states, weight, form):
+    """Of the shapes and dtypes of `topk_router`'s."""
     dtype = reference.router_dtype(hidden_states, weight)
     tokens = hidden_states.shape[0]
     return (
@@ -143,14 +144,18 @@ def _empty(hidden_states, weight, form):
     )
 
 
+ROUTER_TENSORS = "Tensor weight, Tensor? e_score_correction_bias, Tensor? bias"
+ROUTER_FORM = (
+    "int top_k, int num_group, int topk_group, bool norm_topk_prob, float routed_scaling_factor, str scoring,"
+    " str choose_by, str group_score, float norm_eps, float norm_min, ScalarType? product_dtype,"
+    " ScalarType? logits_dtype, ScalarType? scores_dtype, ScalarType? weights_dtype"
+)
+
 _topk_router_op = register_op(
     "topk_router",
-    "(Tensor hidden_states, Tensor weight, Tensor? e_score_correction_bias, Tensor? bias, int top_k, int num_group,"
-    " int topk_group, bool norm_topk_prob, float routed_scaling_factor, str scoring, str choose_by, str group_score,"
-    " float norm_eps, float norm_min, ScalarType? product_dtype, ScalarType? logits_dtype, ScalarType? scores_dtype,"
-    " ScalarType? weights_dtype) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor hidden_states, {ROUTER_TENSORS}, {ROUTER_FORM}) -> (Tensor, Tensor, Tensor)",
     _router_forward,
-    fake=lambda hidden_states, weight, correction, bias, *form: _empty(hidden_states, weight, RouterForm(*form)),
+    fake=lambda hidden_states, weight, correction, bias, *form: empty_results(hidden_states, weight, RouterForm(*form)),
     flops=lambda hidden_states, weight, *_, **__: 2 * hidden_states[0] * weight[0] * weight[1],
 )
 
@@ -187,7 +192,7 @@ def _backward(ctx, dlogits, dweights, _):
 register_autograd(_topk_router_op, _backward, _setup_context)
 
 
-def _check(hidden_states, weight, e_score_correction_bias, bias, form) -> None:
+def check_router(hidden_states, weight, e_score_correction_bias, bias, form) -> None:
     allowed = FLOATS[device_type("hidden_states", hidden_states)]
     for name, x in (
         ("hidden_states", hidden_states),

@@ -20,9 +20,10 @@ def _projection(name: str) -> str:
     return f"Tensor {name}_proj, " + ", ".join(f"Tensor? {name}_proj_{field}" for field in Projection._fields[1:])
 
 
-_WEIGHTS = f"Tensor top_k_weights, {_projection('gate_up')}, {_projection('down')}"
+PROJECTIONS = f"{_projection('gate_up')}, {_projection('down')}"
+_WEIGHTS = f"Tensor top_k_weights, {PROJECTIONS}"
 _INPUTS = f"Tensor hidden_states, Tensor top_k_index, {_WEIGHTS}"
-_GATE = "str activation, float? limit, float alpha, bool interleaved"
+GATE = "str activation, float? limit, float alpha, bool interleaved"
 _TENSORS = 3 + 2 * len(Projection._fields)
 
 
@@ -68,7 +69,7 @@ def _weight_size(projection) -> int:
 
 moe_experts = register_op(
     "moe_experts",
-    f"({_INPUTS}, {_GATE}, bool quantize_activations) -> Tensor",
+    f"({_INPUTS}, {GATE}, bool quantize_activations) -> Tensor",
     _forward,
     fake=lambda hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
     flops=_forward_flops,
@@ -105,7 +106,7 @@ def _training_fake(hidden_states, top_k_index, *args):
 _training = _by_device(_training_on_cpu, _training_on_gpu)
 moe_experts_training = register_op(
     "moe_experts_training",
-    f"({_INPUTS}, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, {GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _training,
     fake=_training_fake,
     flops=_forward_flops,
@@ -163,7 +164,7 @@ _backward = _by_device(_backward_on_cpu, _backward_on_gpu)
 moe_experts_backward = register_op(
     "moe_experts_backward",
     f"(Tensor dout, Tensor? hidden_states, {_WEIGHTS}, Tensor z, Tensor u1, Tensor u2, Tensor expert_offsets,"
-    f" Tensor sorted_slots, Tensor slot_positions, bool[] needs_grad, {_GATE}) -> ({', '.join(['Tensor'] * 12)})",
+    f" Tensor sorted_slots, Tensor slot_positions, bool[] needs_grad, {GATE}) -> ({', '.join(['Tensor'] * 12)})",
     _backward,
     fake=_backward_fake,
     flops=_backward_flops,

@@ -48,7 +48,7 @@ def gate_of(module: nn.Module) -> Gate | None:
     if function is None:
         return None
     for reads, gate in _TRIED.get(function, ()):
-        if all(_plain(getattr(module, name, MISSING)) == value for name, value in reads.items()):
+        if all(plain(getattr(module, name, MISSING)) == value for name, value in reads.items()):
             return gate
     if torch.compiler.is_compiling():
         return None
@@ -107,14 +107,14 @@ def _is_known(value: object, *callers: Callable) -> bool:
     return value in callers or is_closed(value, *callers)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """What a read of this value is remembered as."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return activation_name(value) or OPAQUE
 
 
-class _Recorder:
+class Recorder:
     """Takes the module's place in its own `_apply_gate`, and remembers what that reads."""
 
     def __init__(self, module: nn.Module):
@@ -129,7 +129,7 @@ class _Recorder:
             if not is_closed(value.__func__):
                 self.reads[name] = OPAQUE
             return MethodType(value.__func__, self)  # a helper of the class
-        self.reads[name] = _plain(value)
+        self.reads[name] = plain(value)
         if value is MISSING:
             raise AttributeError(name)
         if isinstance(value, nn.Module) and self.reads[name] is not OPAQUE:
@@ -139,7 +139,7 @@ class _Recorder:
 
 def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate | None]:
     """What `function` reads of the module, and the gate that it is; with an opaque read it is none of ours."""
-    recorder = _Recorder(module)
+    recorder = Recorder(module)
     if not is_closed(function):
         return recorder.reads, None
     with undisturbed():

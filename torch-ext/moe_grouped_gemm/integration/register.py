@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import modules, routers, stand_ins, switching, undecorated
+from . import blocks, modules, routers, stand_ins, switching, undecorated
 from .peft import meet_peft
 from .versions import check_versions
 
@@ -28,17 +28,20 @@ def register_layers(layers: dict[str, type]) -> None:
     from kernels import Mode, register_kernel_mapping
 
     stand_ins.register_interface()
+    stand_ins.register()
     meet_peft()
-    layers = {**layers, **routers.register(layers[routers.LAYER])}
+    layers = {**layers, **routers.others(layers[routers.LAYER]), **blocks.others(layers[blocks.LAYER])}
     for name, cls in {**layers, **undecorated.make_switchable()}.items():
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
-        register_kernel_mapping({name: {"cuda": modes, "cpu": modes}})
+        mapping = {"cuda": modes, "cpu": modes}
+        register_kernel_mapping({name: mapping})
+        blocks.take_over(name, mapping)
     _mark_as_they_come()
     for cls in nn.Module.__subclasses__():
         stand_ins.make_switchable(cls)
         if "_apply_gate" in vars(cls):
-            routers.meet(cls.__module__)
+            stand_ins.meet(cls.__module__)
     switching.let_models_switch_off(modules.is_experts, stand_ins.learn, modules.check_choice)
 
 

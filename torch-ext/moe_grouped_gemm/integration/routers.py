@@ -15,6 +15,7 @@ from . import switching
 from .modules import is_plain
 from .router_forms import DTYPES, get, learn, may_be_router, router_of
 from .router_inputs import ARGUMENT
+from .router_trial import Router
 
 # For `kernelize`: routers of hidden states alone, and those that are given their correction bias with them.
 LAYER, LAYER_WITH_BIAS = "MoERouter", "MoERouterWithBias"
@@ -26,8 +27,6 @@ OF_TRANSFORMERS = "SoftmaxTopKRouter"
 # There both are plain PyTorch, and the class's own takes fewer calls.
 SERVES_CPU = False
 
-_is_registered = False
-_met: set[str] = set()  # modeling files
 _stock: set[type] = set()  # that a stand-in stands for
 
 
@@ -52,6 +51,18 @@ def _computed(module: nn.Module, hidden_states: torch.Tensor, given: list) -> tu
     found = router_of(module, hidden_states.dtype)
     if found is None or hidden_states.ndim not in found.ranks or are_transforms_active():
         return None
+    operands = operands_of(module, found, hidden_states, given)
+    if operands is None:
+        return None
+    if is_autocast(hidden_states) and not _is_in_fp32(module, hidden_states.device.type):
+        return None
+    rows = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
+    results = router.route_tokens(rows, *operands, found.form)
+    return tuple(results[role] for role in found.order)
+
+
+def operands_of(module: nn.Module, found: Router, hidden_states: torch.Tensor, given: list) -> tuple | None:
+    """The module's weight (E, H), correction bias and bias (E,) or None; None where they are not what was tried."""
     weight, bias, correction = (None if path in (None, ARGUMENT) else get(module, path) for path in found[1:4])
     if found.correction == ARGUMENT:
         # As in the trial, and no other.
@@ -64,12 +75,8 @@ def _computed(module: nn.Module, hidden_states: torch.Tensor, given: list) -> tu
     operands = [x for x in (hidden_states, weight, bias, correction) if x is not None]
     if not all(map(is_plain, operands)) or hidden_states.shape[-1] != weight.shape[1]:
         return None
-    if is_autocast(hidden_states) and not _is_in_fp32(module, hidden_states.device.type):
-        return None
-    rows = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, weight.shape[1])
     bias, correction = (x if x is None or x.ndim == 1 else x.flatten() for x in (bias, correction))
-    results = router.route_tokens(rows, weight, correction, bias, found.form)
-    return tuple(results[role] for role in found.order)
+    return weight, correction, bias
 
 
 def _is_in_fp32(module: nn.Module, device_type: str) -> bool:
@@ -78,23 +85,24 @@ def _is_in_fp32(module: nn.Module, device_type: str) -> bool:
     return found is not None and found.form.product_dtype is None
 
 
-def register(layer: type) -> dict[str, type]:
-    """From now on meet the routers of every modeling file that has experts; returns what else `layer` is to take."""
-    global _is_registered
-    _is_registered = True
+def others(layer: type) -> dict[str, type]:
+    """What else `layer` is to take: the name that Transformers has, unless the user has mapped it."""
+    return {OF_TRANSFORMERS: layer} if is_free(OF_TRANSFORMERS) else {}
+
+
+def is_free(layer_name: str) -> bool:
+    """Whether nobody has mapped a layer of this name."""
     try:
         mapping = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get()
     except (ImportError, AttributeError):  # a `kernels` to come: what is mapped there nobody can tell
-        return {}
-    return {} if {"cuda", "cpu"} & set(mapping.get(OF_TRANSFORMERS, {})) else {OF_TRANSFORMERS: layer}
+        return False
+    return not {"cuda", "cpu"} & set(mapping.get(layer_name, {}))
 
 
 def meet(modeling: str) -> None:
     """Let `kernelize` switch on the routers of a modeling file that has been imported."""
-    if _is_registered and modeling not in _met:
-        _met.add(modeling)
-        for cls in _classes(modeling):
-            make_switchable(cls)
+    for cls in _classes(modeling):
+        make_switchable(cls)
 
 
 def _classes(modeling: str) -> list[type]:
@@ -121,7 +129,7 @@ def _may_switch_on(module: nn.Module) -> bool:
     return switching.is_switchable(module) and is_served(module)
 
 
-def is_router(module: nn.Module) -> bool:
+def is_one(module: nn.Module) -> bool:
     return switching.is_switchable(module) and may_be_router(type(module))
 
 

@@ -8,7 +8,7 @@ import sys
 
 from torch import nn
 
-from . import modules, routers, switching
+from . import blocks, modules, routers, switching
 from .gates import gate_of
 from .peft import meet_peft
 
@@ -16,10 +16,27 @@ from .peft import meet_peft
 EXPERTS_LAYER = "MoEExperts"
 FP8_EXPERTS_LAYER = "FP8Experts"
 
+_is_registered = False
+_met: set[str] = set()  # modeling files
+
+
+def register() -> None:
+    """From now on meet the routers and blocks of every modeling file that has experts."""
+    global _is_registered
+    _is_registered = True
+
+
+def meet(modeling: str) -> None:
+    """Let `kernelize` switch on the routers and blocks of a modeling file that has been imported."""
+    if _is_registered and modeling not in _met:
+        _met.add(modeling)
+        routers.meet(modeling)
+        blocks.meet(modeling)
+
 
 def learn(module: nn.Module) -> None:
-    """Find out about the module's gate before torch.compile asks, if it has one; and meet the routers beside it."""
-    routers.meet(type(module).__module__)
+    """Find out about the module's gate before torch.compile asks, if it has one; and meet what is beside it."""
+    meet(type(module).__module__)
     if getattr(module, "has_gate", True):
         gate_of(module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import modules, routers, switching
+from . import blocks, modules, routers, switching
 
 
 def status(model: nn.Module) -> dict[str, str]:
@@ -39,9 +39,12 @@ def _experts(module: nn.Module) -> str:
 
 
 def _other(module: nn.Module) -> str:
-    if routers.is_router(module):
-        if not routers.is_served(module):
-            return "Transformers: none of the routers that this kernel has"
-        if not routers.SERVES_CPU and any(parameter.is_cpu for parameter in module.parameters()):
-            return "Transformers: a router on a CPU"
+    for kind, ours, is_known in (("router", routers, routers.is_served), ("block", blocks, blocks.is_known)):
+        if ours.is_one(module):
+            if not (is_known(module) or switching.is_switched_on(module)):
+                return f"Transformers: none of the {kind}s that this kernel has"
+            if not ours.SERVES_CPU and any(parameter.is_cpu for parameter in module.parameters()):
+                return f"Transformers: a {kind} on a CPU"
+    if switching.is_switched_on(module) and blocks.is_one(module) and not blocks.is_whole(module):
+        return "Transformers, part by part"
     return modules.EXPERTS_IMPLEMENTATION if switching.is_switched_on(module) else "Transformers: not switched on"

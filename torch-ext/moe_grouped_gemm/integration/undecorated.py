@@ -20,7 +20,7 @@ from torch import nn
 from .. import functional
 from ..experts import blocks
 from ..torch_ops import autocast
-from . import routers, switching
+from . import stand_ins, switching
 from .gates import activation_name
 from .modules import is_plain, unparametrized
 from .switching import Layer, switches_on
@@ -166,7 +166,7 @@ def make_switchable() -> dict[str, type]:
         if importlib.util.find_spec(f"transformers.models.{model}") is None:
             continue
         modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        routers.meet(modeling.__name__)
+        stand_ins.meet(modeling.__name__)
         cls = getattr(modeling, layer.__name__, None)
         if cls is None or _arguments(cls) != _arguments(layer):
             continue

@@ -1,0 +1,520 @@
+"""Every block class of the installed Transformers against its own forward, and what sends it back part by part."""
+
+import copy
+import functools
+import gc
+import pickle
+import weakref
+
+import accelerate
+import pytest
+import torch
+from kernels import Mode, kernelize
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import DeepseekV3Config, GptOssConfig, Qwen2MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+from moe_models import OWN_BLOCKS, block_classes, experts_classes, tiny_block, tiny_config, tiny_model
+from suite import COMPILE_BACKENDS
+from tiny_models import is_switched_on
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_other_kernels", "registered", "blocks_on_cpu")
+
+OURS = "moe_grouped_gemm"
+
+
+@pytest.fixture
+def calls(kernel, record):
+    return record(kernel.integration.blocks, "moe_block")
+
+
+@functools.cache
+def model_of(name):
+    return tiny_model(next(entry for entry in experts_classes() if entry.model == name))
+
+
+def stock_block(entry):
+    try:
+        return tiny_block(entry.load(), copy.deepcopy(model_of(entry.model)))
+    except (LookupError, StopIteration):
+        pytest.skip("no tiny model has it")
+
+
+def switched_on(kernel, stock, device="cpu"):
+    kernel.integration.stand_ins.meet(type(stock).__module__)
+    block = copy.deepcopy(stock)
+    kernelize(block, mode=Mode.INFERENCE, device=device)
+    return block
+
+
+def hidden_dim(block):
+    return next(p.shape[-1] for name, p in block.named_parameters() if "gate" in name or "router" in name)
+
+
+def hidden_states(block, batch=2, sequence=3, seed=1):
+    x = torch.randn(batch, sequence, hidden_dim(block), generator=torch.Generator().manual_seed(seed))
+    parameter = next(block.parameters())
+    return x.to(parameter.device, parameter.dtype)
+
+
+def results(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def assert_same(got, expected, tolerance=1e-5):
+    for a, b in zip(results(got), results(expected), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+# --- every class ------------------------------------------------------------------------------------------------------
+
+
+def test_enumeration():
+    names = {entry.name for entry in block_classes()}
+    assert len(names) > 50 and set(OWN_BLOCKS) <= names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entry", block_classes(), ids=lambda entry: entry.name)
+@torch.no_grad()
+def test_alone(kernel, calls, device, entry, dtype):
+    """As docs/models.md has it; a new class fails here until somebody looks at it."""
+    stock = stock_block(entry).to(device)
+    if dtype == torch.bfloat16:
+        for name, parameter in stock.named_parameters():
+            if parameter.ndim > 1 or "expert_bias" not in name:  # which models keep in fp32
+                parameter.data = parameter.data.to(dtype)
+    block, x = switched_on(kernel, stock, device), hidden_states(stock)
+    try:
+        expected = stock(x)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        pytest.skip(f"{error}")
+    got = block(x)
+    assert len(calls) == (entry.name not in OWN_BLOCKS)
+    if dtype == torch.float32:
+        assert_same(got, expected)
+    else:  # where a token goes to another expert, it has another result
+        a, b = results(got)[0].float(), results(expected)[0].float()
+        near = ((a - b).norm(dim=-1) < 0.02 * b.norm(dim=-1)).float().mean()
+        assert near >= 0.8
+    is_ours = kernel.status(block).get("", "Transformers, part by part")
+    assert is_ours == (OURS if entry.name not in OWN_BLOCKS else is_ours) and ("Transf" in is_ours) != bool(calls)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1)], ids=str)
+@torch.no_grad()
+def test_shapes(kernel, calls, device, shape):
+    stock = deepseek().to(device)
+    block, x = switched_on(kernel, stock, device), hidden_states(stock, *shape)
+    assert_same(block(x), stock(x))
+    assert_same(block(x.mT.contiguous().mT), stock(x))
+    assert len(calls) == 2
+
+
+def deepseek(**sizes):
+    return tiny_block(DeepseekV3MoE, nn.ModuleList([DeepseekV3MoE(deepseek_config(**sizes))]))
+
+
+def deepseek_config(**sizes):
+    config = tiny_config("deepseek_v3", DeepseekV3Config)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    return config
+
+
+def qwen2():
+    config = tiny_config("qwen2_moe", Qwen2MoeConfig)
+    return tiny_block(Qwen2MoeSparseMoeBlock, nn.ModuleList([Qwen2MoeSparseMoeBlock(config)]))
+
+
+# --- what sends it back -----------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def _hook(path):
+    def change(block):
+        block.get_submodule(path).register_forward_hook(lambda module, args, output: double(output))
+
+    return change
+
+
+def double(output):
+    return (
+        tuple(map(double, output))
+        if isinstance(output, tuple)
+        else output * 2
+        if output.is_floating_point()
+        else output
+    )
+
+
+def _pre_hook(block):
+    block.shared_experts.up_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def _wrapped(path):
+    def change(block):
+        module = block.get_submodule(path)
+        forward = module.forward
+        module.forward = lambda *args: double(forward(*args))
+
+    return change
+
+
+def _offloaded(block):
+    accelerate.hooks.add_hook_to_module(block.experts, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+def _lora(target):
+    def change(block):
+        torch.manual_seed(0)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=target, init_lora_weights=False), block)
+
+    return change
+
+
+def _parametrized(block):
+    parametrize.register_parametrization(block.shared_experts.gate_proj, "weight", Doubled())
+
+
+def _biased(block):
+    block.shared_experts.up_proj.bias = nn.Parameter(torch.ones(block.shared_experts.up_proj.out_features))
+
+
+def _another_linear(block):
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    block.shared_experts.down_proj.__class__ = Linear
+
+
+def _another_activation(block):
+    block.shared_experts.act_fn = nn.Tanh()
+
+
+def _own_gate(block):
+    block.experts.act_fn = nn.Tanh()
+
+
+def _experts_off(block):
+    block.experts.__dict__["_moe_grouped_gemm"] = ""
+
+
+def _router_off(block):
+    block.gate.__dict__["_moe_grouped_gemm"] = ""
+
+
+def _training(block):
+    block.train()
+
+
+SENT_BACK = {
+    "router hooked": _hook("gate"),
+    "experts hooked": _hook("experts"),
+    "shared hooked": _hook("shared_experts"),
+    "linear hooked": _hook("shared_experts.gate_proj"),
+    "activation hooked": _hook("shared_experts.act_fn"),
+    "linear pre-hooked": _pre_hook,
+    "router wrapped": _wrapped("gate"),
+    "experts wrapped": _wrapped("experts"),
+    "shared wrapped": _wrapped("shared_experts"),
+    "linear wrapped": _wrapped("shared_experts.down_proj"),
+    "offloaded": _offloaded,
+    "lora on a linear": _lora(r"shared_experts\.(gate|up)_proj"),
+    "lora on the experts": _lora(["down_proj"]),
+    "parametrized": _parametrized,
+    "biased": _biased,
+    "another linear": _another_linear,
+    "another activation": _another_activation,
+    "own gate": _own_gate,
+    "experts off": _experts_off,
+    "router off": _router_off,
+    "training": _training,
+}
+
+
+@pytest.mark.parametrize("is_called_before", [False, True], ids=["at once", "after a call"])
+@pytest.mark.parametrize("name", SENT_BACK)
+@torch.no_grad()
+def test_sent_back(kernel, calls, name, is_called_before):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    if is_called_before:
+        block(x)
+        assert len(calls) == 1
+        calls.clear()
+    for module in (stock, block):
+        SENT_BACK[name](module)
+    assert_same(block(x), stock(x))
+    assert_same(block(x), stock(x))
+    assert not calls
+    assert kernel.status(block)[""] == "Transformers, part by part"
+
+
+@torch.no_grad()
+def test_a_hook_that_is_taken_off(kernel, calls):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    seen = []
+    hook = block.gate.register_forward_hook(lambda module, args, output: seen.append(output))
+    block(x)
+    assert len(seen) == 1 and not calls
+    hook.remove()
+    assert_same(block(x), stock(x))
+    assert len(seen) == 1 and len(calls) == 1
+
+
+def _top_k(block):
+    block.gate.top_k = 3
+
+
+def _factor(block):
+    block.gate.routed_scaling_factor = 7.0
+
+
+def _other_data(block):
+    for parameter in block.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def _in_place(block):
+    for parameter in block.parameters():
+        parameter.mul_(1.5)
+
+
+def _other_parameter(block):
+    block.shared_experts.up_proj.weight = nn.Parameter(block.shared_experts.up_proj.weight * 3)
+    block.experts.down_proj = nn.Parameter(block.experts.down_proj * 3)
+    block.gate.e_score_correction_bias = block.gate.e_score_correction_bias.flip(0)
+
+
+def _other_child(block):
+    block.shared_experts = copy.deepcopy(block.shared_experts)
+    block.shared_experts.gate_proj.weight.mul_(2)
+
+
+def _other_activation(block):
+    for module in (block.shared_experts, block.experts):
+        module.act_fn = nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    "change", [_top_k, _factor, _other_data, _in_place, _other_parameter, _other_child, _other_activation]
+)
+@torch.no_grad()
+def test_changed_after_a_call(kernel, calls, change):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    before = block(x)
+    for module in (stock, block):
+        change(module)
+    got = block(x)
+    assert_same(got, stock(x))
+    assert len(calls) == 2 and not torch.allclose(got, before)
+
+
+@torch.no_grad()
+def test_another_forward_of_a_class(kernel, calls, monkeypatch):
+    """Somebody patches the MLP's class: the block asks it, not its linear layers."""
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    block(x)
+    cls = type(block.shared_experts)
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: forward(self, x) * 2)
+    assert_same(block(x), stock(x))
+    assert len(calls) == 1
+
+
+def test_gradients_and_modes(kernel, calls, device):
+    stock = deepseek().to(device)
+    block, x = switched_on(kernel, stock, device), hidden_states(stock)
+    losses = [module(x).square().sum() for module in (stock, block)]
+    gradients = [torch.autograd.grad(loss, [*m.parameters()]) for loss, m in zip(losses, (stock, block))]
+    assert not calls
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+    with torch.inference_mode():
+        assert_same(block(x), stock(x))
+    for module in (stock, block):
+        module.requires_grad_(False)
+    assert_same(block(x), stock(x))
+    assert len(calls) == 2
+    x.requires_grad_()
+    block(x).sum().backward()
+    assert len(calls) == 2 and x.grad is not None
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        torch.testing.assert_close(block(x), stock(x), rtol=0.1, atol=0.1)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_other_hidden_states(kernel, calls):
+    """Of a dtype that the weights do not have, of another rank, none, and by keyword: as the class has them."""
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    for given in (x.double(), x[0]):
+        try:
+            expected = stock(given)
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=str(error)[:30]):
+                block(given)
+        else:
+            assert_same(block(given), expected)
+    assert_same(block(hidden_states=x), stock(x))
+    assert not calls
+    empty = x[:, :0]
+    assert block(empty).shape == empty.shape
+
+
+@torch.no_grad()
+def test_codes(kernel, calls, device):
+    """Routed experts in 4 bits, shared ones as they are."""
+    stock = deepseek(moe_intermediate_size=32, hidden_size=64).to(device)
+    block, x = switched_on(kernel, stock, device), hidden_states(stock)
+    for name in ("gate_up_proj", "down_proj"):
+        codes, scale = kernel.quantize_fp4(getattr(block.experts, name))
+        setattr(block.experts, name, nn.Parameter(codes, requires_grad=False))
+        block.experts.register_parameter(f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
+    whole = block(x)
+    assert len(calls) == 1
+    hook = block.gate.register_forward_hook(lambda *args: None)
+    assert_same(block(x), whole)
+    hook.remove()
+    assert len(calls) == 1
+
+
+# --- ways in and out --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_copies_and_pickles(kernel, calls):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    expected = block(x)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(x), expected)
+        other.experts.down_proj.zero_()
+        assert torch.equal(block(x), expected)
+    assert len(calls) == 5
+
+
+def test_a_block_is_let_go(kernel):
+    block = switched_on(kernel, deepseek())
+    with torch.no_grad():
+        block(hidden_states(block))
+    reference = weakref.ref(block)
+    del block
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("make", [deepseek, qwen2], ids=["deepseek_v3", "qwen2_moe"])
+def test_compiles_into_one_graph(kernel, device, make):
+    torch.compiler.reset()
+    block = switched_on(kernel, make().to(device), device)
+    x, graphs, backend = hidden_states(block), [], COMPILE_BACKENDS[device]
+    if device == "cpu":
+
+        def backend(graph, inputs):
+            graphs.append([str(node.target) for node in graph.graph.nodes])
+            return graph
+
+    with torch.no_grad():
+        got = torch.compile(block, fullgraph=True, backend=backend)(x)
+        assert_same(got, block(x))
+    if device == "cpu":
+        assert len(graphs) == 1 and sum("moe_block" in target for target in graphs[0]) == 1
+
+
+@pytest.mark.parametrize("path", ["gate", "shared_experts.up_proj"])
+def test_compiles_around_a_hook(kernel, calls, path):
+    torch.compiler.reset()
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    for module in (stock, block):
+        _hook(path)(module)
+    with torch.no_grad():
+        assert_same(torch.compile(block, backend="eager")(x), stock(x))
+    assert not calls
+
+
+def test_opcheck(kernel, device):
+    block = switched_on(kernel, qwen2().to(device), device)
+    plan = kernel.integration.blocks._made(block, hidden_states(block))
+    router, gate_up, down, gate, shared = plan.args
+    rows = hidden_states(block).flatten(0, 1)
+    op = kernel.block._moe_block_op
+    with torch.no_grad():
+        torch.library.opcheck(op, (rows, *router[:3], *gate_up, *down, *shared, *router.form, *gate))
+
+
+def test_names(kernel, monkeypatch):
+    for attribute in ("kernel_layer_name", "kernel_condition"):  # as they are
+        monkeypatch.setattr(DeepseekV3MoE, attribute, getattr(DeepseekV3MoE, attribute, None), raising=False)
+    assert DeepseekV3MoE.kernel_layer_name == "DeepseekV3MoE"
+    assert GptOssMLP.kernel_layer_name == "MegaBlocksMoeMLP"
+    for layout in (kernel.layers.DeepseekV3MoELayout, kernel.layers.MoEBlockLayout):
+        block = layout(deepseek_config())
+        assert type(block) is DeepseekV3MoE and isinstance(block, layout)
+        kernelize(block, mode=Mode.INFERENCE, device="cpu")
+        assert is_switched_on(kernel, block)
+
+
+@torch.no_grad()
+def test_name_of_transformers(kernel, calls):
+    """Whatever `use_kernels` registers before, gpt-oss's block is ours."""
+    from transformers.integrations.hub_kernels import register_kernel_mapping_transformers
+
+    register_kernel_mapping_transformers()
+    stock = tiny_block(GptOssMLP, nn.ModuleList([GptOssMLP(tiny_config("gpt_oss", GptOssConfig))]))
+    kernel.integration.stand_ins.meet(GptOssMLP.__module__)
+    block = copy.deepcopy(stock)
+    kernelize(block, mode=Mode.INFERENCE, device="cpu")
+    x = hidden_states(stock)
+    assert_same(block(x), stock(x))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe", "glm4_moe", "qwen3_moe"])
+@torch.no_grad()
+def test_in_a_model(kernel, calls, name):
+    model = copy.deepcopy(model_of(name))
+    ids = torch.randint(2, 120, (2, 7), generator=torch.Generator().manual_seed(1))
+    expected = model(input_ids=ids).logits
+    model.set_use_kernels(True)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    blocks = [module for module in model.modules() if kernel.integration.blocks.is_one(module)]
+    assert len(calls) == len(blocks) > 0
+    model(input_ids=ids, output_router_logits=True)
+    assert len(calls) >= len(blocks)
+    calls.clear()
+    model.set_use_kernels(False)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert not calls
+
+
+def test_forward_that_torch_sees(kernel):
+    """FLOPs are those of the parts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    block = switched_on(kernel, deepseek())
+    x = hidden_states(block)
+    counts = []
+    for hooked in (False, True):
+        if hooked:
+            block.gate.register_forward_hook(lambda *args: None)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -1,0 +1,267 @@
+"""The MoE blocks of Transformers as one call of ours: router, experts and shared experts, in inference.
+
+Wherever one of the parts is not what its class makes of it (hooked, wrapped, adapted, sharded, quantised by others), or
+a gradient may be asked for, the forward of the block's class runs, and each part is served by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Callable, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..block import Router, check_block, moe_block
+from ..reference import Gate, SharedExperts
+from ..torch_ops import are_transforms_active, is_autocast, needs_gradients
+from ..weights import are_quantized
+from . import modules, routers, switching
+from .block_trial import Block, block_of, shared_mlp_of
+from .gates import is_as_its_class
+from .router_forms import DTYPES, get, router_of
+from .snapshot import Snapshot
+
+# For `kernelize`; and the name of the block in whose place the first of them came.
+LAYER, OF_DEEPSEEK_V3 = "MoEBlock", "DeepseekV3MoE"
+# The name that Transformers itself gives to gpt-oss's, for whatever kernel there is.
+OF_TRANSFORMERS = "MegaBlocksMoeMLP"
+
+# There each part is plain PyTorch, as cheap by itself.
+SERVES_CPU = False
+
+_stock: set[type] = set()  # that a stand-in stands for
+
+
+def block_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Forward of a block, as a layer has it: what that of its class returns."""
+    return serve(module, type(module).forward, hidden_states)
+
+
+def serve(module: nn.Module, stock: Callable, *args, **kwargs):
+    """What `module` computes, in one call or, where that cannot be, by `stock(module, ...)`, part by part."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+        if SERVES_CPU or not args[0].is_cpu:
+            results = _computed(module, args[0])
+            if results is not None:
+                return results
+    return stock(module, *args, **kwargs)
+
+
+def _computed(module: nn.Module, hidden_states: torch.Tensor):
+    if hidden_states.ndim != 3 or are_transforms_active() or is_autocast(hidden_states):
+        return None
+    plan = (_made if torch.compiler.is_compiling() else _remembered)(module, hidden_states)
+    if plan is None or needs_gradients((hidden_states, *plan.tensors)):
+        return None
+    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *plan.args)
+    out = out.view(hidden_states.shape)
+    return (out, weights) if plan.returns_weights else out
+
+
+class _Plan(NamedTuple):
+    args: tuple  # of `moe_block`, after hidden states
+    tensors: tuple  # among them
+    returns_weights: bool
+
+
+# What was decided about a block for hidden states like these, and the block as it was then.
+_PLANS: WeakKeyDictionary[nn.Module, tuple[tuple, Snapshot, _Plan | None]] = WeakKeyDictionary()
+
+
+def _remembered(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
+    like = (hidden_states.dtype, hidden_states.device, hidden_states.shape[2])
+    kept = _PLANS.get(module)
+    if kept is not None and kept[0] == like and kept[1].holds(module):
+        return kept[2]
+    snapshot = Snapshot.of(module)
+    if snapshot is None:
+        return None
+    plan = _made(module, hidden_states)
+    _PLANS[module] = like, snapshot, plan
+    return plan
+
+
+def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
+    """None: part by part."""
+    found = None if module.training else block_of(module, hidden_states.dtype)
+    if found is None:
+        return None
+    router = _router(module, found, hidden_states)
+    experts = _experts(module._modules[found.experts], hidden_states)
+    if router is None or experts is None:
+        return None
+    shared = None if found.shared is None else _shared(module, found, experts.gate, hidden_states)
+    if shared is None and found.shared is not None:
+        return None
+    gate_up, down, gate, *_ = experts
+    if not torch.compiler.is_compiling():
+        check_block(hidden_states.reshape(-1, hidden_states.shape[2]), router, gate_up, down, gate)
+    tensors = (*router[:3], *gate_up, *down, *(shared or ()))
+    return _Plan((router, gate_up, down, gate, shared), tensors, found.returns_weights)
+
+
+def _router(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> Router | None:
+    child = module._modules[found.router]
+    of_child = router_of(child, hidden_states.dtype)
+    if of_child is None or not _is_served(child):
+        return None
+    given = [] if found.correction is None else [getattr(module, found.correction)]
+    operands = routers.operands_of(child, of_child, hidden_states, given)
+    if operands is None:
+        return None
+    form = of_child.form
+    if found.factor != 1.0:
+        if found.returns_weights:
+            return None
+        form = form._replace(routed_scaling_factor=form.routed_scaling_factor * found.factor)
+    return Router(*operands, form)
+
+
+def _experts(child: nn.Module, hidden_states: torch.Tensor) -> modules.Experts | None:
+    if not _is_served(child):
+        return None
+    experts = modules.read(child)
+    gate_up, down, gate, gated, norm, lora = experts
+    if not (isinstance(gate, Gate) and gated and norm is None and not any(lora)):
+        return None
+    if modules.obstacle(child, experts) is not None:
+        return None
+    if not are_quantized(gate_up, down) and gate_up.weight.dtype != hidden_states.dtype:
+        return None
+    biases = [p.bias for p in (gate_up, down) if p.bias is not None]
+    return None if any(bias.dtype != hidden_states.dtype for bias in biases) else experts
+
+
+def _shared(module: nn.Module, found: Block, gate: Gate, hidden_states: torch.Tensor) -> SharedExperts | None:
+    mlp = module._modules[found.shared]
+    names = shared_mlp_of(mlp, hidden_states.dtype)
+    if names is None or not is_as_its_class(mlp) or gate.limit is not None or gate.activation != names.activation:
+        return None
+    linears = [mlp._modules[name] for name in names[:3]]
+    if found.shared_gate is not None:
+        linears.append(module._modules[found.shared_gate])
+    weights = [_weight(linear, hidden_states) for linear in linears]
+    return None if None in weights else SharedExperts(*weights, *([None] if found.shared_gate is None else []))
+
+
+def _weight(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Of nn.Linear itself, which computes with it and nothing else."""
+    if type(linear) is not nn.Linear or linear.bias is not None or not is_as_its_class(linear):
+        return None
+    weight = linear.weight
+    is_ours = modules.is_plain(weight) and weight.dtype == hidden_states.dtype and weight.stride(1) == 1
+    return weight if is_ours and weight.device == hidden_states.device else None
+
+
+def _is_served(child: nn.Module) -> bool:
+    """Whether calling it comes to us and to nobody else."""
+    return switching.is_switched_on(child) and is_as_its_class(child)
+
+
+# --- which classes ----------------------------------------------------------------------------------------------------
+
+
+def meet(modeling: str) -> None:
+    """Let `kernelize` switch on the blocks of a modeling file that has been imported."""
+    for cls in _classes(modeling):
+        make_switchable(cls)
+
+
+def _classes(modeling: str) -> list[type]:
+    return [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and may_be_block(cls)]
+
+
+def may_be_block(cls: type) -> bool:
+    """Whether to try: its forward takes hidden states alone and calls experts."""
+    forward = vars(cls).get("forward")
+    if forward is None or "experts" not in switching.below_ours(forward).__code__.co_names:
+        return False
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+
+
+def make_switchable(cls: type, layer_name: str | None = None) -> type:
+    """Let `kernelize` switch modules of `cls` on, as layers of this name; by default the class's own, if it has one."""
+    own_name = getattr(cls, "kernel_layer_name", None)
+    if own_name not in (None, LAYER, OF_DEEPSEEK_V3, OF_TRANSFORMERS):
+        return cls  # another kernel's
+    switching.make_switchable(cls, serve, learn)
+    if layer_name is None and own_name is None:
+        layer_name = OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else LAYER
+    if layer_name is not None:  # under Transformers' name, whatever kernel takes it is asked as before
+        switching.name_for_kernelize(cls, layer_name, _may_switch_on)
+    return cls
+
+
+def learn(module: nn.Module) -> None:
+    """Find out ahead of torch.compile, for hidden states of any dtype."""
+    for dtype in DTYPES:
+        found = block_of(module, dtype)
+        if found is not None and found.shared is not None:
+            shared_mlp_of(module._modules[found.shared], dtype)
+
+
+def _may_switch_on(module: nn.Module) -> bool:
+    """Its parts may be switched on after it."""
+    return switching.is_switchable(module) and is_known(module)
+
+
+def is_one(module: nn.Module) -> bool:
+    return switching.is_switchable(module) and may_be_block(type(module))
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether it is a block of ours for hidden states of some dtype."""
+    return any(block_of(module, dtype) is not None for dtype in DTYPES)
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether it is computed in one call, as it is now, where no gradient is asked for."""
+    for dtype in DTYPES:
+        found = block_of(module, dtype)
+        router = None if found is None else router_of(module._modules[found.router], dtype)
+        if router is not None:
+            weight = get(module, f"{found.router}.{router.weight}")
+            if _made(module, weight.new_empty(1, 1, weight.shape[1], dtype=dtype)) is not None:
+                return True
+    return False
+
+
+def others(layer: type) -> dict[str, type]:
+    """What else `layer` is to take: the name that Transformers has, unless the user has mapped it."""
+    return {OF_TRANSFORMERS: layer} if _transformers_own() or routers.is_free(OF_TRANSFORMERS) else {}
+
+
+def take_over(layer_name: str, mapping: dict) -> None:
+    """Where Transformers' own mapping has a kernel for the block of gpt-oss, that is ours from now on.
+
+    It is registered again whenever kernels are switched on; what a user maps, by a KernelConfig or around `kernelize`,
+    comes before it.
+    """
+    if layer_name == OF_TRANSFORMERS and (own := _transformers_own()):
+        own[OF_TRANSFORMERS] = {**own[OF_TRANSFORMERS], **mapping}
+
+
+def _transformers_own() -> dict:
+    """Transformers' mapping of layers that it has kernels for, if the block is one of them; else an empty one."""
+    hub_kernels = importlib.import_module("transformers.integrations.hub_kernels")
+    mapping = getattr(hub_kernels, "get_kernel_mapping_transformers", dict)()
+    return mapping if OF_TRANSFORMERS in mapping else {}
+
+
+def stock_block_class(layer_name: str, config) -> type:
+    """The block of the model that `config` belongs to, ready for `kernelize` as a layer of this name."""
+    for config_class in type(config).__mro__:
+        classes = _classes(config_class.__module__.replace("configuration_", "modeling_"))
+        if len(classes) == 1:
+            _stock.update(classes)
+            return make_switchable(classes[0], layer_name)
+    raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one class of MoE blocks")
+
+
+def is_stock_block(module: object) -> bool:
+    """Whether the module is what some `stock_block_class` makes."""
+    return isinstance(module, tuple(_stock))
