@@ -131,16 +131,15 @@ WHOLE = [  # T, E, top_k
 ]
 
 
-@on_triton
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU tests/experts/test_shared_experts.py runs this path")
 @pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("tokens, experts, top_k", WHOLE)
 def test_whole_path(kernel, whole, monkeypatch, tokens, experts, top_k, gated):
     dense = import_module(f"{kernel.__name__}.weights.dense")
-    if INTERPRETED:  # Gluon has no interpreter; `whole` leaves decode out, which in dense is Triton
-        readable = dense.as_readable
-        monkeypatch.setattr(dense, "as_readable", lambda *a: readable(*a)._replace(WARP_SPECIALIZED=False))
-        monkeypatch.setattr(dense.tuning, "is_decode", lambda rows, tokens, *_: tokens == 1)
-        monkeypatch.setattr(whole.gpu, "device_name", lambda device: "")
+    readable = dense.as_readable  # Gluon has no interpreter; `whole` leaves decode out, which in dense is Triton
+    monkeypatch.setattr(dense, "as_readable", lambda *a: readable(*a)._replace(WARP_SPECIALIZED=False))
+    monkeypatch.setattr(dense.tuning, "is_decode", lambda rows, tokens, *_: tokens == 1)
+    monkeypatch.setattr(whole.gpu, "device_name", lambda device: "")
     args = layer(tokens, experts, top_k, 64, 40, DTYPES[0], DEVICE, "sentinels")
     shared, SharedExperts = shared_weights(64, 56, DTYPES[0], DEVICE, gated), kernel.reference.SharedExperts
     projections = map(whole.weights.Projection, args[3:])

@@ -145,9 +145,6 @@ def test_rows(kernel, launch, config, spread):
         lambda x: launch.router_logits(x, w[0], tuning.ROUTER.least[0][1]),
         lambda x: launch.quantize_rows(x)[1],
         lambda x: launch.combine(x.contiguous(), positions, weights[:, :1].contiguous(), x),
-        lambda x: launch.combine(
-            w[0, :T], torch.arange(T, dtype=torch.int32, device=DEVICE), torch.ones(T, 1, device=DEVICE), x
-        ),
     ):
         assert_same(function, x, far)
     rows = torch.tensor([0, 2, T], dtype=torch.int32, device=DEVICE)
