@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -115,8 +116,25 @@ def graph_time(calls) -> float:
     return eager_time([graph.replay]) / len(calls)
 
 
-def graph_and_eager(name, calls) -> dict[str, float]:
-    return {f"{name}_graph_us": graph_time(calls), f"{name}_eager_us": eager_time(calls)}
+def host_time(calls) -> float:
+    """Microseconds of a call until it returns, with a GPU that has nothing to do: the host's time alone.
+
+    The median of 50 batches, each so short that the GPU's queue does not fill.
+    """
+    batches = []
+    for _ in range(50):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        batches.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(batches) * 1e6 / len(calls)
+
+
+def all_times(name, calls) -> dict[str, float]:
+    times = {"graph": graph_time, "eager": eager_time, "host": host_time}
+    return {f"{name}_{how}_us": measure(calls) for how, measure in times.items()}
 
 
 def read_bandwidth():

@@ -56,7 +56,7 @@ def run_case(kernel, tokens, dense, fp8, fp4, ceilings):
         "bf16": lambda args: kernel.moe_experts(*args, *dense),
     }
     for name, function in layers.items():
-        case |= common.graph_and_eager(name, [lambda args=args, function=function: function(args) for args in sets])
+        case |= common.all_times(name, [lambda args=args, function=function: function(args) for args in sets])
     if tokens in (64, 4096):
         by_torch = lambda: dequantize_and_grouped_mm(*sets[0], *fp4, dequantized)  # noqa: E731
         common.check(f"torch, T={tokens}", by_torch(), expected, 2e-2)

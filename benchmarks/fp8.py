@@ -73,7 +73,7 @@ def run_case(kernel, tokens, dense, codes, scales, ceilings):
     }
     for name, layer in layers.items():
         calls = [lambda args=args, layer=layer: layer(args) for args in sets]
-        case |= common.graph_and_eager(name, calls)
+        case |= common.all_times(name, calls)
     common.check(f"torch, T={tokens}", dequantize_and_grouped_mm(*sets[0], codes, scales), expected, 2e-2)
     case["torch_eager_us"] = common.eager_time([lambda: dequantize_and_grouped_mm(*sets[0], codes, scales)])
     return case

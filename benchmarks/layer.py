@@ -68,7 +68,7 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
         "experts_hit": hit,
         "relative_error": error,
         "roof_us": common.roof(workload, tokens, hit, ceilings["flops"], ceilings["bytes"], weight_bytes=2),
-        **common.graph_and_eager("ours", ours),
+        **common.all_times("ours", ours),
     }
     with run_as(kernel, "sm_80"):
         case["ours_as_sm_80_graph_us"] = common.graph_time(ours)
@@ -120,8 +120,8 @@ def run_router_case(kernel, workload, tokens):
     return {
         "workload": workload,
         "tokens": tokens,
-        **common.graph_and_eager("ours", [ours]),
-        **common.graph_and_eager("stock", [lambda: module(x)]),
+        **common.all_times("ours", [ours]),
+        **common.all_times("stock", [lambda: module(x)]),
     }
 
 
@@ -153,7 +153,7 @@ def row(case):
     ours = min(case["ours_graph_us"], case["ours_eager_us"])
     stock = min(time for key, time in case.items() if key.endswith("_us") and key.split("_")[0] not in ("ours", "roof"))
     name = case["workload"] + (" zipf" if case["routing"] == "zipf" else "")
-    times = (case["roof_us"], case["ours_graph_us"], case["ours_eager_us"], stock)
+    times = (case["roof_us"], *(case[f"ours_{how}_us"] for how in ("graph", "eager", "host")), stock)
     fractions = f"{case['roof_us'] / ours:9.2f} {case['roof_us'] / stock:9.2f} {stock / ours:8.2f}x"
     return f"{name:15} {case['tokens']:6} " + " ".join(f"{time:10.1f}" for time in times) + " " + fractions
 
@@ -164,8 +164,8 @@ def print_times(case) -> None:
 
 
 def layer_cases(kernel, workloads, ceilings):
-    print(" " * 22 + "microseconds" + " " * 34 + "fraction of roof")
-    print(f"{'workload':15} {'T':>6} {'roof':>10} {'graph':>10} {'eager':>10} {'best stock':>10}", end="")
+    print(" " * 22 + "microseconds" + " " * 45 + "fraction of roof")
+    print(f"{'workload':15} {'T':>6} {'roof':>10} {'graph':>10} {'eager':>10} {'host':>10} {'best stock':>10}", end="")
     print(f" {'ours':>9} {'stock':>9} {'speed-up':>9}")
     for workload in workloads:
         *dims, tokens = WORKLOADS[workload]

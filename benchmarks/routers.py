@@ -69,7 +69,7 @@ def run_case(name, routers, tokens, device) -> dict:
         raise SystemExit(f"{name}, T={tokens}: {1 - same:.1%} of the tokens go to other experts: nothing is timed")
     case = {"router": name, "tokens": tokens, "same_experts": same}
     for way, module in routers.items():
-        case |= common.graph_and_eager(way, [lambda module=module: module(x)])
+        case |= common.all_times(way, [lambda module=module: module(x)])
     return case
 
 
