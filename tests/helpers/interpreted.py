@@ -39,5 +39,5 @@ def under_the_interpreter(file, parts=1):
 def enter_no_device(monkeypatch):
     """Where there is none. Not on a GPU: Triton keeps the functions that it finds when it first launches a kernel."""
     if INTERPRETED:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' own
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as the tensors' own
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())

@@ -12,7 +12,7 @@ FLOATS = {
 
 
 def device_type(name: str, x: torch.Tensor) -> str:
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else x.device.type  # whose name is made anew at every call
     if kind not in FLOATS:
         raise ValueError(f"{name}: expected on cpu or cuda, got {x.device}")
     return kind
@@ -24,19 +24,17 @@ def shape(x: torch.Tensor) -> tuple:
 
 def check_floats(**tensors: torch.Tensor) -> None:
     """All tensors share the device and the supported dtype of the first."""
-    names = iter(tensors)
-    first = next(names)
-    x = tensors[first]
+    (first, x), *others = tensors.items()
     kind = device_type(first, x)
     allowed = FLOATS[kind]
-    if x.dtype not in allowed:
-        raise TypeError(f"{first}: expected one of {', '.join(map(str, allowed))} on {kind}, got {x.dtype}")
     dtype, device = x.dtype, x.device
-    for name in names:
-        if tensors[name].dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype} like {first}, got {tensors[name].dtype}")
-        if tensors[name].device != device:
-            raise ValueError(f"{name}: expected on {device} like {first}, got {tensors[name].device}")
+    if dtype not in allowed:
+        raise TypeError(f"{first}: expected one of {', '.join(map(str, allowed))} on {kind}, got {dtype}")
+    for name, x in others:
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} like {first}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected on {device} like {first}, got {x.device}")
 
 
 def check_index(top_k_index: torch.Tensor) -> None:

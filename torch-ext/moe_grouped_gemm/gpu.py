@@ -74,7 +74,8 @@ def on_its_device(function):
 
     @functools.wraps(function)
     def on_device(x, *args):
-        if x.device.index == torch.cuda.current_device():
+        # torch.cuda.current_device() looks first whether CUDA has been set up: a tensor is there.
+        if x.get_device() == torch._C._cuda_getDevice():
             return function(x, *args)
         with torch.cuda.device_of(x):
             return function(x, *args)

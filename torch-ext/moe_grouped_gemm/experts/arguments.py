@@ -29,10 +29,10 @@ def _check_layer(hidden_states, top_k_index, top_k_weights, gate_up, down, activ
     check_index(top_k_index)
     if hidden_states.ndim != 2:
         raise ValueError(f"hidden_states: expected (T, H), got {shape(hidden_states)}")
-    tokens, hidden_dim = hidden_states.shape
-    if top_k_index.shape[0] != tokens:
+    (tokens, hidden_dim), index_shape = hidden_states.shape, top_k_index.shape
+    if index_shape[0] != tokens:
         raise ValueError(f"top_k_index: expected ({tokens}, top_k) to fit hidden_states, got {shape(top_k_index)}")
-    if top_k_weights.shape != top_k_index.shape:
+    if top_k_weights.shape != index_shape:
         raise ValueError(f"top_k_weights: expected {shape(top_k_index)} like top_k_index, got {shape(top_k_weights)}")
     if not top_k_weights.is_floating_point():
         raise TypeError(f"top_k_weights: expected a float dtype, got {top_k_weights.dtype}")

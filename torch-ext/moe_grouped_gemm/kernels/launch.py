@@ -11,6 +11,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
+from .shortcut import is_hooked, shortcut
+
 _compiled = {}
 
 # AMD's compiler specialises on whether 32-bit offsets reach all of a tensor's storage.
@@ -58,35 +60,51 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=No
     """
     # Its function in place of the kernel, whose hash takes Triton a microsecond.
     key = [kernel.fn, constants, num_warps, num_stages]
-    addresses = 0
+    args, addresses = [], 0
     for x in tensors:
         if x is None:
             key.append(None)
+            args.append(None)
             continue
-        if not isinstance(x, Tensor):
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            args.append(address)
+        else:
+            args.append(x)
             x = x.base  # which a descriptor demands to be aligned
-        address = x.data_ptr()
+            address = x.data_ptr()
         if not address:
             _check_address(x)
         addresses |= address
         key.append(x.dtype)
-    key.append(x.device)
+    device = x.get_device()
+    key.append(device)
     if addresses % 16 or REACH_MATTERS:
         key += [_alignment_and_reach(x) for x in tensors]
     key = tuple(key)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers, *constants)
+    remembered = _compiled.get(key)
+    if remembered is None:
+        _launch_first(key, kernel, grid, x.is_meta, (*tensors, *numbers, *constants), num_warps, num_stages)
         return
-    args = (*tensors, *numbers, *constants)
+    compiled, short = remembered
+    if short is None or is_hooked():
+        compiled[grid](*tensors, *numbers, *constants)
+    else:
+        run, stream_of = short
+        run(grid, stream_of(device), (*args, *numbers, *constants))
+
+
+def _launch_first(key, kernel, grid, is_meta, args, num_warps, num_stages):
     options = {"enable_fp_fusion": True, "num_warps": num_warps}
     if num_stages is not None:
         options["num_stages"] = num_stages
     with explained():
-        if x.is_meta:
+        if is_meta:
             kernel.warmup(*args, grid=grid, **options)
-        else:  # the interpreter compiles nothing and returns None
-            _compiled[key] = _launch_what_fits(kernel, grid, args, options)
+            return
+        compiled = _launch_what_fits(kernel, grid, args, options)
+    if compiled is not None:  # as from the interpreter
+        _compiled[key] = compiled, shortcut(compiled, len(args))
 
 
 def _launch_what_fits(kernel, grid, args, options):

@@ -27,8 +27,8 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     expert_bytes = 3 * down.weight.stride(0) * down.weight.element_size()
     if not tuning.is_decode(rows, top_k_index.shape[0], experts, expert_bytes):
         return None
-    transposed = is_transposed(gate_up.weight) and is_transposed(down.weight)
-    if not transposed and not gate_up.weight.stride(2) == down.weight.stride(2) == 1:
+    transposed = not gate_up.weight.stride(2) == down.weight.stride(2) == 1
+    if transposed and not (is_transposed(gate_up.weight) and is_transposed(down.weight)):
         return None
     kernels = gpu.launchers()
     up_config, down_config = tuning.decode_config(x.dtype, transposed)

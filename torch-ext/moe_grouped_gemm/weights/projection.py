@@ -42,6 +42,8 @@ def matrix_size(weight, scale) -> int:
 
 def biases_of(gate_up: Projection, down: Projection) -> dict[str, torch.Tensor]:
     """By their names as arguments, those that there are."""
+    if gate_up.bias is None and down.bias is None:
+        return {}
     biases = {"gate_up_proj_bias": gate_up.bias, "down_proj_bias": down.bias}
     return {name: bias for name, bias in biases.items() if bias is not None}
 
