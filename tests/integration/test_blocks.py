@@ -518,3 +518,68 @@ def test_forward_that_torch_sees(kernel):
             block(x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+# --- launches that are made again -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [deepseek, qwen2], ids=["deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_many_calls(kernel, make, dtype):
+    """The third and later ones are replays: of new hidden states, and of weights that were written in place."""
+    stock = make().to("cuda", dtype)
+    block = switched_on(kernel, stock, "cuda")
+    replayed, outputs = [], []
+    for call in range(6):
+        if call == 4:
+            for module in (stock, block):
+                for parameter in module.parameters():
+                    parameter.mul_(1.25)
+        x = torch.randn(1, 1, hidden_dim(block), device="cuda", dtype=dtype)
+        outputs.append((block(x), stock(x)))
+        (_, _, plan) = kernel.integration.blocks._PLANS[block]
+        replayed.append(callable(plan.replays._replays[1]) and call > 1)
+    assert replayed == [False, False, True, True, True, True]
+    for got, expected in outputs:
+        assert_same(got, expected, 1e-4 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_replays_in_graphs_and_streams(kernel):
+    stock = deepseek().cuda().bfloat16()
+    block = switched_on(kernel, stock, "cuda")
+    xs = [torch.randn(1, 1, hidden_dim(block), device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    expected = [block(x) for x in xs]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        side.wait_stream(torch.cuda.default_stream())
+        torch.cuda._sleep(10**6)
+        assert torch.equal(block(xs[0]), expected[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    x = xs[1].clone()
+    with torch.cuda.graph(graph):
+        out = block(x)
+    for one, wanted in zip(xs, expected):
+        x.copy_(one)
+        graph.replay()
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_launches_of_a_replay(kernel):
+    from torch.profiler import ProfilerActivity, profile
+
+    block = switched_on(kernel, deepseek().cuda().bfloat16(), "cuda")
+    x = torch.randn(1, 1, hidden_dim(block), device="cuda", dtype=torch.bfloat16)
+    for _ in range(4):
+        block(x)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        block(x)
+        torch.cuda.synchronize()
+    kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([event for event in kernels if "Mem" not in event.name]) == 4
