@@ -526,8 +526,9 @@ def test_forward_that_torch_sees(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [deepseek, qwen2], ids=["deepseek_v3", "qwen2_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
 @torch.no_grad()
-def test_many_calls(kernel, make, dtype):
+def test_many_calls(kernel, make, dtype, tokens):
     """The third and later ones are replays: of new hidden states, and of weights that were written in place."""
     stock = make().to("cuda", dtype)
     block = switched_on(kernel, stock, "cuda")
@@ -537,13 +538,18 @@ def test_many_calls(kernel, make, dtype):
             for module in (stock, block):
                 for parameter in module.parameters():
                     parameter.mul_(1.25)
-        x = torch.randn(1, 1, hidden_dim(block), device="cuda", dtype=dtype)
+        x = torch.randn(1, tokens, hidden_dim(block), device="cuda", dtype=dtype)
         outputs.append((block(x), stock(x)))
         (_, _, plan) = kernel.integration.blocks._PLANS[block]
-        replayed.append(callable(plan.replays._replays[1]) and call > 1)
-    assert replayed == [False, False, True, True, True, True]
+        replayed.append(callable(plan.replays._replays[tokens]) and call > 1)
+    # Shared experts of many fp32 tokens are torch's.
+    assert replayed == [False, False, *4 * [dtype == torch.bfloat16 or tokens == 1]]
     for got, expected in outputs:
-        assert_same(got, expected, 1e-4 if dtype == torch.float32 else 0.03)
+        if dtype == torch.float32:
+            assert_same(got, expected, 1e-4)
+        else:  # where a token goes to another expert, it has another result
+            near = ((got - expected).norm(dim=-1) < 0.02 * expected.norm(dim=-1)).float().mean()
+            assert near >= 0.8
 
 
 @pytest.mark.gpu
@@ -570,16 +576,18 @@ def test_replays_in_graphs_and_streams(kernel):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens, launches", [(1, 4), (40, 8)])
 @torch.no_grad()
-def test_launches_of_a_replay(kernel):
+def test_launches_of_a_replay(kernel, monkeypatch, tokens, launches):
     from torch.profiler import ProfilerActivity, profile
 
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # by a launch of its own
     block = switched_on(kernel, deepseek().cuda().bfloat16(), "cuda")
-    x = torch.randn(1, 1, hidden_dim(block), device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, tokens, hidden_dim(block), device="cuda", dtype=torch.bfloat16)
     for _ in range(4):
         block(x)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         block(x)
         torch.cuda.synchronize()
     kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len([event for event in kernels if "Mem" not in event.name]) == 4
+    assert len([event for event in kernels if not event.name.startswith("Mem")]) == launches

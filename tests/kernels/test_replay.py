@@ -77,6 +77,38 @@ def test_other_calls(replay):
     torch.testing.assert_close(replays(x), expected(x, w))
 
 
+class Descriptor:
+    def __init__(self, base):
+        self.base, self.shape = base, base.shape
+
+
+def test_descriptors(replay):
+    """Those of memory that moves are made anew, with all but their address; nobody's tensor is kept."""
+    kernel, w, seen = Kernel(replay), aligned(2, 4), []
+
+    def run(grid, stream, args):
+        x, weight, a, size, number = args
+        seen.append((weight, a))
+        kernel.run(grid, stream, (x, weight.base.data_ptr(), a.base.data_ptr(), size, number))
+
+    def function(x):
+        a, out = torch.empty(x.shape), torch.empty(x.shape)
+        args = [x.data_ptr(), Descriptor(w), Descriptor(a)]
+        if kernel.launch["_recorder"] is not None:
+            kernel.launch["_recorder"]((run, lambda device: "stream"), (1, 1, 1), args, (x.numel(), 1.0))
+        run((1, 1, 1), "stream", (*args, x.numel(), 1.0))
+        kernel(a, None, out, 2.0)
+        return (out,)
+
+    replays = replay.Replays(function, (w,), (0,))
+    for _ in range(5):
+        x = aligned(2, 4)
+        torch.testing.assert_close(replays(x), (x * w + 3.0,))
+    (w3, a3), (w4, a4) = seen[-2:]
+    assert w3 is w4 and a3 is not a4 and a3.shape == (2, 4)
+    assert not any(isinstance(d.base, torch.Tensor) for d in (w3, a3))
+
+
 def test_results_that_nobody_reads(replay):
     kernel, w = Kernel(replay), aligned(2, 4)
     replays = replay.Replays(two_steps(kernel, w), (w,), (1,))

@@ -19,3 +19,5 @@ from .quantize import quantize_rows, quantize_slots, scale_shift
 from .replay import Replays
 from .router import router_logits, router_topk
 from .routing import pad, route, tile_schedule
+from .shared import MOST_TOKENS as MOST_SHARED_TOKENS
+from .shared import shared_experts

@@ -5,6 +5,7 @@ longer than the launches. They depend on nothing but the call's shapes, so a cal
 arguments. Another call like it launches the same with the addresses of its own input, outputs and scratch memory.
 """
 
+import copy
 import threading
 
 import torch
@@ -105,10 +106,13 @@ class _Recording(TorchDispatchMode):
             return None
         launches = []
         for (run, _), grid, args, others in self._launches:
-            found = [None if address is None else _place(address, places) for address in args]
-            if not all(address is None or place for address, place in zip(args, found)):
+            found = [_place(arg, places) for arg in args]
+            if any(place is None and arg is not None for arg, place in zip(args, found)):
                 return None
-            launches.append((run, grid, found, others))
+            descriptors = [(i, arg) for i, arg in enumerate(args) if hasattr(arg, "base")]
+            still = [(i, _at(arg, found[i][1])) for i, arg in descriptors if found[i][0] == 0]
+            moving = [(i, _at(arg, 0)) for i, arg in descriptors if found[i][0] != 0]
+            launches.append((run, grid, found, still, moving, others))
         shapes = [(t.shape, t.dtype) for t in outputs]
         device, count = x.device, len(results)
         _, stream_of = self._launches[0][0]
@@ -118,9 +122,13 @@ class _Recording(TorchDispatchMode):
             outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
             bases = [0, x.data_ptr(), scratch.data_ptr(), *(t.data_ptr() for t in outputs)]
             stream = stream_of(device.index)
-            for run, grid, places, others in launches:
-                addresses = [None if place is None else bases[place[0]] + place[1] for place in places]
-                run(grid, stream, (*addresses, *others))
+            for run, grid, places, still, moving, others in launches:
+                args = [None if place is None else bases[place[0]] + place[1] for place in places]
+                for i, descriptor in still:
+                    args[i] = descriptor
+                for i, descriptor in moving:
+                    args[i] = _at(descriptor, args[i])
+                run(grid, stream, (*args, *others))
             results = [None] * count
             for i, output in zip(returned, outputs):
                 results[i] = output
@@ -129,15 +137,35 @@ class _Recording(TorchDispatchMode):
         return play
 
 
+class _Address:
+    """All that a launch asks of a descriptor's tensor."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address):
+        self._address = address
+
+    def data_ptr(self):
+        return self._address
+
+
+def _at(descriptor, address):
+    """One like it, of a tensor there. A new one: another thread may be on its way to launch with the old one."""
+    moved = copy.copy(descriptor)
+    moved.base = _Address(address)
+    return moved
+
+
 def _span(t):
     storage = t.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
-def _place(address, places):
-    """(number of the base, offset from it), or None: nothing that we know."""
-    if not isinstance(address, int):  # a descriptor
+def _place(arg, places):
+    """(number of the base, offset from it) of an address, or of a descriptor's; None: nothing that we know."""
+    if arg is None:
         return None
+    address = arg if isinstance(arg, int) else arg.base.data_ptr()
     for first, end, base, offset in places:
         if first <= address < end:
             return base, offset + address - first
