@@ -96,13 +96,14 @@ def shared_experts(x, shared, gate):
     gate_proj, up_proj, down_proj, gate_weight = shared
     (tokens, hidden_dim), inter = x.shape, gate_proj.shape[0]
     block_m = max(16, next_power_of_2(tokens))
+    block_k = 128 if block_m <= 32 else 64  # four stages in 64 KiB
     a, y = (torch.empty((tokens, n), dtype=x.dtype, device=x.device) for n in (inter, hidden_dim))
     launch(
         _shared_gate_up_kernel,
         (cdiv(inter, 16), 1, 1),
         (x, gate_proj, up_proj, gate_weight, a),
         (tokens,),
-        (inter, hidden_dim, x.stride(0), gate_proj.stride(0), up_proj.stride(0), block_m, 16, 128, gate),
+        (inter, hidden_dim, x.stride(0), gate_proj.stride(0), up_proj.stride(0), block_m, 16, block_k, gate),
         num_warps=4,
         num_stages=4,
     )
@@ -111,7 +112,7 @@ def shared_experts(x, shared, gate):
         (cdiv(hidden_dim, 16), 1, 1),
         (a, down_proj, y),
         (tokens,),
-        (hidden_dim, inter, down_proj.stride(0), block_m, 16, 128),
+        (hidden_dim, inter, down_proj.stride(0), block_m, 16, block_k),
         num_warps=4,
         num_stages=4,
     )
