@@ -38,6 +38,15 @@ def blocks_on_cpu(kernel, routers_on_cpu, monkeypatch):
 
 
 @pytest.fixture
+def repeated_on_cpu(kernel, monkeypatch):
+    """Experts modules on a CPU take the way of a GPU: what was decided once is not asked again."""
+    modules = kernel.integration.modules
+    monkeypatch.setattr(modules, "_may_repeat", lambda x: type(x) is torch.Tensor)
+    monkeypatch.setattr(modules.ops, "forward_on_gpu", modules.ops.forward_on_cpu)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+
+
+@pytest.fixture
 def unregistered(monkeypatch):
     """As in a process that never called register()."""
     monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Experts, "kernel_layer_name", raising=False)

@@ -56,14 +56,16 @@ def moe_block(
     return (_on_cpu if hidden_states.is_cpu else _on_gpu)(hidden_states, router, gate_up, down, gate, shared)
 
 
-def replays_of(router, gate_up, down, gate, shared, returns_weights: bool):
-    """What launches this block's kernels on a GPU again without what led to them; weights that nobody reads: None."""
-    fixed = (*router[:3], *gate_up, *down, *(shared or ()))
+def replays_of(args, tensors, returns_weights: bool):
+    """What launches a block's kernels on a GPU again without what led to them; weights that nobody reads: None.
+
+    args: a function that returns `moe_block`'s after hidden states. tensors: those among them.
+    """
 
     def function(hidden_states):
-        return _on_gpu(hidden_states, router, gate_up, down, gate, shared)
+        return _on_gpu(hidden_states, *args())
 
-    return gpu.launchers().Replays(function, fixed, (0, 1) if returns_weights else (0,))
+    return gpu.launchers().Replays(function, tensors, (0, 1) if returns_weights else (0,))
 
 
 @gpu.on_its_device

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from typing import Callable, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,12 +16,11 @@ from torch import nn
 from ..block import Router, check_block, moe_block, replays_of
 from ..reference import Gate, SharedExperts
 from ..torch_ops import are_transforms_active, is_autocast, needs_gradients
-from ..weights import are_quantized
 from . import modules, routers, switching
 from .block_trial import Block, block_of, shared_mlp_of
 from .gates import is_as_its_class
 from .router_forms import DTYPES, get, router_of
-from .snapshot import Snapshot
+from .snapshot import Decisions
 
 # For `kernelize`; and the name of the block in whose place the first of them came.
 LAYER, OF_DEEPSEEK_V3 = "MoEBlock", "DeepseekV3MoE"
@@ -53,38 +51,42 @@ def serve(module: nn.Module, stock: Callable, *args, **kwargs):
 def _computed(module: nn.Module, hidden_states: torch.Tensor):
     if hidden_states.ndim != 3 or are_transforms_active() or is_autocast(hidden_states):
         return None
-    plan = (_made if torch.compiler.is_compiling() else _remembered)(module, hidden_states)
+    if torch.compiler.is_compiling():
+        plan = _made(module, hidden_states)
+    else:
+        like = (hidden_states.dtype, hidden_states.device, hidden_states.shape[2])
+        plan = _plans.of(module, like, hidden_states)
     if plan is None or needs_gradients((hidden_states, *plan.tensors)):
         return None
-    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *plan.args, plan.replays)
+    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *plan.args(), plan.replays)
     out = out.view(hidden_states.shape)
     return (out, weights) if plan.returns_weights else out
 
 
 class _Plan(NamedTuple):
-    args: tuple  # of `moe_block`, after hidden states
-    tensors: tuple  # among them
+    router: Router
+    experts: modules.Fused
+    shared: SharedExperts | None
     returns_weights: bool
     replays: object = None
 
+    @property
+    def tensors(self) -> tuple:
+        return (*self.router[:3], *self.experts.tensors, *(self.shared or ()))
 
-# What was decided about a block for hidden states like these, and the block as it was then.
-_PLANS: WeakKeyDictionary[nn.Module, tuple[tuple, Snapshot, _Plan | None]] = WeakKeyDictionary()
+    def args(self) -> tuple:
+        """Of `moe_block`, after hidden states."""
+        return (self.router, *self.experts.projections(), self.experts.gate, self.shared)
 
 
-def _remembered(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
-    like = (hidden_states.dtype, hidden_states.device, hidden_states.shape[2])
-    kept = _PLANS.get(module)
-    if kept is not None and kept[0] == like and kept[1].holds(module):
-        return kept[2]
-    snapshot = Snapshot.of(module)
-    if snapshot is None:
-        return None
+def _plan(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
     plan = _made(module, hidden_states)
     if plan is not None and hidden_states.is_cuda:
-        plan = plan._replace(replays=replays_of(*plan.args, plan.returns_weights))
-    _PLANS[module] = like, snapshot, plan
+        plan = plan._replace(replays=replays_of(plan.args, plan.tensors, plan.returns_weights))
     return plan
+
+
+_plans = Decisions(_plan)
 
 
 def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
@@ -93,17 +95,16 @@ def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
     if found is None:
         return None
     router = _router(module, found, hidden_states)
-    experts = _experts(module._modules[found.experts], hidden_states)
+    child = module._modules[found.experts]
+    experts = modules.fused(child, hidden_states) if _is_served(child) else None
     if router is None or experts is None:
         return None
     shared = None if found.shared is None else _shared(module, found, experts.gate, hidden_states)
     if shared is None and found.shared is not None:
         return None
-    gate_up, down, gate, *_ = experts
     if not torch.compiler.is_compiling():
-        check_block(hidden_states.reshape(-1, hidden_states.shape[2]), router, gate_up, down, gate)
-    tensors = (*router[:3], *gate_up, *down, *(shared or ()))
-    return _Plan((router, gate_up, down, gate, shared), tensors, found.returns_weights)
+        check_block(hidden_states.reshape(-1, hidden_states.shape[2]), router, *experts.projections(), experts.gate)
+    return _Plan(router, experts, shared, found.returns_weights)
 
 
 def _router(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> Router | None:
@@ -121,21 +122,6 @@ def _router(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> Rou
             return None
         form = form._replace(routed_scaling_factor=form.routed_scaling_factor * found.factor)
     return Router(*operands, form)
-
-
-def _experts(child: nn.Module, hidden_states: torch.Tensor) -> modules.Experts | None:
-    if not _is_served(child):
-        return None
-    experts = modules.read(child)
-    gate_up, down, gate, gated, norm, lora = experts
-    if not (isinstance(gate, Gate) and gated and norm is None and not any(lora)):
-        return None
-    if modules.obstacle(child, experts) is not None:
-        return None
-    if not are_quantized(gate_up, down) and gate_up.weight.dtype != hidden_states.dtype:
-        return None
-    biases = [p.bias for p in (gate_up, down) if p.bias is not None]
-    return None if any(bias.dtype != hidden_states.dtype for bias in biases) else experts
 
 
 def _shared(module: nn.Module, found: Block, gate: Gate, hidden_states: torch.Tensor) -> SharedExperts | None:

@@ -18,12 +18,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import functional, gpu
+from ..experts import ops
+from ..experts.arguments import check_experts
 from ..experts.lora import LoraFactors
 from ..reference import Gate
+from ..torch_ops import are_transforms_active, is_autocast, needs_gradients, needs_op
 from ..weights import Projection, are_quantized, quantize_fp4, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
+from .snapshot import Decisions
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
 
@@ -220,6 +224,10 @@ def experts_forward(
 
 def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """What `module` computes, by us or, where we cannot, by `stock(module, ...)`."""
+    if _may_repeat(hidden_states) and not torch.compiler.is_compiling():
+        out = _computed_again(module, hidden_states, top_k_index, top_k_weights)
+        if out is not None:
+            return out
     experts = read(module)
     reason = obstacle(module, experts)
     if reason is None:
@@ -235,6 +243,77 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
     if not torch.compiler.is_compiling():
         _warn(type(module).__name__, reason)
     return stock(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _may_repeat(hidden_states: torch.Tensor) -> bool:
+    return type(hidden_states) is torch.Tensor and hidden_states.is_cuda
+
+
+class Fused(NamedTuple):
+    """A module that is `moe_experts` and nothing else: its own tensors, where views of them would keep memory alive."""
+
+    gate_up: Projection
+    down: Projection
+    gate: Gate
+    is_transposed: bool
+
+    @property
+    def tensors(self) -> tuple:
+        return (*self.gate_up, *self.down)
+
+    def projections(self) -> tuple[Projection, Projection]:
+        pair = self.gate_up, self.down
+        return tuple(p._replace(weight=p.weight.mT) for p in pair) if self.is_transposed else pair
+
+
+def fused(module: nn.Module, hidden_states: torch.Tensor) -> Fused | None:
+    """What the module is for hidden states of this dtype; None where there is more to a call."""
+    experts = read(module)
+    gate_up, down, gate, gated, norm, lora = experts
+    if obstacle(module, experts) is not None or not (isinstance(gate, Gate) and gated and norm is None) or any(lora):
+        return None
+    dtype = hidden_states.dtype
+    if not are_quantized(gate_up, down) and gate_up.weight.dtype != dtype:
+        return None
+    if any(p.bias is not None and p.bias.dtype != dtype for p in (gate_up, down)):
+        return None
+    pair = (p._replace(weight=getattr(module, name)) for p, name in zip((gate_up, down), weight_names(module)))
+    return Fused(*pair, gate, getattr(module, "is_transposed", False))
+
+
+def _computed_again(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor | None:
+    """As `_compute`, without looking again at what has not changed; None where that is not enough."""
+    inputs = (hidden_states, top_k_index, top_k_weights)
+    if hidden_states.ndim != 2 or top_k_index.ndim != 2 or top_k_index.shape != top_k_weights.shape:
+        return None
+    if len(hidden_states) != len(top_k_index) or are_transforms_active() or is_autocast(hidden_states):
+        return None
+    if hidden_states.requires_grad or top_k_weights.requires_grad or needs_op(ops.moe_experts, inputs):
+        return None
+    if adapters_of(module):  # which the module itself does not tell
+        return None
+    like = (hidden_states.device, hidden_states.shape[1], top_k_index.shape[1], *(x.dtype for x in inputs))
+    plan = _plans.of(module, like, *inputs)
+    if plan is None:
+        return None
+    run, tensors = plan
+    return None if needs_gradients(tensors) else run(*inputs)[0]
+
+
+def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple[Callable, tuple] | None:
+    experts, quantize_activations = fused(module, hidden_states), not module.training
+    if experts is None:
+        return None
+    inputs = (hidden_states, top_k_index, top_k_weights)
+    check_experts(*inputs, *experts.projections(), experts.gate.activation, experts.gate.limit)
+
+    def function(*inputs):
+        return (ops.forward_on_gpu(*inputs, *experts.projections(), experts.gate, quantize_activations),)
+
+    return gpu.launchers().Replays(function, experts.tensors, (0,)), experts.tensors
+
+
+_plans = Decisions(_plan)
 
 
 @functools.cache

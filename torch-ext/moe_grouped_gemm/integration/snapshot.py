@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 from operator import is_
+from typing import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -57,3 +59,25 @@ class Snapshot:
 
     def _where(self) -> list[tuple[int, torch.dtype, torch.Size]]:
         return [(t.data_ptr(), t.dtype, t.shape) for t in self._tensors]
+
+
+class Decisions:
+    """What `decide(module, *args)` says, for as long as the module is as it was and `like`, of the caller's, is equal.
+
+    None where it cannot be told whether that is so.
+    """
+
+    def __init__(self, decide: Callable):
+        self._decide = decide
+        self._kept: WeakKeyDictionary[nn.Module, tuple[tuple, Snapshot, object]] = WeakKeyDictionary()
+
+    def of(self, module: nn.Module, like: tuple, *args) -> object:
+        kept = self._kept.get(module)
+        if kept is not None and kept[0] == like and kept[1].holds(module):
+            return kept[2]
+        snapshot = Snapshot.of(module)
+        if snapshot is None:
+            return None
+        decision = self._decide(module, *args)
+        self._kept[module] = like, snapshot, decision
+        return decision

@@ -18,11 +18,11 @@ _MOST_TOKENS = 64  # beyond, the GPU takes longer than the host
 
 
 class Replays:
-    """`function(x)` -> a tuple of tensors, for inputs (T, H) that differ in T.
+    """`function(*inputs)` -> a tuple of tensors, for inputs (T, ...) that differ in T.
 
     Args:
         function: launches kernels of ours. Anything else that it does on the GPU keeps a call from being replayed.
-        fixed: the other tensors that its kernels read, whose addresses are the same in every call.
+        fixed: the other tensors that its kernels read, whose addresses are the same in every call; or None among them.
         returned: which of its results callers read; the others are None in a replay.
     """
 
@@ -30,24 +30,26 @@ class Replays:
         self._function, self._fixed, self._returned = function, [t for t in fixed if t is not None], returned
         self._replays = {}  # tokens -> a replay; None: by function, as long as it is None; absent: never called
 
-    def __call__(self, x):
-        tokens = x.shape[0]
-        if tokens > _MOST_TOKENS or not x.is_contiguous() or x.data_ptr() % 16 or is_hooked():
-            return self._function(x)
-        if x.get_device() != torch._C._cuda_getDevice():
-            return self._function(x)
+    def __call__(self, *inputs):
+        first = inputs[0]
+        tokens = first.shape[0]
+        if tokens > _MOST_TOKENS or is_hooked() or first.get_device() != torch._C._cuda_getDevice():
+            return self._function(*inputs)
+        for x in inputs:
+            if x.data_ptr() % 16 or not x.is_contiguous():
+                return self._function(*inputs)
         if tokens not in self._replays:  # kernels are compiled, which is not recorded
             self._replays[tokens] = _record
-            return self._function(x)
+            return self._function(*inputs)
         replay = self._replays[tokens]
         if replay is None:
-            return self._function(x)
+            return self._function(*inputs)
         if replay is not _record:
-            return replay(x)
+            return replay(*inputs)
         if not _recording.acquire(blocking=False):
-            return self._function(x)
+            return self._function(*inputs)
         try:
-            results, self._replays[tokens] = _record(self._function, x, self._fixed, self._returned)
+            results, self._replays[tokens] = _record(self._function, inputs, self._fixed, self._returned)
         finally:
             _recording.release()
         return results
@@ -56,11 +58,11 @@ class Replays:
 _recording = threading.Lock()
 
 
-def _record(function, x, fixed, returned):
-    """Results of function(x), and a function of another x; None, if what it does cannot be done again."""
+def _record(function, inputs, fixed, returned):
+    """Results of function(*inputs), and a function of other inputs; None, if what it does cannot be done again."""
     with _Recording() as recording, recorded(recording.launched):
-        results = function(x)
-    return results, recording.replay(x, fixed, results, returned)
+        results = function(*inputs)
+    return results, recording.replay(inputs, fixed, results, returned)
 
 
 class _Recording(TorchDispatchMode):
@@ -85,21 +87,21 @@ class _Recording(TorchDispatchMode):
             return
         self._launches.append((short, grid, args, others))
 
-    def replay(self, x, fixed, results, returned):
+    def replay(self, inputs, fixed, results, returned):
         if not self._is_whole or not self._launches or any(short is None for short, *_ in self._launches):
             return None
-        # Where an address may lie: from, to, number of the base, and offset of the first from it. Bases: 0, x, scratch
-        # memory, and the outputs.
+        # Where an address may lie: from, to, number of the base, and offset of the first from it. Bases: 0, scratch
+        # memory, the inputs, and the outputs.
         places = [(*_span(t), 0, _span(t)[0]) for t in fixed]
-        places.append((x.data_ptr(), x.data_ptr() + x.nbytes, 1, 0))
+        places += [(x.data_ptr(), x.data_ptr() + x.nbytes, i, 0) for i, x in enumerate(inputs, start=2)]
         outputs = [results[i] for i in returned]
-        size, bases = 0, {_span(t): i for i, t in enumerate(outputs, start=3)}
+        size, bases = 0, {_span(t): i for i, t in enumerate(outputs, start=2 + len(inputs))}
         for t in self._allocated:
             span = _span(t)
             if span in bases:
                 places.append((*span, bases[span], 0))
             else:
-                places.append((*span, 2, size))
+                places.append((*span, 1, size))
                 size += -(-(span[1] - span[0]) // _ALIGNMENT) * _ALIGNMENT
         are_new = set(bases) <= {_span(t) for t in self._allocated}
         if not are_new or not all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs):
@@ -114,13 +116,13 @@ class _Recording(TorchDispatchMode):
             moving = [(i, _at(arg, 0)) for i, arg in descriptors if found[i][0] != 0]
             launches.append((run, grid, found, still, moving, others))
         shapes = [(t.shape, t.dtype) for t in outputs]
-        device, count = x.device, len(results)
+        device, count = inputs[0].device, len(results)
         _, stream_of = self._launches[0][0]
 
-        def play(x):
+        def play(*inputs):
             scratch = torch.empty(size, dtype=torch.uint8, device=device)
             outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
-            bases = [0, x.data_ptr(), scratch.data_ptr(), *(t.data_ptr() for t in outputs)]
+            bases = [0, scratch.data_ptr(), *[t.data_ptr() for t in inputs], *[t.data_ptr() for t in outputs]]
             stream = stream_of(device.index)
             for run, grid, places, still, moving, others in launches:
                 args = [None if place is None else bases[place[0]] + place[1] for place in places]
