@@ -177,25 +177,20 @@ def _load(
 
 
 @gluon.jit
-def _start(bias_ptr, first_n, N, first_row, FACTOR: gl.constexpr, HEIGHT: gl.constexpr, MMA: gl.constexpr):
-    """Sums [ROWS, HEIGHT] that begin with the bias: added at the end it would cost registers."""
-    acc = gl.zeros((ROWS, HEIGHT), gl.float32, MMA)
-    if bias_ptr is not None:
-        offs_n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
-        bias = gl.load(bias_ptr + first_row + offs_n, mask=offs_n < N, other=0.0).to(gl.float32) * FACTOR
-        acc += gl.expand_dims(bias, 1)
-    return acc
-
-
-@gluon.jit
-def _store(y_ptr, acc, row, row_end, first_n, N, FACTOR: gl.constexpr, MMA: gl.constexpr):
-    """acc [ROWS, HEIGHT] / FACTOR, transposed, as columns first_n on of the rows before row_end."""
-    if FACTOR != 1.0:
-        acc *= 1.0 / FACTOR
+def _store(out, acc, row, row_end, first_n, N, expert, MMA: gl.constexpr):
+    """acc [ROWS, HEIGHT], transposed, and the bias, as columns first_n on of the rows before row_end."""
+    y_ptr, bias_ptr = out
+    if y_ptr.dtype.element_ty == gl.bfloat16:
+        acc *= 1.0 / TOO_SMALL  # what `as_factors` leaves out
     offs_n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
-    offs_m = row + gl.arange(0, acc.shape[1], gl.SliceLayout(0, MMA))
-    y_ptrs = y_ptr + gl.expand_dims(offs_m.to(gl.int64) * N, 0) + gl.expand_dims(offs_n, 1)
-    mask = gl.expand_dims(offs_m < row_end, 0) & gl.expand_dims(offs_n < N, 1)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + expert.to(gl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+        acc += gl.expand_dims(bias, 1)
+    # Of 64 bits offsets would not fit the registers; and counted from `row`, they would be kept from tile to tile.
+    begin = row // 256 * 256
+    offs_m = row - begin + gl.arange(0, acc.shape[1], gl.SliceLayout(0, MMA))
+    y_ptrs = y_ptr + begin.to(gl.int64) * N + (gl.expand_dims(offs_m * N, 0) + gl.expand_dims(offs_n, 1))
+    mask = gl.expand_dims(offs_m < row_end - begin, 0) & gl.expand_dims(offs_n < N, 1)
     gl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -212,11 +207,8 @@ def _multiply_tile(
     HEIGHT: gl.constexpr,
     PERIODS: gl.constexpr,
 ):
-    y_ptr, bias_ptr = out
     x_smem, codes_smem, full, free = stages
     row, row_end, tile_n, steps, expert = tile
-    # What `as_factors` leaves out.
-    FACTOR: gl.constexpr = TOO_SMALL if x_smem.dtype == gl.bfloat16 else 1.0
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEIGHT, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     WORDS: gl.constexpr = _words_layout(MMA).type.layout
@@ -230,8 +222,8 @@ def _multiply_tile(
     # Two steps ahead: they are long on their way.
     scales = _load_scales_of_halves(w_scale_ptr, rows, 0, steps, K, PERIODS, SCALES)
     next_scales = _load_scales_of_halves(w_scale_ptr, rows, 1, steps, K, PERIODS, SCALES)
-    acc = _start(bias_ptr, first_n, N, first_row, FACTOR, HEIGHT, MMA)
-    second_acc = _start(bias_ptr, first_n + ROWS, N, first_row, FACTOR, HEIGHT, MMA)
+    acc = gl.zeros((ROWS, HEIGHT), gl.float32, MMA)
+    second_acc = gl.zeros((ROWS, HEIGHT), gl.float32, MMA)
     for k in range(steps):
         stage, phase = step
         last_scales = _load_scales_of_halves(w_scale_ptr, rows, k + 2, steps, K, PERIODS, SCALES)
@@ -262,8 +254,8 @@ def _multiply_tile(
         step = _next(step, full.shape[0])
         scales = next_scales
         next_scales = last_scales
-    _store(y_ptr, acc, row, row_end, first_n, N, FACTOR, MMA)
-    _store(y_ptr, second_acc, row, row_end, first_n + ROWS, N, FACTOR, MMA)
+    _store(out, acc, row, row_end, first_n, N, expert, MMA)
+    _store(out, second_acc, row, row_end, first_n + ROWS, N, expert, MMA)
     return step
 
 
