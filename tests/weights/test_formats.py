@@ -9,8 +9,8 @@ import torch
 
 from oracle import layer
 
-# What a format may do without: `dequantize` where there are no scales, `wgrad` where weights are frozen, the two GEMMs of
-# a forward where both are a row_gemm, and that over columns in another order.
+# What a format may do without: `dequantize` where there are no scales, `wgrad` where weights are frozen, the two GEMMs
+# of a forward where both are a row_gemm, and that over columns in another order.
 OPTIONAL = {"dequantize", "wgrad", "first_gemm", "second_gemm", "ordered_gemm"}
 
 
