@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write docs/models.md: how each experts class and router of the Transformers that runs this is served.
+"""Write docs/models.md: how each experts class, router and block of the Transformers that runs this is served.
 
-What is fused, and which router it is, is asked of the kernel itself, about tiny modules of each model that are
-otherwise as by its default config; what is tested is what test_coverage.py and test_routers.py in tests/integration/
-run.
+What is fused, and which router or block it is, is asked of the kernel itself, about tiny modules of each model that are
+otherwise as by its default config; what is tested is what test_coverage.py, test_routers.py and test_blocks.py in
+tests/integration/ run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from kernels import get_kernel  # noqa: E402
 
 from moe_models import (  # noqa: E402
     ALONE,
+    OWN_BLOCKS,
     OWN_ROUTERS,
     UNDECORATED,
+    block_classes,
     experts_classes,
     router_classes,
+    tiny_block,
+    tiny_model,
     tiny_module,
     tiny_router,
 )
@@ -74,6 +78,8 @@ def table() -> str:
     lines += [f"| {model} | `{name}` | {how} |" for (model, name), how in UNDECORATED.items()]
     lines += ["", "The routers beside them:", "", "| model | class | scores | logits | |", "|---|---|---|---|---|"]
     lines += [router_row(kernel, entry) for entry in router_classes()]
+    lines += ["", "The blocks around both:", "", "| model | class | beside router and experts | |", "|---|---|---|---|"]
+    lines += [block_row(kernel, entry) for entry in block_classes()]
     return "\n".join(lines)
 
 
@@ -95,6 +101,24 @@ def router_row(kernel, entry) -> str:
         words += ["renormalised"] if form.norm_topk_prob else []
         scores, logits = ", ".join(words), "fp32" if form.product_dtype is None else "the model's dtype"
     return f"| {entry.model} | `{entry.name}` | {scores} | {logits} | {how or 'served'} |"
+
+
+def block_row(kernel, entry) -> str:
+    how, beside = OWN_BLOCKS.get(entry.name), ""
+    if how is None:
+        experts = next(experts for experts in experts_classes() if experts.model == entry.model)
+        try:
+            block = tiny_block(entry.load(), tiny_model(experts))
+        except LookupError:
+            return f"| {entry.model} | `{entry.name}` | | not tested: no tiny model has it |"
+        kernel.integration.stand_ins.meet(type(block).__module__)
+        found = kernel.integration.block_trial.block_of(block, torch.float32)
+        words = ["shared experts"] if found.shared else []
+        words += ["their sigmoid gate"] if found.shared_gate else []
+        words += ["a factor"] if found.factor != 1.0 else []
+        words += ["returns the weights"] if found.returns_weights else []
+        beside = ", ".join(words)
+    return f"| {entry.model} | `{entry.name}` | {beside} | {f'part by part: {how}' if how else 'one call'} |"
 
 
 def written(page: str) -> str:

@@ -98,8 +98,14 @@ def block_classes(package: Path = INSTALLED) -> tuple[RouterClass, ...]:
 
 
 def tiny_block(cls: type, model: torch.nn.Module) -> torch.nn.Module:
-    """The first that there is in a model, with random parameters and buffers."""
-    block = next(module for module in model.modules() if type(module) is cls)
+    """The first that there is in a model, with random parameters and buffers.
+
+    Raises:
+        LookupError: it has none.
+    """
+    block = next((module for module in model.modules() if type(module) is cls), None)
+    if block is None:
+        raise LookupError(f"{type(model).__name__} has no {cls.__name__}")
     generator = torch.Generator().manual_seed(0)
     for tensor in (*block.parameters(), *block.buffers()):
         tensor.data = 0.2 * torch.randn(tensor.shape, generator=generator)

@@ -108,6 +108,30 @@ def test_a_token_without_experts_has_the_shared_ones(kernel, decode, decode_conf
     assert_as_good_as_torch(out[1], shared.of(x, gate)[1], exact[1])
 
 
+ALONE = [  # T, H, Is
+    pytest.param(1, 64, 40, id="one-token"),
+    pytest.param(3, 97, 23, id="tails-everywhere"),
+    pytest.param(17, 33, 1, id="Is-is-1"),
+    pytest.param(64, 300, 150, id="the-most-tokens"),
+]
+
+
+@on_triton
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("tokens, hidden_dim, inter", ALONE)
+def test_alone(kernel, launch, tokens, hidden_dim, inter, activation, gated):
+    """Of hidden states and weights whose rows are further apart than they are long."""
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    x = torch.randn(tokens, hidden_dim + 3, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x = x[:, :hidden_dim]
+    shared = kernel.reference.SharedExperts(*shared_weights(hidden_dim, inter, dtype, DEVICE, gated, margin=5))
+    gate = kernel.reference.Gate(activation)
+    out = launch.shared_experts(x, shared, gate)
+    exact = kernel.reference.SharedExperts(*in_fp64(shared)).of(x.double(), gate)
+    assert_as_good_as_torch(out, shared.of(x, gate), exact)
+
+
 @on_triton
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("top_k", [1, 3])

@@ -14,7 +14,7 @@ LEVELS = [
     ["__init__"],
     ["layers", "tuner"],
     ["integration"],
-    ["functional", "router"],
+    ["functional", "router", "block"],
     ["experts"],
     ["torch_ops", "routing", "reference"],
     ["weights"],

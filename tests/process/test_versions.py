@@ -61,7 +61,7 @@ def test_the_table_is_of_the_newest_and_its_new_experts_are_tested():
     for classes in (experts_classes, router_classes):
         new |= {entry.name for entry in classes(Path(where).parent)} - {entry.name for entry in classes()}
     tests = " or ".join(["test_table", "(undecorated and (test_all or test_model))", *new])
-    files = [ROOT / f"tests/integration/test_{name}.py" for name in ("coverage", "routers", "undecorated")]
+    files = [ROOT / f"tests/integration/test_{name}.py" for name in ("blocks", "coverage", "routers", "undecorated")]
     result = start(newest, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *files, "-k", tests)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
 

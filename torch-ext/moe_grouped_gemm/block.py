@@ -40,15 +40,30 @@ def moe_block(
     down: Projection,
     gate: Gate,
     shared: SharedExperts | None,
+    replays=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, H) -> (T, H), the chosen experts, weighted, plus the shared ones; and their weights (T, top_k). Unchecked.
 
     On a GPU four launches, where tokens are so few that `moe_experts` takes two and the weights are dense.
+
+    replays: as `replays_of` makes them of these arguments, for a caller who sees to it that these do not change.
     """
     inputs = (hidden_states, *router[:3], *gate_up, *down, *(shared or _NO_SHARED))
     if needs_op(_moe_block_op, inputs):
         return _moe_block_op(*inputs, *router.form, *gate)
+    if replays is not None:
+        return replays(hidden_states)
     return (_on_cpu if hidden_states.is_cpu else _on_gpu)(hidden_states, router, gate_up, down, gate, shared)
+
+
+def replays_of(router, gate_up, down, gate, shared, returns_weights: bool):
+    """What launches this block's kernels on a GPU again without what led to them; weights that nobody reads: None."""
+    fixed = (*router[:3], *gate_up, *down, *(shared or ()))
+
+    def function(hidden_states):
+        return _on_gpu(hidden_states, router, gate_up, down, gate, shared)
+
+    return gpu.launchers().Replays(function, fixed, (0, 1) if returns_weights else (0,))
 
 
 @gpu.on_its_device

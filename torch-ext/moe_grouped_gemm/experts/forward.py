@@ -16,6 +16,7 @@ from .. import gpu
 from ..launch_configs import PAD
 from ..weights import are_adapted, format_of
 from ..weights.layout import by_rows
+from ..weights.shared import addend_of
 from .lora import product
 from .rows import route
 
@@ -24,13 +25,14 @@ from .rows import route
 def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None):
     """(T, H) -> (T, H). shared: SharedExperts whose result is added, or None."""
     if is_empty(hidden_states, top_k_index, down):
-        return hidden_states.new_zeros(hidden_states.shape) if shared is None else shared.of(hidden_states, gate)
+        nothing = hidden_states.new_zeros(hidden_states.shape)
+        return nothing if shared is None or hidden_states.numel() == 0 else shared.of(hidden_states, gate)
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
     if not are_adapted(gate_up, down):
         out = format_of(gate_up).decode(*inputs, shared)
         if out is not None:
             return out
-    addend = None if shared is None else shared.of(inputs[0], gate)
+    addend = addend_of(inputs[0], shared, gate)
     return _of_many_rows(*inputs, quantize_activations, save=False, addend=addend)[0]
 
 

@@ -177,12 +177,12 @@ def _try_block(module: nn.Module, forward: Callable, stand_in: _StandIn, dtype: 
     hidden_states, *correction = router.given
     corrections = [name for name, tensor in stand_in.tensors.items() if [id(tensor)] == list(map(id, correction))]
     rows = x.flatten(0, 1)
-    of_experts = zip(experts.given, (rows, ids, weights), strict=True)
     inputs = [child.given for child in (shared, shared_gate) if child is not None]
     if not (
         torch.equal(hidden_states.reshape(rows.shape), rows)
         and len(corrections) == len(correction) == len(stand_in.tensors)
-        and all(torch.equal(a, b) for a, b in of_experts)
+        and len(experts.given) == 3
+        and all(map(torch.equal, experts.given, (rows, ids, weights)))
         and all(len(args) == 1 and torch.equal(args[0].reshape(rows.shape), rows) for args in inputs)
         and (shared is not None or shared_gate is None)
     ):

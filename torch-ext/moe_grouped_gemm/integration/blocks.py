@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..block import Router, check_block, moe_block
+from ..block import Router, check_block, moe_block, replays_of
 from ..reference import Gate, SharedExperts
 from ..torch_ops import are_transforms_active, is_autocast, needs_gradients
 from ..weights import are_quantized
@@ -56,7 +56,7 @@ def _computed(module: nn.Module, hidden_states: torch.Tensor):
     plan = (_made if torch.compiler.is_compiling() else _remembered)(module, hidden_states)
     if plan is None or needs_gradients((hidden_states, *plan.tensors)):
         return None
-    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *plan.args)
+    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *plan.args, plan.replays)
     out = out.view(hidden_states.shape)
     return (out, weights) if plan.returns_weights else out
 
@@ -65,6 +65,7 @@ class _Plan(NamedTuple):
     args: tuple  # of `moe_block`, after hidden states
     tensors: tuple  # among them
     returns_weights: bool
+    replays: object = None
 
 
 # What was decided about a block for hidden states like these, and the block as it was then.
@@ -80,6 +81,8 @@ def _remembered(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
     if snapshot is None:
         return None
     plan = _made(module, hidden_states)
+    if plan is not None and hidden_states.is_cuda:
+        plan = plan._replace(replays=replays_of(*plan.args, plan.returns_weights))
     _PLANS[module] = like, snapshot, plan
     return plan
 

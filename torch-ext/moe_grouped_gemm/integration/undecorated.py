@@ -166,15 +166,14 @@ def make_switchable() -> dict[str, type]:
         if importlib.util.find_spec(f"transformers.models.{model}") is None:
             continue
         modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        stand_ins.meet(modeling.__name__)
         cls = getattr(modeling, layer.__name__, None)
-        if cls is None or _arguments(cls) != _arguments(layer):
-            continue
+        is_known = cls is not None and _arguments(cls) == _arguments(layer)
         # Not where another library has put its own forward.
-        if switching.is_ours(cls.forward) or cls.forward.__module__ == modeling.__name__:
+        if is_known and (switching.is_ours(cls.forward) or cls.forward.__module__ == modeling.__name__):
             switching.make_switchable(cls, functools.partial(_serve, layer, weights))
             switching.name_for_kernelize(cls, layer.__name__, switching.is_switchable)
             layers[layer.__name__] = layer
+        stand_ins.meet(modeling.__name__)
     return layers
 
 

@@ -17,5 +17,8 @@ from .gate_up import gate_up
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_hopper import can_specialize
 from .quantize import quantize_rows, quantize_slots, scale_shift
+from .replay import Replays
 from .router import router_logits, router_topk
 from .routing import pad, route, tile_schedule
+from .shared import MOST_TOKENS as MOST_SHARED_TOKENS
+from .shared import shared_experts

@@ -15,6 +15,9 @@ from .shortcut import is_hooked, shortcut
 
 _compiled = {}
 
+# Called with every launch while somebody records them, in this thread or another.
+_recorder = None
+
 # AMD's compiler specialises on whether 32-bit offsets reach all of a tensor's storage.
 REACH_MATTERS = torch.version.hip is not None
 
@@ -84,14 +87,29 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=No
     key = tuple(key)
     remembered = _compiled.get(key)
     if remembered is None:
+        if _recorder is not None:
+            _recorder(None, grid, args, ())
         _launch_first(key, kernel, grid, x.is_meta, (*tensors, *numbers, *constants), num_warps, num_stages)
         return
     compiled, short = remembered
+    if _recorder is not None:
+        _recorder(short, grid, args, (*numbers, *constants))
     if short is None or is_hooked():
         compiled[grid](*tensors, *numbers, *constants)
     else:
         run, stream_of = short
         run(grid, stream_of(device), (*args, *numbers, *constants))
+
+
+@contextlib.contextmanager
+def recorded(recorder):
+    """recorder(shortcut or None, grid, addresses, other arguments) is called with each launch; not to be nested."""
+    global _recorder
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
 
 
 def _launch_first(key, kernel, grid, is_meta, args, num_warps, num_stages):

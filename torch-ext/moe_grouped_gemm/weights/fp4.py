@@ -13,6 +13,7 @@ from .frozen import check_codes, check_frozen, check_scale
 from .layout import as_readable, by_rows, contiguous, tma_can_read
 from .projection import Plan
 from .quantize_fp4 import dequantize  # noqa: F401, an answer
+from .shared import addend_of
 
 BLOCK_SIZE = (1, quantize_fp4.GROUP)
 
@@ -54,7 +55,7 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     kernels = gpu.launchers()
     up_config, down_config = tuning.DECODE_FP4
     up_bias, down_bias = contiguous(gate_up.bias), contiguous(down.bias)
-    addend = None if shared is None else shared.of(x, gate)
+    addend = addend_of(x, shared, gate)
     a = kernels.gate_up_decode_fp4(x, *_codes(gate_up), top_k_index, gate, up_config, up_bias)
     return kernels.down_decode_fp4(a, *_codes(down), top_k_index, top_k_weights, down_config, down_bias, addend)
 

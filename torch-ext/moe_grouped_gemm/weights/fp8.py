@@ -16,6 +16,7 @@ from .frozen import check_codes, check_frozen, check_scale
 from .layout import as_readable, by_rows, contiguous, tma_can_read
 from .projection import Plan
 from .quantize_fp8 import FP8, dequantize  # noqa: F401, an answer
+from .shared import addend_of
 
 BLOCK_SIZE = (quantize_fp8.BLOCK, quantize_fp8.BLOCK)
 
@@ -53,7 +54,7 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
         return None
     kernels = gpu.launchers()
     up_config, down_config = tuning.DECODE_FP8
-    addend = None if shared is None else shared.of(x, gate)
+    addend = addend_of(x, shared, gate)
     a = kernels.gate_up_decode_fp8(x, *_as_bits(gate_up), top_k_index, gate, up_config)
     return kernels.down_decode_fp8(a, *_as_bits(down), top_k_index, top_k_weights, down_config, addend)
 

@@ -1,0 +1,172 @@
+"""A call's launches, made again without the Python that led to them the first time.
+
+Where tokens are few the host sets the pace: shapes, strides, configurations and allocations of four launches take it
+longer than the launches. They depend on nothing but the call's shapes, so a call is recorded: which kernels, grids and
+arguments. Another call like it launches the same with the addresses of its own input, outputs and scratch memory.
+"""
+
+import copy
+import threading
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .launch import is_hooked, recorded
+
+_ALIGNMENT = 512  # as by torch's allocator; a kernel is compiled for what 16 divides
+_MOST_TOKENS = 64  # beyond, the GPU takes longer than the host
+
+
+class Replays:
+    """`function(x)` -> a tuple of tensors, for inputs (T, H) that differ in T.
+
+    Args:
+        function: launches kernels of ours. Anything else that it does on the GPU keeps a call from being replayed.
+        fixed: the other tensors that its kernels read, whose addresses are the same in every call.
+        returned: which of its results callers read; the others are None in a replay.
+    """
+
+    def __init__(self, function, fixed, returned):
+        self._function, self._fixed, self._returned = function, [t for t in fixed if t is not None], returned
+        self._replays = {}  # tokens -> a replay; None: by function, as long as it is None; absent: never called
+
+    def __call__(self, x):
+        tokens = x.shape[0]
+        if tokens > _MOST_TOKENS or not x.is_contiguous() or x.data_ptr() % 16 or is_hooked():
+            return self._function(x)
+        if x.get_device() != torch._C._cuda_getDevice():
+            return self._function(x)
+        if tokens not in self._replays:  # kernels are compiled, which is not recorded
+            self._replays[tokens] = _record
+            return self._function(x)
+        replay = self._replays[tokens]
+        if replay is None:
+            return self._function(x)
+        if replay is not _record:
+            return replay(x)
+        if not _recording.acquire(blocking=False):
+            return self._function(x)
+        try:
+            results, self._replays[tokens] = _record(self._function, x, self._fixed, self._returned)
+        finally:
+            _recording.release()
+        return results
+
+
+_recording = threading.Lock()
+
+
+def _record(function, x, fixed, returned):
+    """Results of function(x), and a function of another x; None, if what it does cannot be done again."""
+    with _Recording() as recording, recorded(recording.launched):
+        results = function(x)
+    return results, recording.replay(x, fixed, results, returned)
+
+
+class _Recording(TorchDispatchMode):
+    """Of this thread: the launches, the memory that was allocated, and whether there was anything else."""
+
+    def __init__(self):
+        super().__init__()
+        self._thread = threading.get_ident()
+        self._launches, self._allocated, self._is_whole = [], [], True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name in ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"):
+            self._allocated.append(result)  # which keeps its memory from being allocated twice
+        elif not function.is_view:
+            self._is_whole = False
+        return result
+
+    def launched(self, short, grid, args, others):
+        if threading.get_ident() != self._thread:
+            return
+        self._launches.append((short, grid, args, others))
+
+    def replay(self, x, fixed, results, returned):
+        if not self._is_whole or not self._launches or any(short is None for short, *_ in self._launches):
+            return None
+        # Where an address may lie: from, to, number of the base, and offset of the first from it. Bases: 0, x, scratch
+        # memory, and the outputs.
+        places = [(*_span(t), 0, _span(t)[0]) for t in fixed]
+        places.append((x.data_ptr(), x.data_ptr() + x.nbytes, 1, 0))
+        outputs = [results[i] for i in returned]
+        size, bases = 0, {_span(t): i for i, t in enumerate(outputs, start=3)}
+        for t in self._allocated:
+            span = _span(t)
+            if span in bases:
+                places.append((*span, bases[span], 0))
+            else:
+                places.append((*span, 2, size))
+                size += -(-(span[1] - span[0]) // _ALIGNMENT) * _ALIGNMENT
+        are_new = set(bases) <= {_span(t) for t in self._allocated}
+        if not are_new or not all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs):
+            return None
+        launches = []
+        for (run, _), grid, args, others in self._launches:
+            found = [_place(arg, places) for arg in args]
+            if any(place is None and arg is not None for arg, place in zip(args, found)):
+                return None
+            descriptors = [(i, arg) for i, arg in enumerate(args) if hasattr(arg, "base")]
+            still = [(i, _at(arg, found[i][1])) for i, arg in descriptors if found[i][0] == 0]
+            moving = [(i, _at(arg, 0)) for i, arg in descriptors if found[i][0] != 0]
+            launches.append((run, grid, found, still, moving, others))
+        shapes = [(t.shape, t.dtype) for t in outputs]
+        device, count = x.device, len(results)
+        _, stream_of = self._launches[0][0]
+
+        def play(x):
+            scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+            bases = [0, x.data_ptr(), scratch.data_ptr(), *(t.data_ptr() for t in outputs)]
+            stream = stream_of(device.index)
+            for run, grid, places, still, moving, others in launches:
+                args = [None if place is None else bases[place[0]] + place[1] for place in places]
+                for i, descriptor in still:
+                    args[i] = descriptor
+                for i, descriptor in moving:
+                    args[i] = _at(descriptor, args[i])
+                run(grid, stream, (*args, *others))
+            results = [None] * count
+            for i, output in zip(returned, outputs):
+                results[i] = output
+            return tuple(results)
+
+        return play
+
+
+class _Address:
+    """All that a launch asks of a descriptor's tensor."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address):
+        self._address = address
+
+    def data_ptr(self):
+        return self._address
+
+
+def _at(descriptor, address):
+    """One like it, of a tensor there. A new one: another thread may be on its way to launch with the old one."""
+    moved = copy.copy(descriptor)
+    moved.base = _Address(address)
+    return moved
+
+
+def _span(t):
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _place(arg, places):
+    """(number of the base, offset from it) of an address, or of a descriptor's; None: nothing that we know."""
+    if arg is None:
+        return None
+    address = arg if isinstance(arg, int) else arg.base.data_ptr()
+    for first, end, base, offset in places:
+        if first <= address < end:
+            return base, offset + address - first
+    return None
