@@ -133,7 +133,8 @@ def backward_launches(package, dtype, configs, precisions):
     x, a, z = empty(16, HIDDEN), empty(96, INTER), empty(96, 2 * INTER)
     weights, slots = empty(96, dtype=torch.float32), empty(96, dtype=torch.int32)
     offsets = empty(EXPERTS + 1, dtype=torch.int32)
-    yield dtype, None, partial(kernels.gather, x, slots, offsets, 6)
+    for order in ({}, {"ordered": True}):
+        yield dtype, None, partial(kernels.gather, x, slots, offsets, 6, **order)
     for needs_a, gate in product((True, False), (Gate(), Gate(**GPT_OSS))):
         yield dtype, None, partial(kernels.glu_backward, a, z, weights, slots, slots, offsets, gate, needs_a)
     for (_, config), precision in product(configs, precisions):
@@ -238,6 +239,11 @@ def fp4_launches(package, traits, precisions):
                 for bias in (None, b2):
                     args = (a, w2, s2, schedule, precision, way, y, bias)
                     yield dtype, way, partial(kernels.grouped_gemm_fp4, *args)
+        ordered = empty(96, -(-inter // 128) * 128, dtype=dtype)
+        for _, config in tuning.FP4_ORDERED.of(dtype, traits) if scale == torch.uint8 else ():
+            for bias in (None, b2) if config.WARP_SPECIALIZED else ():
+                args = (ordered, w2, s2, schedule, config, y, bias)
+                yield dtype, config, partial(kernels.grouped_gemm_fp4_hopper, *args)
         config = tuning.FP4_DGRAD.of(dtype, traits)
         for way, precision in product(ways(config), precisions[dtype]):
             if way.WARP_SPECIALIZED:
@@ -266,7 +272,8 @@ def lora_launches(package, dtype, traits, precisions):
     slots, offsets = empty(128, dtype=torch.int32), empty(EXPERTS + 1, dtype=torch.int32)
     schedule, weights, x = empty(5, 96, dtype=torch.int32), empty(96, dtype=torch.float32), empty(128, HIDDEN)
     for gate in (Gate(), Gate(**GPT_OSS)):
-        yield dtype, None, partial(kernels.glu, empty(128, 2 * INTER), slots, offsets, gate)
+        for order in ({}, {"ordered": True}):
+            yield dtype, None, partial(kernels.glu, empty(128, 2 * INTER), slots, offsets, gate, **order)
     for rank in (16, 128):
         u = empty(128, rank)
         yield dtype, None, partial(kernels.scale_rows, u, weights, slots, offsets)

@@ -1,6 +1,7 @@
 """The launchers for weights in 4 bits against fp64, in small tiles and odd sizes: on a GPU, or interpreted."""
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -96,6 +97,69 @@ def test_every_byte_and_every_exponent(launch, config, transposed):
             y = torch.empty(rows, 256, device=DEVICE)
             y = launch.grouped_gemm_fp4(x, codes, exponents, schedule, "ieee", config(), y).T
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=0, equal_nan=True)
+
+
+def in_natural_order(kernel, x, K):
+    """Columns of x as order.py has them -> as they were; of those past K nothing is left but zeros."""
+    order = import_module(f"{kernel.__name__}.kernels.order")
+    places = torch.tensor(order.COLUMN, device=x.device).argsort()
+    assert x.shape[1] == order.ordered_size(K)
+    x = x.unflatten(1, (-1, order.PERIOD))[:, :, places].flatten(1)
+    assert not x[:, K:].any()
+    return x[:, :K]
+
+
+@on_triton
+@pytest.mark.parametrize("columns", [32, 128, 160, 352])
+@pytest.mark.parametrize("gate", [{}, {"activation": "swigluoai", "limit": 1.0, "interleaved": True}], ids=str)
+def test_columns_in_order(kernel, launch, columns, gate):
+    """What `gather` and `glu` write is what they write else, permuted, rows of nobody included."""
+    index = torch.tensor([[2, 0], [2, 7], [1, 2], [2, 1], [0, 2]], device=DEVICE)  # of 4 experts
+    offsets, slots, _, _ = launch.route(index, 4, 16)
+    gate, rows = kernel.reference.Gate(**gate), int(offsets[-1])
+    x, z = (torch.randn(n, m).to(DEVICE, DTYPES[0]) for n, m in ((5, columns), (10, 2 * columns)))
+    for plain, ordered in (
+        [launch.gather(x, slots, offsets, 2, ordered=ordered) for ordered in (False, True)],
+        [launch.glu(z, slots, offsets, gate, ordered=ordered) for ordered in (False, True)],
+    ):
+        assert torch.equal(in_natural_order(kernel, ordered[:rows], columns), plain[:rows])
+        assert rows == 9 and ordered[rows:].isnan().all()
+
+
+@on_triton
+@pytest.mark.parametrize("tokens, config", [(40, 1), (40, 3), (90, -1)])
+@pytest.mark.parametrize("hidden_dim, inter", [(96, 128), (160, 352)])
+def test_whole_path_in_order(kernel, launch, whole, monkeypatch, tokens, config, hidden_dim, inter):
+    """All but the GEMM, in whose place a reference reads columns in order: saved for a backward, and not."""
+
+    def grouped_gemm(x, w, w_scale, schedule, config, y, bias):
+        first_rows, ends = schedule[2, : schedule[4, 0]].tolist(), schedule[3, : schedule[4, 0]].tolist()
+        for expert, begin, end in set(zip(schedule[0].tolist(), first_rows, ends)):
+            exact = dequantized_fp4(w[expert : expert + 1], w_scale[expert : expert + 1])[0]
+            rows = in_natural_order(kernel, x[begin:end], exact.shape[1])
+            y[begin:end] = rows.double() @ exact.T + bias[expert]
+        calls.append(config)
+        return y
+
+    calls, dtype = [], DTYPES[0]
+    config = whole.fp4.tuning.FP4_ORDERED.hopper[config].config
+    monkeypatch.setattr(launch, "grouped_gemm_fp4_hopper", grouped_gemm)
+    monkeypatch.setattr(whole.fp4, "_can_specialize", lambda projection: True)
+    monkeypatch.setattr(whole.fp4.tuning, "fp4_config", lambda *args: config)
+    monkeypatch.setattr(whole.fp4.tuning, "is_decode", lambda *args: False)
+    args = (tokens, 5, 2, hidden_dim, inter, dtype, DEVICE, "sentinels")
+    inputs, weights, scales = fp4_layer(kernel, *args, form="uint8")
+    biases = [torch.randn(w.shape[:2]).to(DEVICE, dtype) for w in weights]
+    exact_weights = [dequantized_fp4(*pair) for pair in zip(weights, scales)]
+    gate = kernel.reference.Gate("swigluoai", limit=7.0, interleaved=True)
+    named = dict(zip(("gate_up_proj_bias", "down_proj_bias"), (b.double() for b in biases)))
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights, **named, **gate._asdict())
+    projections = [whole.weights.Projection(*parts) for parts in zip(weights, biases, scales)]
+    out = whole.forward.forward(*inputs, *projections, gate, True)
+    assert error(out, exact) <= 2 * torch.finfo(dtype).eps
+    again, z, *_ = whole.forward.forward_and_save(*inputs, *projections, gate)
+    assert torch.equal(again, out) and z.shape == (2 * tokens, 2 * inter)
+    assert calls == 4 * [config]
 
 
 WHOLE = [  # T, E, top_k, H, I, ids, form of the scales

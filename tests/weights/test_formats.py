@@ -9,9 +9,9 @@ import torch
 
 from oracle import layer
 
-# What a format may do without: `dequantize` where there are no scales, `wgrad` where weights are frozen, and the two
-# GEMMs of a forward where both are a row_gemm.
-OPTIONAL = {"dequantize", "wgrad", "first_gemm", "second_gemm"}
+# What a format may do without: `dequantize` where there are no scales, `wgrad` where weights are frozen, the two GEMMs
+# of a forward where both are a row_gemm, and that over columns in another order.
+OPTIONAL = {"dequantize", "wgrad", "first_gemm", "second_gemm", "ordered_gemm"}
 
 
 def test_formats_answer_the_same_questions(kernel):

@@ -122,6 +122,39 @@ def test_where_kernels_multiply_from_registers(kernel, monkeypatch, as_gpu, dtyp
     assert fp4._fits_registers(x, codes) == fits
 
 
+@pytest.mark.parametrize(
+    "changes, ordered",
+    [
+        ({}, True),
+        ({"rows": 4}, False),  # a row an expert: few rows have a kernel of their own
+        ({"as_gpu": "sm_80"}, False),
+        ({"as_gpu": "sm_100"}, False),
+        ({"dtype": torch.float32}, False),
+        ({"inter": 64}, False),
+        ({"change": lambda p: p._replace(scale=p.scale.float())}, False),
+        ({"change": lambda p: p._replace(weight=p.weight.mT.contiguous().mT)}, False),
+        ({"change": lambda p: p._replace(weight=shifted(p.weight))}, False),
+        ({"change": lambda p: p._replace(scale=p.scale.mT.contiguous().mT)}, True),  # copied
+        ({"change": lambda p: p._replace(bias=torch.zeros(p.shape[:2]))}, True),
+    ],
+)
+def test_when_columns_are_ordered(kernel, monkeypatch, changes, ordered):
+    options = {"rows": 100, "as_gpu": "sm_90", "dtype": torch.bfloat16, "inter": 96, "change": lambda p: p} | changes
+    fp4, gpu, weights = (import_module(f"{kernel.__name__}.{name}") for name in ("weights.fp4", "gpu", "weights"))
+    monkeypatch.setattr(gpu, "traits", lambda device: gpu.TRAITS[options["as_gpu"]])
+    _, codes, scales = fp4_layer(kernel, 1, 4, 1, 128, options["inter"])
+    gate_up, down = (weights.Projection(w, scale=s) for w, s in zip(codes, scales))
+    for pair in ((gate_up, options["change"](down)), (options["change"](gate_up), down)):
+        plan = fp4.plan(options["rows"], *pair, kernel.reference.Gate(), options["dtype"], False)
+        assert plan.ordered == ordered and plan.gathered and plan.gate_up == plan.down
+
+
+def shifted(codes):
+    """At an address that TMA cannot read."""
+    memory = codes.new_empty(codes.numel() + 8)
+    return memory[8:].view(codes.shape).copy_(codes)
+
+
 def test_codes_without_scales(kernel):
     inputs, weights, _ = fp4_layer(kernel, 4, 4, 2, 64, 32)
     with pytest.raises(TypeError, match="gate_up_proj: expected torch.float32 like hidden_states, got torch.int8"):

@@ -238,6 +238,22 @@ FP4 = Tables(
     least=[_LOW_FP4, UpTo(math.inf, _gemm(128, 64, 64, num_warps=8, num_stages=2, MIN_M=64))],
     large_mfma=[_LOW_FP4, UpTo(math.inf, _gemm(128, 64, 64, num_warps=8, num_stages=3, MIN_M=64))],
 )
+# grouped_gemm_fp4_hopper, whose BLOCK_N is fixed. Measured: docs/design.md.
+_ordered = functools.partial(_gemm, BLOCK_N=256, num_warps=4, USE_TMA=True, WARP_SPECIALIZED=True)
+FP4_ORDERED = Tables(
+    fp32=[],
+    hopper=[
+        _FEW_FP4._replace(size=4),
+        UpTo(11, _ordered(BLOCK_M=16, BLOCK_K=256, num_stages=5)),
+        UpTo(26, _ordered(BLOCK_M=32, BLOCK_K=256, num_stages=4)),
+        UpTo(52, _ordered(BLOCK_M=64, MIN_M=32, BLOCK_K=256, num_stages=3)),
+        UpTo(math.inf, _ordered(BLOCK_M=128, MIN_M=64, BLOCK_K=128, num_stages=4)),
+    ],
+    blackwell=[],
+    large=[],
+    small=[],
+    least=[],
+)
 FP4_DGRAD = Tables(
     fp32=_gemm(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
     hopper=_gemm(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, USE_TMA=True, WARP_SPECIALIZED=True),

@@ -42,7 +42,7 @@ class GemmConfig(NamedTuple):
     num_stages: int
     USE_TMA: bool
     # The kernel of grouped_gemm_hopper.py, for tiles like SPECIALIZED_TILE; over fp8 weights those of fp8_hopper.py or
-    # codes_hopper.py, for both GEMMs where the down GEMM says so.
+    # codes_hopper.py, over 4 bits fp4_hopper.py, for both GEMMs where the down GEMM says so.
     WARP_SPECIALIZED: bool = False
 
 

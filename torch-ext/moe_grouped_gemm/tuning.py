@@ -18,6 +18,7 @@ from .heuristics import (
     EXPERTS,
     FP4,
     FP4_DGRAD,  # noqa: F401, taken as it is
+    FP4_ORDERED,
     FP8,
     FP8_DGRAD,  # noqa: F401, taken as it is
     FP8_WEIGHTS,
@@ -87,9 +88,13 @@ def fp8_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits) 
     return _first_serving(tables.of(dtype, traits), rows / num_experts)
 
 
-def fp4_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits) -> GemmConfig:
-    """Configuration for `rows` routed rows of this dtype over `num_experts` experts in 4 bits."""
-    return _first_serving(FP4.of(dtype, traits), rows / num_experts)
+def fp4_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits, can_order: bool = False) -> GemmConfig:
+    """Configuration for `rows` routed rows of this dtype over `num_experts` experts in 4 bits.
+
+    can_order: where there is a kernel that takes columns in an order of its own, it may be that.
+    """
+    table = (can_order and FP4_ORDERED.of(dtype, traits)) or FP4.of(dtype, traits)
+    return _first_serving(table, rows / num_experts)
 
 
 def wgrad_config(rows: int, num_experts: int, dtype: torch.dtype, traits: Traits) -> GemmConfig:

@@ -5,6 +5,7 @@
 
 of the rows of expert e, t the token of a row. A1, B1, A2, B2: adapters, if there are any. Then rows are padded, z and a
 are made by a launch each, and GEMMs read rows one after another; else the first GEMM gathers rows and applies the gate.
+A plan may say so without adapters as well, and that columns of x and a are ordered otherwise.
 
 Shared experts are computed in decode's own launches, if weights are dense; elsewhere by torch, and `combine` adds them.
 """
@@ -57,6 +58,8 @@ def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_a
         return _of_gathered_rows(x, rows.scheduled(config.BLOCK_M), gate_up, down, gate, config, addend)
     plan = weights.plan(slots, gate_up, down, gate, x.dtype, quantize_activations)
     rows = route(top_k_index, top_k_weights, experts, plan.gate_up.BLOCK_M)
+    if plan.ordered:
+        return _of_ordered_rows(x, rows, gate_up, down, gate, plan.down, addend)
     if plan.gathered:
         return _of_gathered_rows(x, rows, gate_up, down, gate, plan.down, addend)
     z = x.new_empty(slots, rows_of_z) if save else None
@@ -70,3 +73,11 @@ def _of_gathered_rows(x, rows, gate_up, down, gate, config, addend):
     a = gpu.launchers().glu(z, rows.slots, rows.offsets, gate)
     y, u2 = product(a, down, rows, config, out=gathered)  # as large, and read for the last time
     return rows.combine(y, addend=addend), z, u1, u2, rows
+
+
+def _of_ordered_rows(x, rows, gate_up, down, gate, config, addend):
+    """x and a are read by these GEMMs alone; z, which a backward reads, and y have their columns as ever."""
+    gemm = format_of(down).ordered_gemm
+    z = gemm(rows.gather(x, ordered=True), gate_up, rows.schedule, config)
+    a = gpu.launchers().glu(z, rows.slots, rows.offsets, gate, ordered=True)
+    return rows.combine(gemm(a, down, rows.schedule, config), addend=addend), z, None, None, rows

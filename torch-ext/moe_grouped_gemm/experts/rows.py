@@ -35,9 +35,9 @@ class Rows(NamedTuple):
         schedule = gpu.launchers().tile_schedule(self.offsets, self.slots.numel(), block_m)
         return self._replace(schedule=schedule)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, H) -> a row for each slot; padding rows are zero."""
-        return gpu.launchers().gather(x, self.slots, self.offsets, self.top_k)
+    def gather(self, x: torch.Tensor, ordered: bool = False) -> torch.Tensor:
+        """(T, H) -> a row for each slot; padding rows are zero. ordered: as `ordered_gemm` of weights/ takes them."""
+        return gpu.launchers().gather(x, self.slots, self.offsets, self.top_k, ordered=ordered)
 
     def combine(
         self, y: torch.Tensor, weights: torch.Tensor | None = None, addend: torch.Tensor | None = None

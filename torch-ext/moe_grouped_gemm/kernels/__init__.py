@@ -8,6 +8,7 @@ from .decode_fp4 import down_decode_fp4, gate_up_decode_fp4
 from .decode_fp8 import down_decode_fp8, gate_up_decode_fp8
 from .dgrad_fp8 import dgrad_fp8
 from .fp4 import dgrad_fp4, grouped_gemm_fp4
+from .fp4_hopper import grouped_gemm_fp4_hopper
 from .fp4_registers import grouped_gemm_fp4_few
 from .fp8 import gate_up_fp8, grouped_gemm_fp8
 from .fp8_hopper import gate_up_fp8_hopper, grouped_gemm_fp8_hopper

@@ -1,6 +1,6 @@
 """Gradients of the layer around its GEMMs. Slot s = slots[r], token t = s // top_k.
 
-    gather:      out[r] = x[t]
+    gather:      out[r] = x[t]    ORDERED: its columns in the order of order.py, and zeros to whole periods
     scale_rows:  out[r] = weight[s] * x[r]
     wgrad:       dw[e] = sum over the rows r of e of p[r] q[r]^T
     row_sums:    db[e] = sum over the rows r of e of p[r], or of weight[s] * p[t]
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
+from .order import in_order, ordered_size
 from .wgrad_hopper import wgrad_hopper
 
 
@@ -28,13 +29,15 @@ def _gather_kernel(
     x_ptr,  # (T, H)
     slots_ptr,  # (P,) int32, -1 for a padding row
     expert_offsets_ptr,  # (E + 1,) int32
-    out_ptr,  # (P, H)
+    out_ptr,  # (P, out_H)
     E,
     top_k,
     H,
+    out_H,
     stride_xt,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
     end = tl.load(expert_offsets_ptr + E)
@@ -42,12 +45,13 @@ def _gather_kernel(
         return
     rows = row + tl.arange(0, ROWS)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_h = (offs_h < H)[None, :]
     slots = tl.load(slots_ptr + rows, mask=rows < end, other=-1)
     x_ptrs = x_ptr + (slots // top_k)[:, None].to(tl.int64) * stride_xt + offs_h[None, :]
-    x = tl.load(x_ptrs, mask=(slots >= 0)[:, None] & mask_h, other=0.0)
-    out_ptrs = out_ptr + rows[:, None].to(tl.int64) * H + offs_h[None, :]
-    tl.store(out_ptrs, x, mask=(rows < end)[:, None] & mask_h)
+    x = tl.load(x_ptrs, mask=(slots >= 0)[:, None] & (offs_h < H)[None, :], other=0.0)
+    if ORDERED:
+        x = in_order(x)
+    out_ptrs = out_ptr + rows[:, None].to(tl.int64) * out_H + offs_h[None, :]
+    tl.store(out_ptrs, x, mask=(rows < end)[:, None] & (offs_h < out_H)[None, :])
 
 
 @triton.jit
@@ -145,22 +149,23 @@ def _row_sums_kernel(
     tl.store(sums_ptrs, tl.sum(acc, axis=0).to(sums_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-def gather(x, slots, expert_offsets, top_k, out=None):
+def gather(x, slots, expert_offsets, top_k, out=None, ordered=False):
     """x (T, H) with contiguous rows, slots (P,) and expert_offsets (E + 1,), padded or not -> (P, H).
 
-    Rows from expert_offsets[E] on stay unwritten.
+    Rows from expert_offsets[E] on stay unwritten. ordered: columns are those of order.py, to whole periods.
     """
     hidden_dim, experts = x.shape[1], expert_offsets.numel() - 1
+    columns = ordered_size(hidden_dim) if ordered else hidden_dim
     if out is None:
-        out = x.new_empty(slots.numel(), hidden_dim)
-    block_h = min(1024, next_power_of_2(hidden_dim))
+        out = x.new_empty(slots.numel(), columns)
+    block_h = min(1024, next_power_of_2(columns))
     rows = 8
     launch(
         _gather_kernel,
-        (cdiv(slots.numel(), rows), cdiv(hidden_dim, block_h), 1),
+        (cdiv(slots.numel(), rows), cdiv(columns, block_h), 1),
         (x, slots, expert_offsets, out),
         (),
-        (experts, top_k, hidden_dim, x.stride(0), rows, block_h),
+        (experts, top_k, hidden_dim, columns, x.stride(0), rows, block_h, ordered),
     )
     return out
 

@@ -258,11 +258,11 @@ def _grouped_gemm_fp4_few_kernel(
     gl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def in_registers(w, w_scale, K):
-    """Codes and scales as these kernels load them: exponents as int64, where that many belong to each STEP columns."""
-    exponents = w_scale.dtype != torch.float32
-    if exponents and K % STEP == w_scale.data_ptr() % 8 == w_scale.storage_offset() % 8 == 0:
-        return w.view(torch.int32), w_scale.view(torch.int64)
+def in_registers(w, w_scale, K, step=STEP):
+    """Codes and scales as these kernels load them: exponents of a step, 128 or 256 columns, as one integer."""
+    exponents, size = w_scale.dtype != torch.float32, step // 32
+    if exponents and K % step == w_scale.data_ptr() % size == w_scale.storage_offset() % size == 0:
+        return w.view(torch.int32), w_scale.view(torch.int64 if size == 8 else torch.int32)
     return w.view(torch.int32), w_scale.view(torch.uint8) if exponents else w_scale
 
 

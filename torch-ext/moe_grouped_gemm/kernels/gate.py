@@ -5,7 +5,8 @@
                    dz[r] = [da * up * act'(gate); da * act(gate)],  weighted_a[r] = weight[s] * a
 
 GATE is a Gate of reference/; gate and up are clamped first if it has a limit. Padding rows become zero, whatever they
-were: with a bias, z there is not zero. Grid: rows, some at a time.
+were: with a bias, z there is not zero. With ORDERED the columns of `glu`'s result are in the order of
+order.py, and zeros to whole periods. Grid: rows, some at a time.
 """
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
+from .order import in_order, ordered_size
 
 
 @triton.jit
@@ -109,12 +111,14 @@ def _glu_kernel(
     z_ptr,  # (P, 2I), gate and up in the order of the weight's rows
     slots_ptr,  # (P,) int32, -1 for a padding row
     expert_offsets_ptr,  # (E + 1,) int32
-    a_ptr,  # (P, I)
+    a_ptr,  # (P, a_I)
     E,
     I,
+    a_I,
     ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GATE: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
     end = tl.load(expert_offsets_ptr + E)
@@ -124,12 +128,14 @@ def _glu_kernel(
     mask_r = (rows < end)[:, None]
     is_owned = (tl.load(slots_ptr + rows, mask=rows < end, other=-1) >= 0)[:, None]
     rows = rows.to(tl.int64)[:, None]
-    for start in range(0, I, BLOCK_I):
+    for start in range(0, a_I, BLOCK_I):
         gate, up = _load_gate_and_up(z_ptr + rows * 2 * I, start, is_owned, I, BLOCK_I, GATE)
         # "swigluoai" of zeros is zero too.
         a = _glu(gate, up, GATE).to(a_ptr.dtype.element_ty)
+        if ORDERED:
+            a = in_order(a)
         offs_i = (start + tl.arange(0, BLOCK_I))[None, :]
-        tl.store(a_ptr + rows * I + offs_i, a, mask=mask_r & (offs_i < I))
+        tl.store(a_ptr + rows * a_I + offs_i, a, mask=mask_r & (offs_i < a_I))
 
 
 @triton.jit
@@ -180,17 +186,21 @@ def _glu_backward_kernel(
     tl.store(dweights_ptr + slots, tl.sum(products, axis=1), mask=is_owned)
 
 
-def glu(z, slots, expert_offsets, gate):
-    """z (P, 2I), padded or not -> a (P, I). Padding rows are zero; those from expert_offsets[E] on stay unwritten."""
+def glu(z, slots, expert_offsets, gate, ordered=False):
+    """z (P, 2I), padded or not -> a (P, I). Padding rows are zero; those from expert_offsets[E] on stay unwritten.
+
+    ordered: columns of a are those of order.py, to whole periods.
+    """
     rows, inter, experts = z.shape[0], z.shape[1] // 2, expert_offsets.numel() - 1
-    a = z.new_empty(rows, inter)
-    block_m, block_i = 4, min(256, next_power_of_2(inter))
+    columns = ordered_size(inter) if ordered else inter
+    a = z.new_empty(rows, columns)
+    block_m, block_i = 4, min(256, next_power_of_2(columns))
     launch(
         _glu_kernel,
         (cdiv(rows, block_m), 1, 1),
         (z, slots, expert_offsets, a),
         (),
-        (experts, inter, block_m, block_i, gate),
+        (experts, inter, columns, block_m, block_i, gate, ordered),
     )
     return a
 

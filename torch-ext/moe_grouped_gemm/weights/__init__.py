@@ -11,6 +11,8 @@ first_gemm    a = gate(x W1^T + bias1) of routed rows, in whatever form second_g
 second_gemm   out[t] = sum over the token's slots of their weight * (a W2^T + bias2), + addend[t] if there is one
 row_config    how row_gemm is launched
 row_gemm      y = x W^T + bias of rows in expert order; transposed, y = x W, the gradient of x
+ordered_gemm  row_gemm without adapters over x whose columns are in an order that suits the weight; a format of which
+              no plan says that rows are ordered has none
 wgrad         the gradient of W; a format whose weights are frozen has none
 """
 

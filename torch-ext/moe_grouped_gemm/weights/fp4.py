@@ -5,6 +5,8 @@ Activations keep their dtype. Codes are turned into weights of that dtype, round
 
 from __future__ import annotations
 
+import torch
+
 from .. import gpu, tuning
 from . import dense, quantize_fp4
 from .frozen import check_codes, check_frozen, check_scale
@@ -59,8 +61,10 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
-    config = row_config(slots, down.weight, dtype)
-    return Plan(config, config, dtype, gathered=True)
+    traits = gpu.traits(down.weight.device.index)
+    can_order = all(_can_specialize(p) and p.scale.dtype != torch.float32 for p in (gate_up, down))
+    config = tuning.fp4_config(slots, down.weight.shape[0], dtype, traits, can_order)
+    return Plan(config, config, dtype, gathered=True, ordered=can_order and config.WARP_SPECIALIZED)
 
 
 def row_config(rows, weight, dtype, transposed=False):
@@ -68,6 +72,12 @@ def row_config(rows, weight, dtype, transposed=False):
     if transposed:
         return tuning.FP4_DGRAD.of(dtype, traits)
     return tuning.fp4_config(rows, weight.shape[0], dtype, traits)
+
+
+def ordered_gemm(x, projection, schedule, config):
+    codes = projection.weight, projection.scale.contiguous()
+    y = x.new_empty(x.shape[0], projection.shape[1])
+    return gpu.launchers().grouped_gemm_fp4_hopper(x, *codes, schedule, config, y, contiguous(projection.bias))
 
 
 def row_gemm(x, projection, schedule, config, transposed=False, low_rank=None, out=None):

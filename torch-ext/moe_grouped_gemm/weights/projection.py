@@ -65,3 +65,4 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # of hidden_states and of the result
     quantized: bool = False  # activations are multiplied in fp8
     gathered: bool = False  # both GEMMs are row_gemm with `down`, and the gate is a launch between them
+    ordered: bool = False  # so too, but ordered_gemm
