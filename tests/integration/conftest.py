@@ -37,11 +37,28 @@ def blocks_on_cpu(kernel, routers_on_cpu, monkeypatch):
     monkeypatch.setattr(kernel.integration.blocks, "SERVES_CPU", True)
 
 
+@pytest.fixture(autouse=True)
+def part_by_part(kernel, monkeypatch, request):
+    """Most tests are of parts, and count calls of them: on a GPU, too, nothing that takes a shorter way."""
+    if "blocks_on_cpu" not in request.fixturenames:
+        monkeypatch.setattr(kernel.integration.blocks, "SERVES_GPU", False)
+        monkeypatch.setattr(kernel.integration.modules, "REPEATS_ON_GPU", False)
+
+
 @pytest.fixture
 def repeated_on_cpu(kernel, monkeypatch):
-    """Experts modules on a CPU take the way of a GPU: what was decided once is not asked again."""
+    """Experts modules take a GPU's way, where what was decided once is not asked again, and the long one beside it."""
     modules = kernel.integration.modules
-    monkeypatch.setattr(modules, "_may_repeat", lambda x: type(x) is torch.Tensor)
+    again = modules._computed_again
+
+    def both(module, *inputs):
+        out = again(module, *inputs)
+        if out is not None:
+            assert torch.equal(out, modules._compute(modules.read(module), *inputs, module.training))
+        return out
+
+    monkeypatch.setattr(modules, "REPEATS_ON_CPU", True)
+    monkeypatch.setattr(modules, "_computed_again", both)
     monkeypatch.setattr(modules.ops, "forward_on_gpu", modules.ops.forward_on_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
 

@@ -37,6 +37,10 @@ class Kernel:
         self.run((1, 1, 1), "stream", (*args, x.numel(), number))
 
 
+def replays_of(replay, function, fixed, returned, precision=lambda: "ieee"):
+    return replay.Replays(function, lambda: fixed, returned, precision)
+
+
 def aligned(*shape):
     """As a GPU's allocator aligns."""
     storage = torch.empty(4096)
@@ -63,15 +67,15 @@ def expected(x, w):
 
 def test_other_calls(replay):
     kernel, w = Kernel(replay), aligned(2, 4)
-    replays = replay.Replays(two_steps(kernel, w), (w, None), (0, 1))
+    replays = replays_of(replay, two_steps(kernel, w), [w, None], (0, 1))
     results = []
     for _ in range(5):
         x = aligned(2, 4)
         results.append((replays(x), expected(x, w)))
     for got, wanted in results:  # none of them has been written by a later call
         torch.testing.assert_close(got, wanted)
-    assert kernel.calls == 15 and callable(replays._replays[2])
-    assert replays._replays[2] is not replay._record
+    assert kernel.calls == 15 and callable(replays._replays[2, "ieee"])
+    assert replays._replays[2, "ieee"] is not replay._record
     w.mul_(2)
     x = aligned(2, 4)
     torch.testing.assert_close(replays(x), expected(x, w))
@@ -100,7 +104,7 @@ def test_descriptors(replay):
         kernel(a, None, out, 2.0)
         return (out,)
 
-    replays = replay.Replays(function, (w,), (0,))
+    replays = replays_of(replay, function, [w], (0,))
     for _ in range(5):
         x = aligned(2, 4)
         torch.testing.assert_close(replays(x), (x * w + 3.0,))
@@ -111,7 +115,7 @@ def test_descriptors(replay):
 
 def test_results_that_nobody_reads(replay):
     kernel, w = Kernel(replay), aligned(2, 4)
-    replays = replay.Replays(two_steps(kernel, w), (w,), (1,))
+    replays = replays_of(replay, two_steps(kernel, w), [w], (1,))
     for _ in range(4):
         x = aligned(2, 4)
         got = replays(x)
@@ -136,27 +140,27 @@ def test_not_where_torch_computes(replay, step):
         kernel(step(x), w, out, 1.0)
         return (out,)
 
-    replays = replay.Replays(function, (w,), (0,))
+    replays = replays_of(replay, function, [w], (0,))
     for _ in range(4):
         x = aligned(2, 4)
         torch.testing.assert_close(replays(x), (step(x) * w + 1.0,))
-    assert replays._replays[2] is None
+    assert replays._replays[2, "ieee"] is None
 
 
 def test_not_where_an_address_is_unknown(replay):
     kernel, w, other = Kernel(replay), aligned(2, 4), aligned(2, 4)
-    replays = replay.Replays(two_steps(kernel, w), (other,), (0, 1))
+    replays = replays_of(replay, two_steps(kernel, w), [other], (0, 1))
     for _ in range(4):
         x = aligned(2, 4)
         torch.testing.assert_close(replays(x), expected(x, w))
-    assert replays._replays[2] is None
+    assert replays._replays[2, "ieee"] is None
 
 
 def test_not_for_other_inputs(replay, monkeypatch):
     kernel, w = Kernel(replay), aligned(2, 4)
     calls = []
     function = two_steps(kernel, w)
-    replays = replay.Replays(lambda x: calls.append(x) or function(x), (w,), (0, 1))
+    replays = replays_of(replay, lambda x: calls.append(x) or function(x), [w], (0, 1))
     for _ in range(3):
         replays(aligned(2, 4))
     assert len(calls) == 2
@@ -181,18 +185,18 @@ def test_other_threads(replay):
         thread.join()
         return function(x)
 
-    replays = replay.Replays(disturbed, (w,), (0, 1))
+    replays = replays_of(replay, disturbed, [w], (0, 1))
     for _ in range(2):
         replays(aligned(2, 4))
     before = kernel.calls
     x = aligned(2, 4)
     torch.testing.assert_close(replays(x), expected(x, w))
     assert kernel.calls == before + 3
-    others = replay.Replays(function, (w,), (0, 1))
+    others = replays_of(replay, function, [w], (0, 1))
     others(aligned(2, 4))
     with replay._recording:
         others(aligned(2, 4))
-    assert others._replays[2] is replay._record
+    assert others._replays[2, "ieee"] is replay._record
 
 
 def test_an_error_while_it_records(replay):
@@ -204,7 +208,7 @@ def test_an_error_while_it_records(replay):
             raise RuntimeError("out of memory")
         return function(x)
 
-    replays = replay.Replays(failing, (w,), (0, 1))
+    replays = replays_of(replay, failing, [w], (0, 1))
     replays(aligned(2, 4))
     with pytest.raises(RuntimeError, match="out of memory"):
         replays(aligned(2, 4))
@@ -212,3 +216,26 @@ def test_an_error_while_it_records(replay):
         x = aligned(2, 4)
         torch.testing.assert_close(replays(x), expected(x, w))
     assert fails == [False] and kernel.launch["_recorder"] is None
+
+
+def test_another_precision_is_another_replay(replay):
+    kernel, w, precision = Kernel(replay), aligned(2, 4), ["ieee"]
+    calls, function = [], two_steps(kernel, w)
+    replays = replays_of(replay, lambda x: calls.append(1) or function(x), [w], (0, 1), lambda: precision[0])
+    for _ in range(3):
+        replays(aligned(2, 4))
+    precision[0] = "tf32"
+    for _ in range(3):
+        replays(aligned(2, 4))
+    assert len(calls) == 4
+
+
+def test_an_input_that_lies_with_a_weight(replay):
+    """Its address would pass for one of the weight's."""
+    kernel, both = Kernel(replay), aligned(4, 4)
+    w = both[:2]
+    replays = replays_of(replay, two_steps(kernel, w), [w], (0, 1))
+    for _ in range(2):
+        replays(both[2:])
+    x = aligned(2, 4)
+    torch.testing.assert_close(replays(x), expected(x, w))

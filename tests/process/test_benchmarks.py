@@ -90,6 +90,15 @@ def test_generate_codes(monkeypatch, tmp_path):
     assert result["bf16_bytes"] > result["fp8_bytes"] > result["fp4_bytes"]
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("no_gpu")
+def test_continuous(monkeypatch, tmp_path):
+    out = tmp_path / "continuous.json"
+    run("continuous.py", "--out", out, monkeypatch=monkeypatch)
+    result = json.loads(out.read_text())
+    assert result["stock_s"] > 0 and result["use_kernels_s"] > 0 and result["same_first_tokens"] == 1
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_memory(monkeypatch, tmp_path):
     """All but the peaks, which there are none of on a CPU: the steps are taken, of the adapters that they say."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -56,16 +56,16 @@ def moe_block(
     return (_on_cpu if hidden_states.is_cpu else _on_gpu)(hidden_states, router, gate_up, down, gate, shared)
 
 
-def replays_of(args, tensors, returns_weights: bool):
+def replays_of(args: Callable, tensors: Callable, returns_weights: bool):
     """What launches a block's kernels on a GPU again without what led to them; weights that nobody reads: None.
 
-    args: a function that returns `moe_block`'s after hidden states. tensors: those among them.
+    args, tensors: functions that return `moe_block`'s arguments after hidden states, and the tensors among them.
     """
 
     def function(hidden_states):
         return _on_gpu(hidden_states, *args())
 
-    return gpu.launchers().Replays(function, tensors, (0, 1) if returns_weights else (0,))
+    return gpu.launchers().Replays(function, tensors, (0, 1) if returns_weights else (0,), gpu.input_precision)
 
 
 @gpu.on_its_device
@@ -99,7 +99,8 @@ def _forward(hidden_states, *flat):
 
 
 def _fake(hidden_states, *flat):
-    router = _grouped(flat)[0]
+    router, gate_up, down, gate, _ = _grouped(flat)
+    check_block(hidden_states, router, gate_up, down, gate)
     _, weights, _ = empty_results(hidden_states, router.weight, router.form)
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format), weights
 

@@ -123,6 +123,11 @@ def needs_op(op, tensors) -> bool:
     return _get_tracing_state() is not None or tensors[0].is_meta
 
 
+def is_traced() -> bool:
+    """By torch.jit.trace."""
+    return _get_tracing_state() is not None
+
+
 def needs_gradients(tensors) -> bool:
     """Whether gradients of a call with these may be asked for.
 

@@ -15,8 +15,21 @@ from torch import nn
 
 from ..reference import ACTIVATIONS, Gate, apply_gate
 from . import modules, routers, switching
-from .gates import MISSING, OPAQUE, Recorder, activation_name, is_closed, plain, undisturbed
-from .router_forms import get, router_of
+from .gates import (
+    MISSING,
+    OPAQUE,
+    Recorder,
+    activation_name,
+    grid,
+    is_closed,
+    is_near,
+    moderate,
+    plain,
+    same,
+    undisturbed,
+)
+from .router_forms import DTYPES, get, router_of
+from .router_trial import Router
 
 _TOKENS = (2, 3)  # batch and sequence of a block's trial
 _MOST_TRIALS = 256
@@ -55,9 +68,14 @@ class SharedMLP(NamedTuple):
 _TRIED: dict[tuple[Callable, torch.dtype], list[tuple[dict[str, object], Block | SharedMLP | None]]] = {}
 
 
+class _NotYet(Exception):
+    """What a trial needs to know is not known: its answer is not remembered."""
+
+
 def block_of(module: nn.Module, dtype: torch.dtype) -> Block | None:
     """The block that the module is for hidden states of this dtype; None if none of ours, or if that is not sure."""
-    return _found(module, dtype, _try_block)
+    # Somebody may have wrapped the forward of the class since, and calls ours.
+    return _found(module, dtype, _try_block) if switching.is_own(type(module).forward) else None
 
 
 def shared_mlp_of(module: nn.Module, dtype: torch.dtype) -> SharedMLP | None:
@@ -72,19 +90,18 @@ def _found(module: nn.Module, dtype: torch.dtype, attempt: Callable) -> Block | 
             return found
     if torch.compiler.is_compiling():
         return None
-    stand_in = _StandIn(module)
-    found = None
+    reads, found = {}, None
     if is_closed(forward):
         with undisturbed():
             try:
-                found = attempt(module, forward, stand_in, dtype)
-            except LookupError:  # of nothing that is remembered
+                found = attempt(module, forward, dtype, reads)
+            except _NotYet:
                 return None
             except Exception:  # whatever it is not written for
                 found = None
-    found = None if OPAQUE in stand_in.reads.values() else found
+    found = None if OPAQUE in reads.values() else found
     tried = _TRIED.setdefault((forward, dtype), [])
-    tried.append((stand_in.reads, found))
+    tried.append((reads, found))
     del tried[:-_MOST_TRIALS]
     return found
 
@@ -121,9 +138,9 @@ class _Child:
 class _StandIn(Recorder):
     """Takes the module's place in its own forward, with children that `answer` and tensors that are random."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, answer: Callable, reads: dict[str, object]):
         super().__init__(module)
-        self.__dict__.update(children={}, tensors={}, answer=None)
+        self.__dict__.update(children={}, tensors={}, answer=answer, reads=reads)
 
     def __getattr__(self, name: str):
         value = getattr(self._module, name, MISSING)
@@ -135,55 +152,65 @@ class _StandIn(Recorder):
             return self.children.setdefault(name, _Child(value, self.answer))
         return super().__getattr__(name)
 
-    def answers(self, answer: Callable) -> None:
-        """So do children from now on."""
-        self.__dict__["answer"] = answer
-
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 
-def _try_block(module: nn.Module, forward: Callable, stand_in: _StandIn, dtype: torch.dtype) -> Block | None:
-    hidden_dim = _hidden_dim(module, dtype)
-    x = torch.randn(*_TOKENS, hidden_dim, dtype=torch.float32).to(dtype)
-    given = x.clone()
+def _try_block(module: nn.Module, forward: Callable, dtype: torch.dtype, reads: dict) -> Block | None:
+    """In fp32, which tells a factor of 1.001, and in the dtype: of any size, number of tokens and kind of numbers."""
+    router = _router_of(module)
+    found = _run_block(module, forward, torch.float32, reads, router, (2, 3), 1.0)
+    cases = ((2, 3), 1.0), ((1, 1), 1.0), ((1, 40), 1.0), ((2, 3), 1e4), ((2, 3), 1e-4)
+    for one, (shape, scale) in itertools.product(dict.fromkeys((torch.float32, dtype)), cases):
+        if found is None or found != _run_block(module, forward, one, reads, router, shape, scale, found.factor):
+            return None
+    return found
+
+
+def _run_block(module, forward, dtype, reads, of_router, shape, scale, factor=None) -> Block | None:
+    """factor: the only one that may be; None: any number that the forward reads."""
+    child, form = of_router
+    E, hidden_dim = get(child, form.weight).shape
+
+    def numbers(*size):
+        result = scale * torch.randn(size, dtype=torch.float32)
+        if scale != 1.0:
+            result.view(-1)[:3] = torch.tensor([float("inf"), float("-inf"), float("nan")])[: result.numel()]
+        return result.to(dtype)
 
     def answer(child, *args):
         if modules.is_experts(child):
-            return torch.randn(args[0].shape, dtype=torch.float32).to(dtype)
+            return numbers(*args[0].shape)
         if routers.is_one(child):
-            router, tokens = router_of(child, dtype), args[0].shape[:-1].numel()
-            E, k = get(child, router.weight).shape[0], router.form.top_k
-            weights = torch.rand(tokens, k, dtype=torch.float32).to(router.form.weights_dtype or torch.float32)
+            tokens, k = args[0].shape[:-1].numel(), form.form.top_k
+            weights = torch.rand(tokens, k, dtype=torch.float32).to(form.form.weights_dtype or torch.float32)
             results = torch.randn(tokens, E, dtype=torch.float32), weights, torch.randint(0, E, (tokens, k))
-            return tuple(results[role] for role in router.order)
+            return tuple(results[role] for role in form.order)
         width = 1 if getattr(child, "out_features", None) == 1 else args[0].shape[-1]
-        return torch.randn(*args[0].shape[:-1], width, dtype=torch.float32).to(dtype)
+        return numbers(*args[0].shape[:-1], width)
 
-    stand_in.answers(answer)
+    x = numbers(*shape, hidden_dim)
+    given, stand_in = x.clone(), _StandIn(module, answer, reads)
     result = forward(stand_in, given)
-    if not torch.equal(given, x):
+    if not _equal(given, x) or any(child.given is None for child in stand_in.children.values()):
         return None
     roles = {"router": [], "experts": [], "shared": [], "shared_gate": []}
     for name, child in stand_in.children.items():
-        if child.given is None:
-            return None
         roles[_role(child.module)].append(name)
     if [len(roles["router"]), len(roles["experts"])] != [1, 1] or len(roles["shared"]) > 1:
         return None
     router, experts, shared, shared_gate = (stand_in.children[names[0]] if names else None for names in roles.values())
-    order = router_of(router.module, dtype).order
-    weights, ids = (router.answer[order.index(role)] for role in (1, 2))
+    weights, ids = (router.answer[form.order.index(role)] for role in (1, 2))
     hidden_states, *correction = router.given
     corrections = [name for name, tensor in stand_in.tensors.items() if [id(tensor)] == list(map(id, correction))]
     rows = x.flatten(0, 1)
     inputs = [child.given for child in (shared, shared_gate) if child is not None]
     if not (
-        torch.equal(hidden_states.reshape(rows.shape), rows)
+        _equal(hidden_states.reshape(rows.shape), rows)
         and len(corrections) == len(correction) == len(stand_in.tensors)
         and len(experts.given) == 3
-        and all(map(torch.equal, experts.given, (rows, ids, weights)))
-        and all(len(args) == 1 and torch.equal(args[0].reshape(rows.shape), rows) for args in inputs)
+        and all(map(_equal, experts.given, (rows, ids, weights)))
+        and all(len(args) == 1 and _equal(args[0].reshape(rows.shape), rows) for args in inputs)
         and (shared is not None or shared_gate is None)
     ):
         return None
@@ -192,16 +219,18 @@ def _try_block(module: nn.Module, forward: Callable, stand_in: _StandIn, dtype: 
         result, returned = result
         if returned is not weights:
             return None
-    addend = 0.0 if shared is None else shared.answer.reshape(rows.shape)
-    if shared_gate is not None:
-        addend = addend * shared_gate.answer.reshape(-1, 1).sigmoid()
-    factors = dict.fromkeys((1.0, *(float(v) for v in stand_in.reads.values() if type(v) in (int, float))))
-    for factor in factors:
-        if result.shape == x.shape and result.dtype == dtype:
-            if _is_near(result.flatten(0, 1), experts.answer.float() * factor + addend, dtype):
-                names = (roles[role][0] if roles[role] else None for role in ("shared", "shared_gate"))
-                children = (roles["router"][0], roles["experts"][0], *names)
-                return Block(*children, corrections[0] if corrections else None, factor, returns_weights)
+    terms = [experts.answer.double()]
+    if shared is not None:
+        gate = 1.0 if shared_gate is None else shared_gate.answer.reshape(-1, 1).double().sigmoid()
+        terms.append(shared.answer.reshape(rows.shape).double() * gate)
+    if result.shape != x.shape or result.dtype != dtype:
+        return None
+    read = (float(value) for value in reads.values() if type(value) in (int, float))
+    for tried in dict.fromkeys((1.0, *read)) if factor is None else (factor,):
+        if _is_sum(result.flatten(0, 1), [terms[0] * tried, *terms[1:]]):
+            names = (roles[role][0] if roles[role] else None for role in ("shared", "shared_gate"))
+            children = (roles["router"][0], roles["experts"][0], *names)
+            return Block(*children, corrections[0] if corrections else None, tried, returns_weights)
     return None
 
 
@@ -213,49 +242,68 @@ def _role(child: nn.Module) -> str:
     return "shared_gate" if getattr(child, "out_features", None) == 1 else "shared"
 
 
-def _hidden_dim(module: nn.Module, dtype: torch.dtype) -> int:
-    """Of the block's router: forwards reshape by it.
+def _router_of(module: nn.Module) -> tuple[nn.Module, Router]:
+    """The block's router, and what it is for hidden states of some dtype.
 
     Raises:
-        LookupError: it has not one router of ours for hidden states of this dtype, as it is now.
+        _NotYet: it has none of ours, as it is now.
     """
     for child in module._modules.values():
-        router = router_of(child, dtype) if child is not None and routers.is_one(child) else None
-        if router is not None:
-            return get(child, router.weight).shape[1]
-    raise LookupError
+        if child is not None and routers.is_one(child):
+            for dtype in DTYPES:
+                router = router_of(child, dtype)
+                if router is not None:
+                    return child, router
+    raise _NotYet
 
 
-def _is_near(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Up to three roundings to the dtype, of numbers as large as the terms of the sum."""
-    tolerance = 8 * torch.finfo(dtype).eps
-    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True)
+
+
+def _is_sum(a: torch.Tensor, terms: list[torch.Tensor]) -> bool:
+    """Up to the roundings of the terms, and of their sum, to the dtype of a; what has no size is the same."""
+    info, total, size = torch.finfo(a.dtype), sum(terms), sum(term.abs() for term in terms)
+    near = (a.double() - total).abs() <= 4 * info.eps * size + info.tiny
+    same = (a.isnan() & total.isnan()) | (a == total.to(a.dtype))
+    return bool(torch.where(size < info.max / 4, near, same).all())
 
 
 # --- shared experts ---------------------------------------------------------------------------------------------------
 
 
-def _try_mlp(module: nn.Module, forward: Callable, stand_in: _StandIn, dtype: torch.dtype) -> SharedMLP | None:
-    x = torch.randn(4, 3, dtype=torch.float32).to(dtype)
-    values = torch.linspace(-12, 12, 64, dtype=torch.float32).to(dtype)
+def _try_mlp(module: nn.Module, forward: Callable, dtype: torch.dtype, reads: dict) -> SharedMLP | None:
+    """In fp32 on every pair of magnitudes, infinities and NaN, and in the dtype on moderate ones."""
+    z = grid(interleaved=False)
+    found = _run_mlp(module, forward, reads, z)
+    if found is None or _run_mlp(module, forward, reads, moderate(z).to(dtype), found.activation) != found:
+        return None
+    return found
+
+
+def _run_mlp(module, forward, reads, z, activation=None) -> SharedMLP | None:
+    """z: what the two inner layers return, side by side. activation: the only one that may be; None: any."""
+    x, halves = torch.randn(len(z), 3, dtype=torch.float32).to(z.dtype), list(z.chunk(2, dim=1))
 
     def answer(child, *args):
-        is_inner = args[0].shape[1] == x.shape[1]
-        return values[torch.randperm(len(values))].expand(4, -1) if is_inner else x + 1
+        return halves.pop(0).clone() if args[0].shape == x.shape else torch.randn_like(x)
 
-    stand_in.answers(answer)
+    stand_in = _StandIn(module, answer, reads)
     result = forward(stand_in, x.clone())
-    inner = [name for name, child in stand_in.children.items() if child.given[0].shape[1] == x.shape[1]]
-    outer = [name for name in stand_in.children if name not in inner]
-    if len(inner) != 2 or len(outer) != 1 or stand_in.tensors:
+    given = {name: child.given for name, child in stand_in.children.items()}
+    inner = [name for name, args in given.items() if len(args) == 1 and args[0].shape == x.shape]
+    outer = [name for name in given if name not in inner]
+    if len(inner) != 2 or len(outer) != 1 or halves or stand_in.tensors:
         return None
-    children = [stand_in.children[name] for name in (*inner, *outer)]
-    if not all(len(child.given) == 1 for child in children) or result is not children[2].answer:
+    if result is not stand_in.children[outer[0]].answer or len(given[outer[0]]) != 1:
         return None
-    if not all(torch.equal(child.given[0], x) for child in children[:2]):
+    if not all(torch.equal(given[name][0], x) for name in inner):
         return None
-    for order, activation in itertools.product(((0, 1), (1, 0)), ACTIVATIONS):
-        z = torch.cat([children[i].answer for i in order], dim=1)
-        if activation != "swigluoai" and _is_near(children[2].given[0], apply_gate(z.float(), Gate(activation)), dtype):
-            return SharedMLP(*(inner[i] for i in order), outer[0], activation)
+    named = [value for value in reads.values() if value in ACTIVATIONS]
+    (a,) = given[outer[0]]
+    for (gate, up), name in itertools.product((inner, inner[::-1]), named if activation is None else [activation]):
+        answers = torch.cat([stand_in.children[gate].answer, stand_in.children[up].answer], dim=1)
+        is_as = same if z.dtype == torch.float32 else is_near
+        if name != "swigluoai" and is_as(a, apply_gate(answers.float(), Gate(name))):
+            return SharedMLP(gate, up, outer[0], name)
     return None

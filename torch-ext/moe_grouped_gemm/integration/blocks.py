@@ -12,23 +12,26 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..block import Router, check_block, moe_block, replays_of
 from ..reference import Gate, SharedExperts
-from ..torch_ops import are_transforms_active, is_autocast, needs_gradients
+from ..torch_ops import are_transforms_active, is_autocast, is_traced, needs_gradients
 from . import modules, routers, switching
 from .block_trial import Block, block_of, shared_mlp_of
 from .gates import is_as_its_class
 from .router_forms import DTYPES, get, router_of
-from .snapshot import Decisions
+from .snapshot import Decisions, referred
+
+_LINEAR = nn.Linear.forward
 
 # For `kernelize`; and the name of the block in whose place the first of them came.
 LAYER, OF_DEEPSEEK_V3 = "MoEBlock", "DeepseekV3MoE"
 # The name that Transformers itself gives to gpt-oss's, for whatever kernel there is.
 OF_TRANSFORMERS = "MegaBlocksMoeMLP"
 
-# There each part is plain PyTorch, as cheap by itself.
-SERVES_CPU = False
+# On a CPU each part is plain PyTorch, as cheap by itself.
+SERVES_CPU, SERVES_GPU = False, True
 
 _stock: set[type] = set()  # that a stand-in stands for
 
@@ -41,7 +44,7 @@ def block_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tenso
 def serve(module: nn.Module, stock: Callable, *args, **kwargs):
     """What `module` computes, in one call or, where that cannot be, by `stock(module, ...)`, part by part."""
     if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
-        if SERVES_CPU or not args[0].is_cpu:
+        if SERVES_CPU if args[0].is_cpu else SERVES_GPU:
             results = _computed(module, args[0])
             if results is not None:
                 return results
@@ -49,47 +52,78 @@ def serve(module: nn.Module, stock: Callable, *args, **kwargs):
 
 
 def _computed(module: nn.Module, hidden_states: torch.Tensor):
-    if hidden_states.ndim != 3 or are_transforms_active() or is_autocast(hidden_states):
+    if hidden_states.ndim != 3 or are_transforms_active() or is_autocast(hidden_states) or _may_be_seen():
         return None
     if torch.compiler.is_compiling():
-        plan = _made(module, hidden_states)
+        block, replays = _made(module, hidden_states), None
     else:
         like = (hidden_states.dtype, hidden_states.device, hidden_states.shape[2])
-        plan = _plans.of(module, like, hidden_states)
-    if plan is None or needs_gradients((hidden_states, *plan.tensors)):
+        block, replays = _plans.of(module, like, hidden_states) or (None, None)
+        block = block and block()
+    if block is None or needs_gradients((hidden_states, *block.tensors())):
         return None
-    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *plan.args(), plan.replays)
+    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *block.args(), replays)
     out = out.view(hidden_states.shape)
-    return (out, weights) if plan.returns_weights else out
+    return (out, weights) if block.returns_weights else out
 
 
-class _Plan(NamedTuple):
+def _may_be_seen() -> bool:
+    """Whether somebody looks on at every module, or traces."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or is_traced()
+
+
+class _Block(NamedTuple):
+    """What a module computes in one call."""
+
     router: Router
     experts: modules.Fused
     shared: SharedExperts | None
     returns_weights: bool
-    replays: object = None
 
-    @property
     def tensors(self) -> tuple:
-        return (*self.router[:3], *self.experts.tensors, *(self.shared or ()))
+        return (*self.router[:3], *self.experts.gate_up, *self.experts.down, *(self.shared or ()))
 
     def args(self) -> tuple:
         """Of `moe_block`, after hidden states."""
         return (self.router, *self.experts.projections(), self.experts.gate, self.shared)
 
 
-def _plan(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
-    plan = _made(module, hidden_states)
-    if plan is not None and hidden_states.is_cuda:
-        plan = plan._replace(replays=replays_of(plan.args, plan.tensors, plan.returns_weights))
-    return plan
+def _plan(module: nn.Module, hidden_states: torch.Tensor) -> tuple[Callable, object] | None:
+    """A function that returns the block, without keeping its tensors alive, and on a GPU its replays."""
+    if any(map(parametrize.is_parametrized, module.modules())):
+        return None
+    block = _made(module, hidden_states)
+    references = None if block is None else referred(module, block.tensors())
+    if references is None:
+        return None
+    form, (gate, is_transposed), has_shared, returns_weights = (
+        block.router.form,
+        block.experts[2:],
+        block.shared is not None,
+        block.returns_weights,
+    )
+
+    def tensors():
+        return [reference() for reference in references]
+
+    def of_now():
+        found = tensors()
+        experts = modules.fused_of(found[3:13], gate, is_transposed)
+        return _Block(
+            Router(*found[:3], form), experts, SharedExperts(*found[13:]) if has_shared else None, returns_weights
+        )
+
+    replays = None
+    if hidden_states.is_cuda:
+        replays = replays_of(lambda: of_now().args(), tensors, returns_weights)
+    return of_now, replays
 
 
 _plans = Decisions(_plan)
 
 
-def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
+def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Block | None:
     """None: part by part."""
     found = None if module.training else block_of(module, hidden_states.dtype)
     if found is None:
@@ -104,7 +138,7 @@ def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
         return None
     if not torch.compiler.is_compiling():
         check_block(hidden_states.reshape(-1, hidden_states.shape[2]), router, *experts.projections(), experts.gate)
-    return _Plan(router, experts, shared, found.returns_weights)
+    return _Block(router, experts, shared, found.returns_weights)
 
 
 def _router(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> Router | None:
@@ -133,12 +167,20 @@ def _shared(module: nn.Module, found: Block, gate: Gate, hidden_states: torch.Te
     if found.shared_gate is not None:
         linears.append(module._modules[found.shared_gate])
     weights = [_weight(linear, hidden_states) for linear in linears]
-    return None if None in weights else SharedExperts(*weights, *([None] if found.shared_gate is None else []))
+    if any(weight is None for weight in weights):
+        return None
+    inter, hidden_dim = len(weights[0]), hidden_states.shape[2]
+    shapes = [(inter, hidden_dim), (inter, hidden_dim), (hidden_dim, inter), (1, hidden_dim)]
+    if any(weight.shape != shape for weight, shape in zip(weights, shapes)):
+        return None
+    return SharedExperts(*weights)
 
 
 def _weight(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
     """Of nn.Linear itself, which computes with it and nothing else."""
-    if type(linear) is not nn.Linear or linear.bias is not None or not is_as_its_class(linear):
+    if type(linear) is not nn.Linear or nn.Linear.forward is not _LINEAR or linear.bias is not None:
+        return None
+    if not is_as_its_class(linear):
         return None
     weight = linear.weight
     is_ours = modules.is_plain(weight) and weight.dtype == hidden_states.dtype and weight.stride(1) == 1
@@ -160,13 +202,14 @@ def meet(modeling: str) -> None:
 
 
 def _classes(modeling: str) -> list[type]:
-    return [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and may_be_block(cls)]
+    own = [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and "forward" in vars(cls)]
+    return list(filter(may_be_block, own))
 
 
 def may_be_block(cls: type) -> bool:
     """Whether to try: its forward takes hidden states alone and calls experts."""
-    forward = vars(cls).get("forward")
-    if forward is None or "experts" not in switching.below_ours(forward).__code__.co_names:
+    forward = inspect.unwrap(cls.forward)
+    if "experts" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return False
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
     return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
@@ -221,7 +264,7 @@ def is_whole(module: nn.Module) -> bool:
 
 def others(layer: type) -> dict[str, type]:
     """What else `layer` is to take: the name that Transformers has, unless the user has mapped it."""
-    return {OF_TRANSFORMERS: layer} if _transformers_own() or routers.is_free(OF_TRANSFORMERS) else {}
+    return {OF_TRANSFORMERS: layer} if routers.is_free(OF_TRANSFORMERS, _transformers_own()) else {}
 
 
 def take_over(layer_name: str, mapping: dict) -> None:

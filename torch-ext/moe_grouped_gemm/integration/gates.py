@@ -144,19 +144,19 @@ def _try(function: Callable, module: nn.Module) -> tuple[dict[str, object], Gate
         return recorder.reads, None
     with undisturbed():
         try:
-            inputs = [_grid(interleaved) for interleaved in (False, True)]
+            inputs = [grid(interleaved) for interleaved in (False, True)]
             # Twice: dropout differs.
             results = [[function(recorder, z.clone()) for z in inputs] for _ in range(2)]
-            moderate = [(_moderate(z), dtype) for z in inputs for dtype in (torch.bfloat16, torch.float16)]
-            in_16_bits = [function(recorder, z.to(dtype)) for z, dtype in moderate]
+            moderates = [(moderate(z), dtype) for z in inputs for dtype in (torch.bfloat16, torch.float16)]
+            in_16_bits = [function(recorder, z.to(dtype)) for z, dtype in moderates]
         except Exception:  # it is not written for what it was given
             return recorder.reads, None
         reads = recorder.reads
-        if OPAQUE in reads.values() or not all(map(_same, *results)):
+        if OPAQUE in reads.values() or not all(map(same, *results)):
             return reads, None
         for gate in _candidates(reads):
-            exactly = all(_same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0]))
-            if exactly and all(_is_near(a, apply_gate(z, gate)) for (z, _), a in zip(moderate, in_16_bits)):
+            exactly = all(same(a, apply_gate(z, gate)) for z, a in zip(inputs, results[0]))
+            if exactly and all(is_near(a, apply_gate(z, gate)) for (z, _), a in zip(moderates, in_16_bits)):
                 return reads, gate
     return reads, None
 
@@ -182,7 +182,7 @@ def _candidates(reads: dict[str, object]):
         yield Gate(name, limit if limit is None else float(limit), float(alpha), interleaved)
 
 
-def _grid(interleaved: bool) -> torch.Tensor:
+def grid(interleaved: bool) -> torch.Tensor:
     """Every pair of gate and up out of zero, both signs of 2^-24 to 2^124, numbers of -12 to 12, infinities and NaN."""
     fp32 = {"dtype": torch.float32}  # whatever a model that is being loaded has made the default
     magnitudes = 1.3 * 2.0 ** torch.arange(-24, 128, 4, **fp32)
@@ -192,15 +192,15 @@ def _grid(interleaved: bool) -> torch.Tensor:
     return torch.stack([gate, up], dim=-1).flatten(1) if interleaved else torch.cat([gate, up], dim=1)
 
 
-def _moderate(z: torch.Tensor) -> torch.Tensor:
+def moderate(z: torch.Tensor) -> torch.Tensor:
     return z.nan_to_num(0.0).clamp(-12, 12)
 
 
-def _is_near(a: torch.Tensor, b: torch.Tensor) -> bool:
+def is_near(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Up to the rounding of 16 bits: that a gate is another function in another dtype is larger."""
     return a.shape == b.shape and torch.allclose(a.float(), b, rtol=0.1, atol=0.1)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Up to the rounding of another order of the same products; not where a number is denormal."""
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-35, equal_nan=True)

@@ -27,9 +27,12 @@ from ..weights import Projection, are_quantized, quantize_fp4, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
-from .snapshot import Decisions
+from .snapshot import Decisions, referred
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
+
+# Where what was decided about a module is not asked again. On a CPU there are no launches for which that is too slow.
+REPEATS_ON_CPU, REPEATS_ON_GPU = False, True
 
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 _NONE = (None, None)
@@ -224,7 +227,8 @@ def experts_forward(
 
 def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """What `module` computes, by us or, where we cannot, by `stock(module, ...)`."""
-    if _may_repeat(hidden_states) and not torch.compiler.is_compiling():
+    may_repeat = REPEATS_ON_CPU if hidden_states.is_cpu else REPEATS_ON_GPU
+    if may_repeat and not torch.compiler.is_compiling():
         out = _computed_again(module, hidden_states, top_k_index, top_k_weights)
         if out is not None:
             return out
@@ -245,21 +249,13 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
     return stock(module, hidden_states, top_k_index, top_k_weights)
 
 
-def _may_repeat(hidden_states: torch.Tensor) -> bool:
-    return type(hidden_states) is torch.Tensor and hidden_states.is_cuda
-
-
 class Fused(NamedTuple):
-    """A module that is `moe_experts` and nothing else: its own tensors, where views of them would keep memory alive."""
+    """A module that is `moe_experts` and nothing else. Its weights are those that it has, (E, K, N) if transposed."""
 
     gate_up: Projection
     down: Projection
     gate: Gate
     is_transposed: bool
-
-    @property
-    def tensors(self) -> tuple:
-        return (*self.gate_up, *self.down)
 
     def projections(self) -> tuple[Projection, Projection]:
         pair = self.gate_up, self.down
@@ -277,8 +273,11 @@ def fused(module: nn.Module, hidden_states: torch.Tensor) -> Fused | None:
         return None
     if any(p.bias is not None and p.bias.dtype != dtype for p in (gate_up, down)):
         return None
-    pair = (p._replace(weight=getattr(module, name)) for p, name in zip((gate_up, down), weight_names(module)))
-    return Fused(*pair, gate, getattr(module, "is_transposed", False))
+    pair = gate_up, down
+    is_transposed = getattr(module, "is_transposed", False)
+    if is_transposed:
+        pair = (p._replace(weight=getattr(module, name)) for p, name in zip(pair, weight_names(module)))
+    return Fused(*pair, gate, is_transposed)
 
 
 def _computed_again(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor | None:
@@ -286,31 +285,48 @@ def _computed_again(module: nn.Module, hidden_states, top_k_index, top_k_weights
     inputs = (hidden_states, top_k_index, top_k_weights)
     if hidden_states.ndim != 2 or top_k_index.ndim != 2 or top_k_index.shape != top_k_weights.shape:
         return None
-    if len(hidden_states) != len(top_k_index) or are_transforms_active() or is_autocast(hidden_states):
+    if are_transforms_active() or is_autocast(hidden_states) or needs_op(ops.moe_experts, inputs):
         return None
-    if hidden_states.requires_grad or top_k_weights.requires_grad or needs_op(ops.moe_experts, inputs):
+    # The adapters of a module it does not tell itself.
+    if hidden_states.requires_grad or top_k_weights.requires_grad or adapters_of(module):
         return None
-    if adapters_of(module):  # which the module itself does not tell
+    if len(hidden_states) != len(top_k_index):
         return None
     like = (hidden_states.device, hidden_states.shape[1], top_k_index.shape[1], *(x.dtype for x in inputs))
     plan = _plans.of(module, like, *inputs)
     if plan is None:
         return None
-    run, tensors = plan
-    return None if needs_gradients(tensors) else run(*inputs)[0]
+    run, references = plan
+    return None if needs_gradients([reference() for reference in references]) else run(*inputs)[0]
 
 
 def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple[Callable, tuple] | None:
+    if parametrize.is_parametrized(module):
+        return None
     experts, quantize_activations = fused(module, hidden_states), not module.training
     if experts is None:
         return None
+    gate, is_transposed = experts[2:]
     inputs = (hidden_states, top_k_index, top_k_weights)
-    check_experts(*inputs, *experts.projections(), experts.gate.activation, experts.gate.limit)
+    check_experts(*inputs, *experts.projections(), gate.activation, gate.limit)
+    references = referred(module, (*experts.gate_up, *experts.down))
+    if references is None:
+        return None
+
+    def tensors():
+        return [reference() for reference in references]
 
     def function(*inputs):
-        return (ops.forward_on_gpu(*inputs, *experts.projections(), experts.gate, quantize_activations),)
+        projections = fused_of(tensors(), gate, is_transposed).projections()
+        return (ops.forward_on_gpu(*inputs, *projections, gate, quantize_activations),)
 
-    return gpu.launchers().Replays(function, experts.tensors, (0,)), experts.tensors
+    return gpu.launchers().Replays(function, tensors, (0,), gpu.input_precision), references
+
+
+def fused_of(tensors: list, gate: Gate, is_transposed: bool) -> Fused:
+    """Of (*gate_up, *down)."""
+    fields = len(Projection._fields)
+    return Fused(Projection(*tensors[:fields]), Projection(*tensors[fields:]), gate, is_transposed)
 
 
 _plans = Decisions(_plan)

@@ -17,6 +17,7 @@ class _LoadedLayer:
     """A `kernels` layer repository that hands out a class of this package: nothing is resolved or loaded again."""
 
     layer: type
+    is_of_moe_grouped_gemm = True  # of any build
 
     def load(self) -> type:
         return self.layer

@@ -90,13 +90,29 @@ def others(layer: type) -> dict[str, type]:
     return {OF_TRANSFORMERS: layer} if is_free(OF_TRANSFORMERS) else {}
 
 
-def is_free(layer_name: str) -> bool:
-    """Whether nobody has mapped a layer of this name."""
+def is_free(layer_name: str, transformers_own: dict | None = None) -> bool:
+    """Whether no user has mapped a layer of this name: nobody has, or we have, or Transformers with its own mapping."""
     try:
-        mapping = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get()
+        mapped = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get().get(layer_name, {})
+        devices = [of_device for device, of_device in mapped.items() if device in ("cuda", "cpu")]
+        repositories = [repo for of_device in devices for repo in _repositories(of_device)]
     except (ImportError, AttributeError):  # a `kernels` to come: what is mapped there nobody can tell
         return False
-    return not {"cuda", "cpu"} & set(mapping.get(layer_name, {}))
+    own = {id(repo) for modes in (transformers_own or {}).get(layer_name, {}).values() for repo in modes.values()}
+    return all(id(repo) in own or hasattr(repo, "is_of_moe_grouped_gemm") for repo in repositories)
+
+
+def _repositories(of_device: object) -> list:
+    """All that `kernels` keeps for a device: by mode, and on a GPU by ranges of its capability, in a tree."""
+    kept = vars(of_device).values()
+    nodes = [x.root for x in kept if hasattr(x, "root")]
+    by_mode = [x for x in kept if isinstance(x, dict)]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            by_mode.append(node.data)
+            nodes += [node.left, node.right]
+    return [repo for modes in by_mode for repo in modes.values()]
 
 
 def meet(modeling: str) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import chain
 from operator import is_
 from typing import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _CONTENTS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_INTERNAL = frozenset(vars(nn.Module())) - {"training", *_CONTENTS, *_HOOKS}
+# On a module: what this build has decided about it.
+_DECIDED = f"_decided_by_{__name__.partition('.')[0]}"
 
 
 class Snapshot:
     """Of a module and all below it: classes and their forwards, attributes, children, tensors, and whether hooked.
 
-    Attributes are compared by identity, tensors also by their memory, dtype and shape: a Parameter may be given other
-    data. Not seen are changes inside other objects, and of what a class has besides its forward.
+    Attributes are compared by identity, tensors also by their memory, dtype and strides: a Parameter may be given other
+    data. No tensor is kept alive. Not seen are changes inside other objects, and of what a class has besides its
+    forward.
     """
 
     @classmethod
@@ -32,19 +35,20 @@ class Snapshot:
 
     def __init__(self, module: nn.Module):
         _, *below = module.modules()
-        self._below = tuple(below)  # not the module itself: it is let go though its snapshot is kept
+        self._below = tuple(below)
         self._types = [type(m) for m in (module, *below)]
         self._forwards = [cls.forward for cls in self._types]
-        self._owners = tuple(vars(m) for m in (module, *below))
-        contents = tuple(owner[name] for owner in self._owners for name in _CONTENTS)
-        entries = [(owner, name, owner[name]) for owner in self._owners for name in owner if name not in _INTERNAL]
+        owners = tuple(vars(m) for m in (module, *below))
+        contents = tuple(owner[name] for owner in owners for name in _CONTENTS)
+        entries = [(owner, name, owner[name]) for owner in owners for name in owner if name not in _INTERNAL]
         entries += [(content, name, value) for content in contents for name, value in content.items()]
-        self._dicts, self._names, self._values = zip(*entries)
-        self._sized = self._owners + contents
+        others = [entry for entry in entries if not isinstance(entry[2], (torch.Tensor, _Decided))]
+        self._dicts, self._names, self._values = zip(*others)
+        self._tensors = [(where, name, weakref.ref(t)) for where, name, t in entries if isinstance(t, torch.Tensor)]
+        self._sized = owners + contents
         self._sizes = list(map(len, self._sized))
-        self._hooks = tuple(owner[name] for owner in self._owners for name in _HOOKS)
+        self._hooks = tuple(owner[name] for owner in owners for name in _HOOKS)
         self._hooked = list(map(bool, self._hooks))
-        self._tensors = tuple(t for t in chain(module.parameters(), module.buffers()))
         self._places = self._where()
 
     def holds(self, module: nn.Module) -> bool:
@@ -57,8 +61,26 @@ class Snapshot:
             and self._where() == self._places
         )
 
-    def _where(self) -> list[tuple[int, torch.dtype, torch.Size]]:
-        return [(t.data_ptr(), t.dtype, t.shape) for t in self._tensors]
+    def _where(self) -> list[tuple]:
+        """Of each tensor; of one that is another by now, what nothing is equal to."""
+        found = [(where.get(name), reference) for where, name, reference in self._tensors]
+        return [
+            (t.data_ptr(), t.dtype, t.shape, t.stride()) if t is not None and t is reference() else object()
+            for t, reference in found
+        ]
+
+
+class _Decided:
+    """On a module, about it and for it alone: a copy of the module, or its pickle, has nothing of it."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.kept = weakref.ref(module), None
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return dict, ()  # which any process can read
 
 
 class Decisions:
@@ -69,15 +91,39 @@ class Decisions:
 
     def __init__(self, decide: Callable):
         self._decide = decide
-        self._kept: WeakKeyDictionary[nn.Module, tuple[tuple, Snapshot, object]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module, like: tuple, *args) -> object:
-        kept = self._kept.get(module)
+        decided = module.__dict__.get(_DECIDED)
+        if type(decided) is not _Decided or decided.module() is not module:
+            decided = module.__dict__[_DECIDED] = _Decided(module)
+        kept = decided.kept
         if kept is not None and kept[0] == like and kept[1].holds(module):
             return kept[2]
         snapshot = Snapshot.of(module)
         if snapshot is None:
             return None
         decision = self._decide(module, *args)
-        self._kept[module] = like, snapshot, decision
+        decided.kept = like, snapshot, decision
         return decision
+
+
+def referred(module: nn.Module, tensors: tuple) -> tuple | None:
+    """Functions that return these tensors, or None for None, and keep none alive that the module does not.
+
+    None where one of them is not the module's, but computed, and may be another in the next call.
+    """
+    own = list(chain(module.parameters(), module.buffers()))
+    ids, places = set(map(id, own)), {(t.data_ptr(), t.nbytes) for t in own}
+    references = []
+    for t in tensors:
+        if t is None or id(t) in ids:
+            references.append(_nothing if t is None else weakref.ref(t))
+        elif (t.data_ptr(), t.nbytes) in places and t.ndim == 1:  # a view of a vector, small enough to be kept
+            references.append(lambda t=t: t)
+        else:
+            return None
+    return tuple(references)
+
+
+def _nothing() -> None:
+    return None

@@ -86,14 +86,15 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=No
         key += [_alignment_and_reach(x) for x in tensors]
     key = tuple(key)
     remembered = _compiled.get(key)
+    recorder = _recorder  # once: another thread may end its recording
     if remembered is None:
-        if _recorder is not None:
-            _recorder(None, grid, args, ())
+        if recorder is not None:
+            recorder(None, grid, args, ())
         _launch_first(key, kernel, grid, x.is_meta, (*tensors, *numbers, *constants), num_warps, num_stages)
         return
     compiled, short = remembered
-    if _recorder is not None:
-        _recorder(short, grid, args, (*numbers, *constants))
+    if recorder is not None:
+        recorder(short, grid, args, (*numbers, *constants))
     if short is None or is_hooked():
         compiled[grid](*tensors, *numbers, *constants)
     else:

@@ -22,13 +22,16 @@ class Replays:
 
     Args:
         function: launches kernels of ours. Anything else that it does on the GPU keeps a call from being replayed.
-        fixed: the other tensors that its kernels read, whose addresses are the same in every call; or None among them.
+        fixed: a function that returns the other tensors that its kernels read, or None among them: their addresses are
+            the same in every call, for as long as somebody has these replays.
         returned: which of its results callers read; the others are None in a replay.
+        precision: a function that returns what fp32 products are made in, which a launch has as a constant.
     """
 
-    def __init__(self, function, fixed, returned):
-        self._function, self._fixed, self._returned = function, [t for t in fixed if t is not None], returned
-        self._replays = {}  # tokens -> a replay; None: by function, as long as it is None; absent: never called
+    def __init__(self, function, fixed, returned, precision):
+        self._function, self._fixed, self._returned, self._precision = function, fixed, returned, precision
+        # (tokens, precision of fp32 products) -> a replay, or None, where there is none; absent: never called.
+        self._replays = {}
 
     def __call__(self, *inputs):
         first = inputs[0]
@@ -38,10 +41,11 @@ class Replays:
         for x in inputs:
             if x.data_ptr() % 16 or not x.is_contiguous():
                 return self._function(*inputs)
-        if tokens not in self._replays:  # kernels are compiled, which is not recorded
-            self._replays[tokens] = _record
+        key = tokens, first.dtype == torch.float32 and self._precision()
+        if key not in self._replays:  # kernels are compiled, which is not recorded
+            self._replays[key] = _record
             return self._function(*inputs)
-        replay = self._replays[tokens]
+        replay = self._replays[key]
         if replay is None:
             return self._function(*inputs)
         if replay is not _record:
@@ -49,7 +53,7 @@ class Replays:
         if not _recording.acquire(blocking=False):
             return self._function(*inputs)
         try:
-            results, self._replays[tokens] = _record(self._function, inputs, self._fixed, self._returned)
+            results, self._replays[key] = _record(self._function, inputs, self._fixed(), self._returned)
         finally:
             _recording.release()
         return results
@@ -92,7 +96,10 @@ class _Recording(TorchDispatchMode):
             return None
         # Where an address may lie: from, to, number of the base, and offset of the first from it. Bases: 0, scratch
         # memory, the inputs, and the outputs.
-        places = [(*_span(t), 0, _span(t)[0]) for t in fixed]
+        fixed = [_span(t) for t in fixed if t is not None]
+        if any(_span(x) in fixed for x in inputs):
+            return None
+        places = [(*span, 0, span[0]) for span in fixed]
         places += [(x.data_ptr(), x.data_ptr() + x.nbytes, i, 0) for i, x in enumerate(inputs, start=2)]
         outputs = [results[i] for i in returned]
         size, bases = 0, {_span(t): i for i, t in enumerate(outputs, start=2 + len(inputs))}
