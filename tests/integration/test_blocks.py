@@ -186,6 +186,10 @@ def _parametrized(block):
     parametrize.register_parametrization(block.shared_experts.gate_proj, "weight", Doubled())
 
 
+def _parametrized_experts(block):
+    parametrize.register_parametrization(block.experts, "down_proj", Doubled())
+
+
 def _biased(block):
     block.shared_experts.up_proj.bias = nn.Parameter(torch.ones(block.shared_experts.up_proj.out_features))
 
@@ -233,6 +237,7 @@ SENT_BACK = {
     "lora on a linear": _lora(r"shared_experts\.(gate|up)_proj"),
     "lora on the experts": _lora(["down_proj"]),
     "parametrized": _parametrized,
+    "parametrized experts": _parametrized_experts,
     "biased": _biased,
     "another linear": _another_linear,
     "another activation": _another_activation,
@@ -323,6 +328,157 @@ def test_changed_after_a_call(kernel, calls, change):
     assert len(calls) == 2 and not torch.allclose(got, before)
 
 
+def _exchanged_hooks(block):
+    hooks = type(block.gate._forward_hooks)()
+    block.gate._forward_hooks = hooks
+    block.gate.register_forward_hook(lambda module, args, output: double(output))
+
+
+def _exchanged_parameters(block):
+    linear = block.shared_experts.up_proj
+    linear.__dict__["_parameters"] = {"weight": nn.Parameter(linear.weight * 2), "bias": None}
+
+
+def _exchanged_strides(block):
+    weight = block.shared_experts.gate_proj.weight
+    weight.data = weight.data.as_strided(weight.shape, (1, weight.shape[0]))
+
+
+@pytest.mark.parametrize("change", [_exchanged_hooks, _exchanged_parameters, _exchanged_strides])
+@torch.no_grad()
+def test_changed_behind_its_back(kernel, change):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    before = block(x)
+    for module in (stock, block):
+        change(module)
+    got = block(x)
+    assert_same(got, stock(x))
+    assert not torch.allclose(got, before)
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules(kernel, calls):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    block(x)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if isinstance(module, nn.Linear) else None
+    )
+    try:
+        assert_same(block(x), stock(x))
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_class_that_is_wrapped_later(kernel, monkeypatch):
+    """Somebody's wrapper calls ours: what it does itself is not to be done twice."""
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    expected = 3 * stock(x)
+    forward = DeepseekV3MoE.forward
+    block.scale = 3.0
+    monkeypatch.setattr(DeepseekV3MoE, "forward", lambda self, hidden_states: forward(self, hidden_states) * self.scale)
+    assert_same(block(x), expected)
+    assert_same(block(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.001, 1.05, 0.96])
+@torch.no_grad()
+def test_factors_near_one(kernel, factor, dtype):
+    entry = next(entry for entry in block_classes() if entry.name == "BeamMoE")
+    stock = stock_block(entry)
+    stock.routed_scaling_factor = factor
+    block = switched_on(kernel, stock.to(dtype))
+    found = kernel.integration.block_trial.block_of(block, dtype)
+    assert found is None or found.factor == factor
+    x = hidden_states(stock)
+    assert_same(block(x), stock(x), 1e-5 if dtype == torch.float32 else 0.03)
+
+
+class Changed:
+    """Forwards that a block of ours is not, told apart by what few inputs have."""
+
+    def clamped(out, x):
+        return out.clamp(-20, 20)
+
+    def of_long_sequences(out, x):
+        return out * 0.5 if x.shape[1] > 8 else out
+
+    def of_large_numbers(out, x):
+        return out * 0.5 if x.abs().max() > 30 else out
+
+    def a_little_more(out, x):
+        return out * 1.0005
+
+
+@pytest.mark.parametrize("name", ["clamped", "of_long_sequences", "of_large_numbers", "a_little_more"])
+def test_blocks_that_are_none_of_ours(kernel, name):
+    change = getattr(Changed, name)
+
+    class Block(DeepseekV3MoE):
+        def forward(self, hidden_states):
+            shared = self.shared_experts(hidden_states)
+            _, weights, ids = self.gate(hidden_states)
+            out = self.experts(hidden_states.view(-1, hidden_states.shape[-1]), ids, weights)
+            return change(out.view_as(hidden_states) + shared, hidden_states)
+
+    Block.__module__ = DeepseekV3MoE.__module__
+    kernel.integration.stand_ins.meet(DeepseekV3MoE.__module__)
+    kernel.integration.blocks.make_switchable(Block)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert kernel.integration.block_trial.block_of(Block(deepseek_config()).to(dtype), dtype) is None
+
+
+@pytest.mark.parametrize("bound", [16.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_experts_that_are_clamped(kernel, dtype, bound):
+    class MLP(type(deepseek().shared_experts)):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=bound) * self.up_proj(x))
+
+    assert kernel.integration.block_trial.shared_mlp_of(MLP(deepseek_config()), dtype) is None
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_of_shared_experts(kernel, dtype, activation):
+    module = deepseek(hidden_act=activation).shared_experts.to(dtype)
+    found = kernel.integration.block_trial.shared_mlp_of(module, dtype)
+    assert found.activation == activation
+
+
+@torch.no_grad()
+def test_shapes_that_torch_broadcasts(kernel, calls):
+    """An up_proj of one row: nn.Linear's product is broadcast, a kernel would read beyond it."""
+    stock = deepseek()
+    stock.shared_experts.up_proj.weight = nn.Parameter(stock.shared_experts.up_proj.weight[:1].clone())
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    assert_same(block(x), stock(x))
+    assert not calls
+
+
+@torch.no_grad()
+def test_another_forward_of_linear_layers(kernel, calls, monkeypatch):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    block(x)
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) * 2)
+    assert_same(block(x), stock(x))
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_traced(kernel):
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    assert_same(torch.jit.trace(block, (x,))(x), stock(x))
+
+
 @torch.no_grad()
 def test_another_forward_of_a_class(kernel, calls, monkeypatch):
     """Somebody patches the MLP's class: the block asks it, not its linear layers."""
@@ -409,14 +565,50 @@ def test_copies_and_pickles(kernel, calls):
     assert len(calls) == 5
 
 
-def test_a_block_is_let_go(kernel):
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_block_is_let_go(kernel, is_wrapped):
+    """Also one that a wrapper of its own forward, or a hook, refers to."""
     block = switched_on(kernel, deepseek())
+    if is_wrapped:
+        accelerate.hooks.add_hook_to_module(block, accelerate.hooks.ModelHook())
+        block.experts.register_forward_hook(lambda *args, block=block: None)
     with torch.no_grad():
         block(hidden_states(block))
     reference = weakref.ref(block)
     del block
     gc.collect()
     assert reference() is None
+
+
+@torch.no_grad()
+def test_weights_are_let_go(kernel):
+    """Offload takes them away after each forward."""
+    block = switched_on(kernel, deepseek())
+    x = hidden_states(block)
+    block(x)
+    references = [weakref.ref(parameter) for parameter in block.parameters()]
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+    del parameter
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+
+
+@torch.no_grad()
+def test_replicas(kernel, calls):
+    """Of nn.DataParallel: copies of the attributes, with other parameters."""
+    stock = deepseek()
+    block, x = switched_on(kernel, stock), hidden_states(stock)
+    block(x)
+    replica = block._replicate_for_data_parallel()
+    for name, child in block._modules.items():
+        replica._modules[name] = copy.deepcopy(child)
+    replica.experts.down_proj.mul_(2)
+    stock.experts.down_proj.mul_(2)
+    assert_same(replica(x), stock(x))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("make", [deepseek, qwen2], ids=["deepseek_v3", "qwen2_moe"])
@@ -483,6 +675,33 @@ def test_name_of_transformers(kernel, calls):
     x = hidden_states(stock)
     assert_same(block(x), stock(x))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "around", "never"])
+def test_mapping_of_the_user(kernel, when):
+    """For the name that Transformers has: the user's, whenever it was made, comes before ours."""
+    import kernels
+
+    class Theirs(nn.Module):
+        def forward(self, hidden_states):
+            return "theirs"
+
+    class Repository:
+        def load(self):
+            return Theirs
+
+    repository = Repository()
+    mapping = {"MegaBlocksMoeMLP": {"cpu": {Mode.INFERENCE: repository}}}
+    with kernels.use_kernel_mapping(mapping if when == "before" else {}, inherit_mapping=False):
+        kernel.register()
+        kernel.register()
+        block = tiny_block(GptOssMLP, nn.ModuleList([GptOssMLP(tiny_config("gpt_oss", GptOssConfig))]))
+        kernel.integration.stand_ins.meet(GptOssMLP.__module__)
+        with kernels.use_kernel_mapping(mapping if when == "around" else {}):
+            kernelize(block, mode=Mode.INFERENCE, device="cpu")
+    assert is_switched_on(kernel, block) == (when == "never")
+    if when != "never":
+        assert block(hidden_states(block)) == "theirs"
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe", "glm4_moe", "qwen3_moe"])

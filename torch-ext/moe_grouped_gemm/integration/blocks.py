@@ -252,6 +252,8 @@ def is_known(module: nn.Module) -> bool:
 
 def is_whole(module: nn.Module) -> bool:
     """Whether it is computed in one call, as it is now, where no gradient is asked for."""
+    if any(map(parametrize.is_parametrized, module.modules())):
+        return False
     for dtype in DTYPES:
         found = block_of(module, dtype)
         router = None if found is None else router_of(module._modules[found.router], dtype)
