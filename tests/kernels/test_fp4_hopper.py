@@ -118,7 +118,9 @@ def test_layer(kernel, launch, record, tokens, experts, top_k, hidden_dim, inter
     assert error(out, exact) <= 2 * torch.finfo(dtype).eps
     dout = torch.randn_like(x)
     dx, exact_dx = torch.autograd.grad(out, x, dout)[0], torch.autograd.grad(exact, exact_x, dout.double())[0]
-    assert error(dx, exact_dx) <= 6 * torch.finfo(dtype).eps
+    # A gate's number that is rounded across its limit has another slope: of a share of about eps.
+    eps = torch.finfo(dtype).eps
+    assert error(dx, exact_dx) <= (2 * eps**0.5 if "limit" in gate else 6 * eps)
     x = x.detach().clone()
     x[3, 5] = float("nan")
     broken = kernel.moe_experts(x, index, top_k_weights, *weights, **options)

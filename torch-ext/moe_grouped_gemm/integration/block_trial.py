@@ -117,7 +117,8 @@ def _seen(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape)
     if isinstance(value, nn.Module):
-        return activation_name(value) or type(value)
+        # By name: Transformers may make a class anew, and what is remembered here is not to keep the old one.
+        return activation_name(value) or f"{type(value).__module__}.{type(value).__qualname__}"
     return plain(value)
 
 

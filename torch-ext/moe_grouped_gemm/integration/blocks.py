@@ -60,7 +60,7 @@ def _computed(module: nn.Module, hidden_states: torch.Tensor):
         like = (hidden_states.dtype, hidden_states.device, hidden_states.shape[2])
         block, replays = _plans.of(module, like, hidden_states) or (None, None)
         block = block and block()
-    if block is None or needs_gradients((hidden_states, *block.tensors())):
+    if block is None or needs_gradients((hidden_states, *block.differentiable())):
         return None
     out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *block.args(), replays)
     out = out.view(hidden_states.shape)
@@ -83,6 +83,10 @@ class _Block(NamedTuple):
 
     def tensors(self) -> tuple:
         return (*self.router[:3], *self.experts.gate_up, *self.experts.down, *(self.shared or ()))
+
+    def differentiable(self) -> tuple:
+        router, shared = self.router, self.shared
+        return (router.weight, router.bias, *self.experts.differentiable(), *(shared or ()))
 
     def args(self) -> tuple:
         """Of `moe_block`, after hidden states."""

@@ -249,6 +249,11 @@ def serve(module: nn.Module, stock: Callable, hidden_states, top_k_index, top_k_
     return stock(module, hidden_states, top_k_index, top_k_weights)
 
 
+def _frozen(projection: Projection) -> Projection:
+    """Codes get no gradient, as in Transformers, whatever their `requires_grad` says."""
+    return projection._replace(weight=projection.weight.detach(), scale=projection.scale.detach())
+
+
 class Fused(NamedTuple):
     """A module that is `moe_experts` and nothing else. Its weights are those that it has, (E, K, N) if transposed."""
 
@@ -258,8 +263,16 @@ class Fused(NamedTuple):
     is_transposed: bool
 
     def projections(self) -> tuple[Projection, Projection]:
+        """As `moe_experts` takes them."""
         pair = self.gate_up, self.down
-        return tuple(p._replace(weight=p.weight.mT) for p in pair) if self.is_transposed else pair
+        if self.is_transposed:
+            pair = tuple(p._replace(weight=p.weight.mT) for p in pair)
+        return tuple(map(_frozen, pair)) if are_quantized(*pair) else pair
+
+    def differentiable(self) -> list[torch.Tensor | None]:
+        """What may get a gradient: no codes, and no scales of theirs."""
+        biases = [self.gate_up.bias, self.down.bias]
+        return biases if are_quantized(self.gate_up, self.down) else [*biases, self.gate_up.weight, self.down.weight]
 
 
 def fused(module: nn.Module, hidden_states: torch.Tensor) -> Fused | None:
@@ -283,24 +296,25 @@ def fused(module: nn.Module, hidden_states: torch.Tensor) -> Fused | None:
 def _computed_again(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor | None:
     """As `_compute`, without looking again at what has not changed; None where that is not enough."""
     inputs = (hidden_states, top_k_index, top_k_weights)
-    if hidden_states.ndim != 2 or top_k_index.ndim != 2 or top_k_index.shape != top_k_weights.shape:
+    if not all(type(x) is torch.Tensor for x in inputs) or hidden_states.ndim != 2 or top_k_index.ndim != 2:
+        return None
+    if top_k_index.shape != top_k_weights.shape or len(hidden_states) != len(top_k_index):
         return None
     if are_transforms_active() or is_autocast(hidden_states) or needs_op(ops.moe_experts, inputs):
         return None
     # The adapters of a module it does not tell itself.
     if hidden_states.requires_grad or top_k_weights.requires_grad or adapters_of(module):
         return None
-    if len(hidden_states) != len(top_k_index):
-        return None
     like = (hidden_states.device, hidden_states.shape[1], top_k_index.shape[1], *(x.dtype for x in inputs))
     plan = _plans.of(module, like, *inputs)
     if plan is None:
         return None
-    run, references = plan
-    return None if needs_gradients([reference() for reference in references]) else run(*inputs)[0]
+    run, differentiable = plan
+    return None if needs_gradients(differentiable()) else run(*inputs)[0]
 
 
-def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple[Callable, tuple] | None:
+def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple[Callable, Callable] | None:
+    """What computes it, and what returns the tensors of which it has no gradients."""
     if parametrize.is_parametrized(module):
         return None
     experts, quantize_activations = fused(module, hidden_states), not module.training
@@ -320,7 +334,8 @@ def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple
         projections = fused_of(tensors(), gate, is_transposed).projections()
         return (ops.forward_on_gpu(*inputs, *projections, gate, quantize_activations),)
 
-    return gpu.launchers().Replays(function, tensors, (0,), gpu.input_precision), references
+    replays = gpu.launchers().Replays(function, tensors, (0,), gpu.input_precision)
+    return replays, lambda: fused_of(tensors(), gate, is_transposed).differentiable()
 
 
 def fused_of(tensors: list, gate: Gate, is_transposed: bool) -> Fused:
@@ -357,8 +372,7 @@ def _compute(experts: Experts, hidden_states, top_k_index, top_k_weights, traini
     """(T, H) in the dtype of the weights, as by Transformers' grouped_mm: under autocast, norms hand over fp32."""
     gate_up, down, gate, gated, norm, lora = experts
     if are_quantized(gate_up, down):
-        # They get no gradient, as in Transformers, whatever their `requires_grad` says.
-        gate_up, down = (p._replace(weight=p.weight.detach(), scale=p.scale.detach()) for p in (gate_up, down))
+        gate_up, down = _frozen(gate_up), _frozen(down)
     else:
         hidden_states = hidden_states.to(gate_up.weight.dtype)
     gate_up, down = (p if p.bias is None else p._replace(bias=p.bias.to(hidden_states.dtype)) for p in (gate_up, down))
