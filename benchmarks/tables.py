@@ -27,7 +27,11 @@ H200 = measured("benchmarks/results/NVIDIA-H200")
 MODEL = measured("benchmarks/results/NVIDIA-H200-generate")
 FP8 = measured("docs/measurements/NVIDIA-H200-fp8")
 AS_OTHERS = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-as-other-gpus")
-FP4 = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-fp4")
+FP4 = measured("docs/measurements/NVIDIA-H200-fp4")
+FP4_TRAINING = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-fp4")["training"]
+ROUTERS = measured("docs/measurements/NVIDIA-H200-routers")
+BLOCKS = measured("docs/measurements/NVIDIA-H200-blocks")
+STEP_MEMORY = measured("docs/measurements/NVIDIA-H200-memory")
 TRAINING = measured("docs/measurements/NVIDIA-H200-training")
 LORA = measured("docs/measurements/NVIDIA-H200-lora")
 PARALLEL = measured("docs/measurements/2x-NVIDIA-H100-80GB-HBM3-parallel")
@@ -85,11 +89,15 @@ def speed() -> str:
         rows.append((f"experts of {name(case)}", tokens, case["ours_graph_us"], best_stock(case)))
     case = find(H200["router_cases"], workload="dsv3", tokens=4096)
     rows.append((f"router of {name(case)}", 4096, case["ours_graph_us"], case["stock_graph_us"]))
+    case = find(BLOCKS["cases"], block="Moonlight-16B", tokens=1)
+    stock = min(case[key] for key in case if key.endswith("mm_eager_us"))
+    rows.append(("a MoE block of Moonlight-16B-A3B, eager", 1, case["whole_eager_us"], stock))
     for what, cases in (("training", TRAINING["cases"]), ("LoRA with PEFT, r=16,", LORA["cases"])):
         case = find(cases, workload="qwen3-30b", tokens=16384)
         rows.append((f"{what} of {name(case)}'s experts", 16384, case["ours_us"], case["stock_us"]))
     for what, case in (
         ("a whole 16B model, prefill", find(MODEL["cases"], phase="prefill")),
+        ("a step of decoding, eager", find(MODEL["cases"], phase="decode", mode="eager", batch=1)),
         ("a step of decoding, compiled", find(MODEL["cases"], phase="decode", mode="static", batch=1)),
     ):
         tokens = case["tokens"] if case["phase"] == "prefill" else 1
@@ -145,10 +153,11 @@ def fp8() -> str:
 
 def fp4() -> str:
     rows = [("T", "4 bits", "of the limit", "this kernel in fp8", "4 bits against it", "in bf16", "4 bits against it")]
-    for case in FP4["cases"]:
-        ours, fp8, bf16 = (case[f"{name}_graph_us"] for name in ("fp4", "fp8", "bf16"))
-        cells = (time(ours), f"{case['roof_us'] / ours:.2f}", time(fp8), f"{fp8 / ours:.2f}x", time(bf16))
-        rows.append((case["tokens"], *cells, f"{bf16 / ours:.2f}x"))
+    for case in FP4["rows"]:
+        if "fp8" in case:
+            ours, fp8, bf16 = (case[name] for name in ("fp4", "fp8", "bf16"))
+            cells = (time(ours), f"{case['roof'] / ours:.2f}", time(fp8), f"{fp8 / ours:.2f}x", time(bf16))
+            rows.append((case["T"], *cells, f"{bf16 / ours:.2f}x"))
     return markdown(*rows)
 
 
@@ -156,7 +165,7 @@ def fp4_training() -> str:
     names = {"data_gradients": "gradients of the hidden states", "lora": "LoRA, r=16, with those of its factors"}
     rows = [("forward and backward, T=4096", "over 4 bits", "over bf16", "speed-up")]
     for key, name in names.items():
-        ours, bf16 = (FP4["training"][f"{key}_{format_name}_us"] for format_name in ("fp4", "bf16"))
+        ours, bf16 = (FP4_TRAINING[f"{key}_{format_name}_us"] for format_name in ("fp4", "bf16"))
         rows.append((name, time(ours), time(bf16), f"{bf16 / ours:.2f}x"))
     return markdown(*rows)
 
@@ -192,6 +201,35 @@ def lora() -> str:
     for case in in_order(LORA["cases"]):
         ours, stock = case["ours_us"], case["stock_us"]
         rows.append((name(case), case["tokens"], time(ours), time(stock), ratio(ours, stock), *memory(case)))
+    return markdown(*rows)
+
+
+def step_memory() -> str:
+    rows = [("adapters, r=16", "trained", "loss", "peak")]
+    for case in STEP_MEMORY["cases"]:
+        rows.append((case["adapters"], f"{case['trained'] / 1e6:.0f}M", case["loss"], f"{case['peak_gib']:.1f} GiB"))
+    return markdown(*rows)
+
+
+def routers() -> str:
+    rows = [("router", "T", "this kernel", "Transformers", "speed-up", "eager")]
+    for case in ROUTERS["cases"]:
+        ours, stock = case["ours_graph_us"], case["stock_graph_us"]
+        cells = (time(ours), time(stock), ratio(ours, stock), ratio(case["ours_eager_us"], case["stock_eager_us"]))
+        rows.append((case["router"], case["tokens"], *cells))
+    return markdown(*rows)
+
+
+def blocks() -> str:
+    rows = [
+        ("block", "T", "this kernel", "part by part", "Transformers", "eager", "part by part", "Transformers", "host")
+    ]
+    for case in BLOCKS["cases"]:
+        cells = []
+        for how in ("graph", "eager"):
+            stock = min(case[key] for key in case if key.endswith(f"mm_{how}_us"))
+            cells += [time(case[f"whole_{how}_us"]), time(case[f"parts_{how}_us"]), time(stock)]
+        rows.append((case["block"], case["tokens"], *cells, time(case["whole_host_us"])))
     return markdown(*rows)
 
 
