@@ -54,7 +54,8 @@ def repeated_on_cpu(kernel, monkeypatch):
     def both(module, *inputs):
         out = again(module, *inputs)
         if out is not None:
-            assert torch.equal(out, modules._compute(modules.read(module), *inputs, module.training))
+            expected = modules._compute(modules.read(module), *inputs, module.training)
+            assert torch.equal(out.nan_to_num(), expected.nan_to_num())
         return out
 
     monkeypatch.setattr(modules, "REPEATS_ON_CPU", True)

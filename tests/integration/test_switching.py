@@ -50,6 +50,23 @@ def test_ways_in_situations(checkpoint, kernel, record, way, situation):
         assert sum(line.split(",")[0] == INTERFACE for line in lines) == served, lines
 
 
+@pytest.mark.usefixtures("blocks_on_cpu", "repeated_on_cpu")
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
+def test_blocks_in_situations(checkpoint, kernel, record, situation):
+    """Whole or part by part, in the first call and where a decision is remembered."""
+    stock = load(checkpoint)
+    model = load(checkpoint, "use_kernels")
+    logits(model)
+    calls = record(kernel.integration.modules, "_compute")
+    whole = record(kernel.integration.blocks, "moe_block")
+    for ours, expected, served in situation(model, stock, "use_kernels"):
+        for _ in range(1 if situation.__name__ == "wrapped" else 2):  # which counts for itself
+            calls.clear()
+            whole.clear()
+            torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-4, atol=1e-4)
+            assert len(calls) + len(whole) == served
+
+
 def experts_inputs(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 64, generator=generator, dtype=dtype)
