@@ -52,7 +52,7 @@ def modules(kernel, name: str, device: str) -> dict[str, torch.nn.Module]:
         parameter.data = parameter.data.bfloat16().normal_(0, config.hidden_size**-0.5, generator=generator)
     for buffer in stock.buffers():
         buffer.uniform_(0, 0.25, generator=generator)
-    kernel.integration.routers.meet(type(stock).__module__)
+    kernel.integration.routers.KIND.meet(type(stock).__module__)
     ours = copy.deepcopy(stock)
     kernelize(ours, mode=Mode.INFERENCE, device=device)
     if kernel.status(torch.nn.ModuleList([ours])) != {"0": "moe_grouped_gemm"}:

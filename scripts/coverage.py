@@ -88,7 +88,7 @@ def router_row(kernel, entry) -> str:
     scores = logits = ""
     if how is None or how.startswith("served"):
         module = tiny_router(entry)
-        kernel.integration.routers.meet(type(module).__module__)
+        kernel.integration.routers.KIND.meet(type(module).__module__)
         for parameter in module.parameters():
             parameter.data = parameter.data.bfloat16()
         routers = kernel.integration.router_forms

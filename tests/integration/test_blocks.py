@@ -428,7 +428,7 @@ def test_blocks_that_are_none_of_ours(kernel, name):
 
     Block.__module__ = DeepseekV3MoE.__module__
     kernel.integration.stand_ins.meet(DeepseekV3MoE.__module__)
-    kernel.integration.blocks.make_switchable(Block)
+    kernel.integration.blocks.KIND.make_switchable(Block)
     for dtype in (torch.float32, torch.bfloat16):
         assert kernel.integration.block_trial.block_of(Block(deepseek_config()).to(dtype), dtype) is None
 
@@ -712,7 +712,7 @@ def test_in_a_model(kernel, calls, name):
     expected = model(input_ids=ids).logits
     model.set_use_kernels(True)
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
-    blocks = [module for module in model.modules() if kernel.integration.blocks.is_one(module)]
+    blocks = [module for module in model.modules() if kernel.integration.blocks.KIND.is_one(module)]
     assert len(calls) == len(blocks) > 0
     model(input_ids=ids, output_router_logits=True)
     assert len(calls) >= len(blocks)

@@ -36,7 +36,7 @@ def router(name):
 
 def switched_on(kernel, module):
     """A copy that is, and whether it was."""
-    kernel.integration.routers.meet(type(module).__module__)
+    kernel.integration.routers.KIND.meet(type(module).__module__)
     clone = copy.deepcopy(module)
     kernelize(clone, mode=Mode.TRAINING, device="cpu")
     return clone, is_switched_on(kernel, clone)
@@ -131,7 +131,7 @@ def test_alone_in_16_bits(kernel, calls, device, entry, dtype):
 @pytest.mark.parametrize("experts", [4, 8, 16])
 def test_of_few_experts_in_16_bits(kernel, experts, hidden_size, dtype):
     """Whose logits are so few that their roundings do not cancel."""
-    kernel.integration.routers.meet(MixtralTopKRouter.__module__)
+    kernel.integration.routers.KIND.meet(MixtralTopKRouter.__module__)
     config = MixtralConfig(hidden_size=hidden_size, num_local_experts=experts, num_experts_per_tok=2)
     module = MixtralTopKRouter(config).to(dtype)
     assert kernel.integration.router_forms.router_of(module, dtype).form.product_dtype == dtype
@@ -154,7 +154,7 @@ def test_in_a_model(kernel, calls, name, training):
     expected = model(input_ids=ids).logits
     gradients = torch.autograd.grad(expected.square().mean(), parameters, allow_unused=True)
     kernelize(model, mode=Mode.TRAINING, device="cpu")
-    routers = [module for module in model.modules() if kernel.integration.routers.is_one(module)]
+    routers = [module for module in model.modules() if kernel.integration.routers.KIND.is_one(module)]
     assert routers and all(is_switched_on(kernel, module) for module in routers)
     out = model(input_ids=ids).logits
     assert len(calls) == len(routers)
@@ -393,7 +393,7 @@ def test_none_of_ours(kernel, calls, forward, dtype):
     module = variant(forward)
     if forward is not rounded_weight:  # which bf16 is by itself
         module.weight.data = module.weight.data.to(dtype)
-    kernel.integration.routers.make_switchable(type(module))
+    kernel.integration.routers.KIND.make_switchable(type(module))
     kernelize(module, mode=Mode.INFERENCE, device="cpu")
     assert not is_switched_on(kernel, module)
     assert "none of the routers" in kernel.status(nn.ModuleList([module]))["0"]
@@ -412,7 +412,7 @@ def test_found_whatever_the_order_of_results(kernel, calls):
     module = variant(forward)
     x = torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
     expected = module(x)
-    kernel.integration.routers.make_switchable(type(module))
+    kernel.integration.routers.KIND.make_switchable(type(module))
     kernelize(module, mode=Mode.INFERENCE, device="cpu")
     for got, wanted in zip(module(x), expected):
         torch.testing.assert_close(got, wanted)
@@ -421,7 +421,7 @@ def test_found_whatever_the_order_of_results(kernel, calls):
 
 def test_noise_in_training_alone(kernel, calls):
     module = variant(noisy_in_training)
-    kernel.integration.routers.make_switchable(type(module))
+    kernel.integration.routers.KIND.make_switchable(type(module))
     kernelize(module.eval(), mode=Mode.TRAINING, device="cpu")
     module(torch.ones(3, 24))
     assert len(calls) == 1
@@ -432,7 +432,7 @@ def test_noise_in_training_alone(kernel, calls):
 
 
 def switched(kernel, module):
-    kernel.integration.routers.make_switchable(type(module))
+    kernel.integration.routers.KIND.make_switchable(type(module))
     kernelize(module, mode=Mode.TRAINING, device="cpu")
     return module
 
@@ -533,7 +533,7 @@ def test_nothing_is_tried_before_it_is_switched_on(kernel, record):
         forward = choose
 
     trials = record(kernel.integration.router_forms, "Trial")
-    kernel.integration.routers.make_switchable(Built)
+    kernel.integration.routers.KIND.make_switchable(Built)
     module = Built(None)
     assert not trials
     switched(kernel, module)
@@ -544,7 +544,7 @@ def test_a_model_that_is_built_in_inference_mode(kernel):
     class Built(Scaled):
         forward = choose
 
-    kernel.integration.routers.make_switchable(Built)
+    kernel.integration.routers.KIND.make_switchable(Built)
     with torch.inference_mode():
         Built(None)
     assert is_switched_on(kernel, switched(kernel, Built(None)))
@@ -717,7 +717,7 @@ def test_whatever_the_default_dtype_is(kernel, name, dtype):
     """As while a model is loaded."""
     module = router(name)
     forms = kernel.integration.router_forms
-    kernel.integration.routers.meet(type(module).__module__)
+    kernel.integration.routers.KIND.meet(type(module).__module__)
     expected = forms.Trial(module, torch.bfloat16)
     torch.set_default_dtype(dtype)
     try:
@@ -832,7 +832,7 @@ def test_the_name_that_transformers_gives(kernel, is_mapped):
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
         kernel.register()
         module = router("LagunaTopKRouter").eval()
-        kernel.integration.routers.meet(modeling_laguna.__name__)
+        kernel.integration.routers.KIND.meet(modeling_laguna.__name__)
         kernelize(module, mode=Mode.INFERENCE, device="cpu")
         x = arguments(module)[0]
         if is_mapped:

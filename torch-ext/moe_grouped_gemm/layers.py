@@ -98,36 +98,36 @@ class MoEExpertsLayout(nn.Module, metaclass=_StandIn):
 class MoERouterLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of a router that a KernelConfig maps to `MoERouter`."""
 
-    stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.LAYER))
-    is_stock = staticmethod(routers.is_stock_router)
+    stock_class = staticmethod(functools.partial(routers.KIND.stock_class, routers.LAYER))
+    is_stock = staticmethod(routers.KIND.is_stock)
 
 
 class MoERouterWithBiasLayout(nn.Module, metaclass=_StandIn):
     """The same for `MoERouterWithBias`."""
 
-    stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.LAYER_WITH_BIAS))
-    is_stock = staticmethod(routers.is_stock_router)
+    stock_class = staticmethod(functools.partial(routers.KIND.stock_class, routers.LAYER_WITH_BIAS))
+    is_stock = staticmethod(routers.KIND.is_stock)
 
 
 class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
     """The same for `DeepseekV3TopkRouter`."""
 
-    stock_class = staticmethod(functools.partial(routers.stock_router_class, routers.OF_DEEPSEEK_V3))
-    is_stock = staticmethod(routers.is_stock_router)
+    stock_class = staticmethod(functools.partial(routers.KIND.stock_class, routers.OF_DEEPSEEK_V3))
+    is_stock = staticmethod(routers.KIND.is_stock)
 
 
 class MoEBlockLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of a block that a KernelConfig maps to `MoEBlock`."""
 
-    stock_class = staticmethod(functools.partial(blocks.stock_block_class, blocks.LAYER))
-    is_stock = staticmethod(blocks.is_stock_block)
+    stock_class = staticmethod(functools.partial(blocks.KIND.stock_class, blocks.LAYER))
+    is_stock = staticmethod(blocks.KIND.is_stock)
 
 
 class DeepseekV3MoELayout(nn.Module, metaclass=_StandIn):
     """The same for `DeepseekV3MoE`."""
 
-    stock_class = staticmethod(functools.partial(blocks.stock_block_class, blocks.OF_DEEPSEEK_V3))
-    is_stock = staticmethod(blocks.is_stock_block)
+    stock_class = staticmethod(functools.partial(blocks.KIND.stock_class, blocks.OF_DEEPSEEK_V3))
+    is_stock = staticmethod(blocks.KIND.is_stock)
 
 
 def register() -> None:

@@ -182,7 +182,7 @@ def _run_block(module, forward, dtype, reads, of_router, shape, scale=1.0, speci
     def answer(child, *args):
         if modules.is_experts(child):
             return numbers(*args[0].shape)
-        if routers.is_one(child):
+        if routers.KIND.is_one(child):
             tokens, k = args[0].shape[:-1].numel(), form.form.top_k
             weights = torch.rand(tokens, k, dtype=torch.float32).to(form.form.weights_dtype or torch.float32)
             results = torch.randn(tokens, E, dtype=torch.float32), weights, torch.randint(0, E, (tokens, k))
@@ -238,7 +238,7 @@ def _run_block(module, forward, dtype, reads, of_router, shape, scale=1.0, speci
 def _role(child: nn.Module) -> str:
     if modules.is_experts(child):
         return "experts"
-    if routers.is_one(child):
+    if routers.KIND.is_one(child):
         return "router"
     return "shared_gate" if getattr(child, "out_features", None) == 1 else "shared"
 
@@ -250,7 +250,7 @@ def _router_of(module: nn.Module) -> tuple[nn.Module, Router]:
         _NotYet: it has none of ours, as it is now.
     """
     for child in module._modules.values():
-        if child is not None and routers.is_one(child):
+        if child is not None and routers.KIND.is_one(child):
             for dtype in DTYPES:
                 router = router_of(child, dtype)
                 if router is not None:

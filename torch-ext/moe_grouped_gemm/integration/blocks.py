@@ -6,7 +6,6 @@ a gradient may be asked for, the forward of the block's class runs, and each par
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Callable, NamedTuple
 
@@ -20,6 +19,7 @@ from ..torch_ops import are_transforms_active, is_autocast, is_traced, needs_gra
 from . import modules, routers, switching
 from .block_trial import Block, block_of, shared_mlp_of
 from .gates import is_as_its_class
+from .kinds import Kind
 from .router_forms import DTYPES, get, router_of
 from .snapshot import Decisions, referred
 
@@ -32,8 +32,6 @@ OF_TRANSFORMERS = "MegaBlocksMoeMLP"
 
 # On a CPU each part is plain PyTorch, as cheap by itself.
 SERVES_CPU, SERVES_GPU = False, True
-
-_stock: set[type] = set()  # that a stand-in stands for
 
 
 def block_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -199,17 +197,6 @@ def _is_served(child: nn.Module) -> bool:
 # --- which classes ----------------------------------------------------------------------------------------------------
 
 
-def meet(modeling: str) -> None:
-    """Let `kernelize` switch on the blocks of a modeling file that has been imported."""
-    for cls in _classes(modeling):
-        make_switchable(cls)
-
-
-def _classes(modeling: str) -> list[type]:
-    own = [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and "forward" in vars(cls)]
-    return list(filter(may_be_block, own))
-
-
 def may_be_block(cls: type) -> bool:
     """Whether to try: its forward takes hidden states alone and calls experts."""
     forward = inspect.unwrap(cls.forward)
@@ -219,34 +206,12 @@ def may_be_block(cls: type) -> bool:
     return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
 
 
-def make_switchable(cls: type, layer_name: str | None = None) -> type:
-    """Let `kernelize` switch modules of `cls` on, as layers of this name; by default the class's own, if it has one."""
-    own_name = getattr(cls, "kernel_layer_name", None)
-    if own_name not in (None, LAYER, OF_DEEPSEEK_V3, OF_TRANSFORMERS):
-        return cls  # another kernel's
-    switching.make_switchable(cls, serve, learn)
-    if layer_name is None and own_name is None:
-        layer_name = OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else LAYER
-    if layer_name is not None:  # under Transformers' name, whatever kernel takes it is asked as before
-        switching.name_for_kernelize(cls, layer_name, _may_switch_on)
-    return cls
-
-
 def learn(module: nn.Module) -> None:
     """Find out ahead of torch.compile, for hidden states of any dtype."""
     for dtype in DTYPES:
         found = block_of(module, dtype)
         if found is not None and found.shared is not None:
             shared_mlp_of(module._modules[found.shared], dtype)
-
-
-def _may_switch_on(module: nn.Module) -> bool:
-    """Its parts may be switched on after it."""
-    return switching.is_switchable(module) and is_known(module)
-
-
-def is_one(module: nn.Module) -> bool:
-    return switching.is_switchable(module) and may_be_block(type(module))
 
 
 def is_known(module: nn.Module) -> bool:
@@ -268,38 +233,9 @@ def is_whole(module: nn.Module) -> bool:
     return False
 
 
-def others(layer: type) -> dict[str, type]:
-    """What else `layer` is to take: the name that Transformers has, unless the user has mapped it."""
-    return {OF_TRANSFORMERS: layer} if routers.is_free(OF_TRANSFORMERS, _transformers_own()) else {}
+def _layer_of(cls: type) -> str:
+    return OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else LAYER
 
 
-def take_over(layer_name: str, mapping: dict) -> None:
-    """Where Transformers' own mapping has a kernel for the block of gpt-oss, that is ours from now on.
-
-    It is registered again whenever kernels are switched on; what a user maps, by a KernelConfig or around `kernelize`,
-    comes before it.
-    """
-    if layer_name == OF_TRANSFORMERS and (own := _transformers_own()):
-        own[OF_TRANSFORMERS] = {**own[OF_TRANSFORMERS], **mapping}
-
-
-def _transformers_own() -> dict:
-    """Transformers' mapping of layers that it has kernels for, if the block is one of them; else an empty one."""
-    hub_kernels = importlib.import_module("transformers.integrations.hub_kernels")
-    mapping = getattr(hub_kernels, "get_kernel_mapping_transformers", dict)()
-    return mapping if OF_TRANSFORMERS in mapping else {}
-
-
-def stock_block_class(layer_name: str, config) -> type:
-    """The block of the model that `config` belongs to, ready for `kernelize` as a layer of this name."""
-    for config_class in type(config).__mro__:
-        classes = _classes(config_class.__module__.replace("configuration_", "modeling_"))
-        if len(classes) == 1:
-            _stock.update(classes)
-            return make_switchable(classes[0], layer_name)
-    raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one class of MoE blocks")
-
-
-def is_stock_block(module: object) -> bool:
-    """Whether the module is what some `stock_block_class` makes."""
-    return isinstance(module, tuple(_stock))
+# As they are switched on it is their form alone that counts: `kernelize` comes to their parts after them.
+KIND = Kind("MoE blocks", (LAYER, OF_DEEPSEEK_V3, OF_TRANSFORMERS), _layer_of, may_be_block, serve, learn, is_known)

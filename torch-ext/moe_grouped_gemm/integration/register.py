@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import blocks, modules, routers, stand_ins, switching, undecorated
+from . import blocks, mapping, modules, routers, stand_ins, switching, undecorated
 from .peft import meet_peft
 from .versions import check_versions
 
@@ -31,13 +31,15 @@ def register_layers(layers: dict[str, type]) -> None:
     stand_ins.register_interface()
     stand_ins.register()
     meet_peft()
-    layers = {**layers, **routers.others(layers[routers.LAYER]), **blocks.others(layers[blocks.LAYER])}
+    # The names that Transformers itself gives to routers and blocks, unless the user has mapped them.
+    own_names = {ours.OF_TRANSFORMERS: layers[ours.LAYER] for ours in (routers, blocks)}
+    layers = {**layers, **{name: cls for name, cls in own_names.items() if mapping.is_free(name)}}
     for name, cls in {**layers, **undecorated.make_switchable()}.items():
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
-        mapping = {"cuda": modes, "cpu": modes}
-        register_kernel_mapping({name: mapping})
-        blocks.take_over(name, mapping)
+        by_device = {"cuda": modes, "cpu": modes}
+        register_kernel_mapping({name: by_device})
+        mapping.take_over(name, by_device)
     _mark_as_they_come()
     for cls in nn.Module.__subclasses__():
         stand_ins.make_switchable(cls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Callable
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from .. import router
 from ..torch_ops import are_transforms_active, is_autocast
-from . import switching
+from .kinds import Kind
 from .modules import is_plain
 from .router_forms import DTYPES, get, learn, may_be_router, router_of
 from .router_inputs import ARGUMENT
@@ -26,8 +25,6 @@ OF_TRANSFORMERS = "SoftmaxTopKRouter"
 
 # There both are plain PyTorch, and the class's own takes fewer calls.
 SERVES_CPU = False
-
-_stock: set[type] = set()  # that a stand-in stands for
 
 
 def router_forward(module: nn.Module, hidden_states: torch.Tensor, *correction) -> tuple[torch.Tensor, ...]:
@@ -85,85 +82,23 @@ def _is_in_fp32(module: nn.Module, device_type: str) -> bool:
     return found is not None and found.form.product_dtype is None
 
 
-def others(layer: type) -> dict[str, type]:
-    """What else `layer` is to take: the name that Transformers has, unless the user has mapped it."""
-    return {OF_TRANSFORMERS: layer} if is_free(OF_TRANSFORMERS) else {}
-
-
-def is_free(layer_name: str, transformers_own: dict | None = None) -> bool:
-    """Whether no user has mapped a layer of this name: nobody has, or we have, or Transformers with its own mapping."""
-    try:
-        mapped = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get().get(layer_name, {})
-        devices = [of_device for device, of_device in mapped.items() if device in ("cuda", "cpu")]
-        repositories = [repo for of_device in devices for repo in _repositories(of_device)]
-    except (ImportError, AttributeError):  # a `kernels` to come: what is mapped there nobody can tell
-        return False
-    own = {id(repo) for modes in (transformers_own or {}).get(layer_name, {}).values() for repo in modes.values()}
-    return all(id(repo) in own or hasattr(repo, "is_of_moe_grouped_gemm") for repo in repositories)
-
-
-def _repositories(of_device: object) -> list:
-    """All that `kernels` keeps for a device: by mode, and on a GPU by ranges of its capability, in a tree."""
-    kept = vars(of_device).values()
-    nodes = [x.root for x in kept if hasattr(x, "root")]
-    by_mode = [x for x in kept if isinstance(x, dict)]
-    while nodes:
-        node = nodes.pop()
-        if node is not None:
-            by_mode.append(node.data)
-            nodes += [node.left, node.right]
-    return [repo for modes in by_mode for repo in modes.values()]
-
-
-def meet(modeling: str) -> None:
-    """Let `kernelize` switch on the routers of a modeling file that has been imported."""
-    for cls in _classes(modeling):
-        make_switchable(cls)
-
-
-def _classes(modeling: str) -> list[type]:
-    """Not by name: a stand-in may have it."""
-    return [cls for cls in nn.Module.__subclasses__() if cls.__module__ == modeling and may_be_router(cls)]
-
-
-def make_switchable(cls: type, layer_name: str | None = None) -> type:
-    """Let `kernelize` switch modules of `cls` on, as layers of this name; by default the class's own, if it has one."""
-    own_name = getattr(cls, "kernel_layer_name", None)
-    if own_name not in (None, LAYER, LAYER_WITH_BIAS, OF_DEEPSEEK_V3, OF_TRANSFORMERS):
-        return cls  # another kernel's
-    switching.make_switchable(cls, serve, learn)
-    if layer_name is None and own_name is None:
-        takes_one = len(inspect.signature(cls.forward).parameters) == 2
-        by_form = LAYER if takes_one else LAYER_WITH_BIAS
-        layer_name = OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else by_form
-    if layer_name is not None:  # under Transformers' name, whatever kernel takes it is asked as before
-        switching.name_for_kernelize(cls, layer_name, _may_switch_on)
-    return cls
-
-
-def _may_switch_on(module: nn.Module) -> bool:
-    return switching.is_switchable(module) and is_served(module)
-
-
-def is_one(module: nn.Module) -> bool:
-    return switching.is_switchable(module) and may_be_router(type(module))
-
-
 def is_served(module: nn.Module) -> bool:
     """Whether it is one of our forms for hidden states of some dtype."""
     return any(router_of(module, dtype) is not None for dtype in DTYPES)
 
 
-def stock_router_class(layer_name: str, config) -> type:
-    """The router of the model that `config` belongs to, ready for `kernelize` as a layer of this name."""
-    for config_class in type(config).__mro__:
-        classes = _classes(config_class.__module__.replace("configuration_", "modeling_"))
-        if len(classes) == 1:
-            _stock.update(classes)
-            return make_switchable(classes[0], layer_name)
-    raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one class of routers")
+def _layer_of(cls: type) -> str:
+    if cls.__name__ == OF_DEEPSEEK_V3:
+        return OF_DEEPSEEK_V3
+    return LAYER if len(inspect.signature(cls.forward).parameters) == 2 else LAYER_WITH_BIAS
 
 
-def is_stock_router(module: object) -> bool:
-    """Whether the module is what some `stock_router_class` makes."""
-    return isinstance(module, tuple(_stock))
+KIND = Kind(
+    "routers",
+    (LAYER, LAYER_WITH_BIAS, OF_DEEPSEEK_V3, OF_TRANSFORMERS),
+    _layer_of,
+    may_be_router,
+    serve,
+    learn,
+    is_served,
+)

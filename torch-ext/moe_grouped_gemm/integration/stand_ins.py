@@ -30,8 +30,8 @@ def meet(modeling: str) -> None:
     """Let `kernelize` switch on the routers and blocks of a modeling file that has been imported."""
     if _is_registered and modeling not in _met:
         _met.add(modeling)
-        routers.meet(modeling)
-        blocks.meet(modeling)
+        routers.KIND.meet(modeling)
+        blocks.KIND.meet(modeling)
 
 
 def learn(module: nn.Module) -> None:

@@ -40,11 +40,11 @@ def _experts(module: nn.Module) -> str:
 
 def _other(module: nn.Module) -> str:
     for kind, ours, is_known in (("router", routers, routers.is_served), ("block", blocks, blocks.is_known)):
-        if ours.is_one(module):
+        if ours.KIND.is_one(module):
             if not (is_known(module) or switching.is_switched_on(module)):
                 return f"Transformers: none of the {kind}s that this kernel has"
             if not ours.SERVES_CPU and any(parameter.is_cpu for parameter in module.parameters()):
                 return f"Transformers: a {kind} on a CPU"
-    if switching.is_switched_on(module) and blocks.is_one(module) and not blocks.is_whole(module):
+    if switching.is_switched_on(module) and blocks.KIND.is_one(module) and not blocks.is_whole(module):
         return "Transformers, part by part"
     return modules.EXPERTS_IMPLEMENTATION if switching.is_switched_on(module) else "Transformers: not switched on"
