@@ -70,10 +70,7 @@ OWN_ROUTERS = {
 OWN_BLOCKS = {
     "AXK1MoE": "normalises the sum",
     "DeepseekV4SparseMoeBlock": "is given the tokens' ids",
-    "Glm5NextTextMoE": "clamps its gates",
-    "HYV4MoE": "clamps its gates",
     "InklingMoE": "its router weighs shared experts",
-    "MiniMaxM3VLSparseMoeBlock": "clamps its gates",
     "MuseSparkMoE": "projects before and after its experts",
     "NemotronHMoE": "projects before and after its experts",
     "OpenAIPrivacyFilterMLP": "returns other weights than it computes with",

@@ -41,6 +41,7 @@ class Block(NamedTuple):
     Attributes:
         router, experts: names of its children.
         shared, shared_gate: likewise; or None, without them.
+        shared_rank: of the hidden states that they are given, (T, H) or (B, S, H).
         correction: of the tensor that the router is given besides hidden states; or None.
         factor: of what the routed experts return.
         returns_weights: whether the forward returns the routing weights as well.
@@ -50,6 +51,7 @@ class Block(NamedTuple):
     experts: str
     shared: str | None
     shared_gate: str | None
+    shared_rank: int
     correction: str | None
     factor: float
     returns_weights: bool
@@ -231,7 +233,8 @@ def _run_block(module, forward, dtype, reads, of_router, shape, scale=1.0, speci
         if _is_sum(result.flatten(0, 1), [terms[0] * tried, *terms[1:]]):
             names = (roles[role][0] if roles[role] else None for role in ("shared", "shared_gate"))
             children = (roles["router"][0], roles["experts"][0], *names)
-            return Block(*children, corrections[0] if corrections else None, tried, returns_weights)
+            rank = 0 if shared is None else shared.given[0].ndim
+            return Block(*children, rank, corrections[0] if corrections else None, tried, returns_weights)
     return None
 
 

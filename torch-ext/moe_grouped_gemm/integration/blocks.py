@@ -1,7 +1,8 @@
 """The MoE blocks of Transformers as one call of ours: router, experts and shared experts, in inference.
 
-Wherever one of the parts is not what its class makes of it (hooked, wrapped, adapted, sharded, quantised by others), or
-a gradient may be asked for, the forward of the block's class runs, and each part is served by itself.
+Where the shared experts are not what their class makes of plain linear layers (hooked, wrapped, adapted, quantised,
+clamped), their modules are called, and what they return is added. Where that is so of router or experts, or a gradient
+may be asked for, the forward of the block's class runs, and each part is served by itself.
 """
 
 from __future__ import annotations
@@ -62,7 +63,18 @@ def _computed(module: nn.Module, hidden_states: torch.Tensor):
         return None
     out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *block.args(), replays)
     out = out.view(hidden_states.shape)
+    if block.apart is not None:
+        out = out + _shared_apart(module, block.apart, hidden_states)
     return (out, weights) if block.returns_weights else out
+
+
+def _shared_apart(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> torch.Tensor:
+    """As the block's class has them: their modules are called, whatever they are."""
+    x = hidden_states if found.shared_rank == 3 else hidden_states.reshape(-1, hidden_states.shape[2])
+    out = getattr(module, found.shared)(x)
+    if found.shared_gate is not None:
+        out = torch.sigmoid(getattr(module, found.shared_gate)(x)) * out
+    return out.reshape(hidden_states.shape)
 
 
 def _may_be_seen() -> bool:
@@ -77,6 +89,7 @@ class _Block(NamedTuple):
     router: Router
     experts: modules.Fused
     shared: SharedExperts | None
+    apart: Block | None  # whose shared experts are called, and what they return added
     returns_weights: bool
 
     def tensors(self) -> tuple:
@@ -99,12 +112,8 @@ def _plan(module: nn.Module, hidden_states: torch.Tensor) -> tuple[Callable, obj
     references = None if block is None else referred(module, block.tensors())
     if references is None:
         return None
-    form, (gate, is_transposed), has_shared, returns_weights = (
-        block.router.form,
-        block.experts[2:],
-        block.shared is not None,
-        block.returns_weights,
-    )
+    form, (gate, is_transposed), has_shared = block.router.form, block.experts[2:], block.shared is not None
+    others = block[3:]
 
     def tensors():
         return [reference() for reference in references]
@@ -112,13 +121,11 @@ def _plan(module: nn.Module, hidden_states: torch.Tensor) -> tuple[Callable, obj
     def of_now():
         found = tensors()
         experts = modules.fused_of(found[3:13], gate, is_transposed)
-        return _Block(
-            Router(*found[:3], form), experts, SharedExperts(*found[13:]) if has_shared else None, returns_weights
-        )
+        return _Block(Router(*found[:3], form), experts, SharedExperts(*found[13:]) if has_shared else None, *others)
 
     replays = None
     if hidden_states.is_cuda:
-        replays = replays_of(lambda: of_now().args(), tensors, returns_weights)
+        replays = replays_of(lambda: of_now().args(), tensors, block.returns_weights)
     return of_now, replays
 
 
@@ -136,11 +143,10 @@ def _made(module: nn.Module, hidden_states: torch.Tensor) -> _Block | None:
     if router is None or experts is None:
         return None
     shared = None if found.shared is None else _shared(module, found, experts.gate, hidden_states)
-    if shared is None and found.shared is not None:
-        return None
+    apart = found if shared is None and found.shared is not None else None
     if not torch.compiler.is_compiling():
         check_block(hidden_states.reshape(-1, hidden_states.shape[2]), router, *experts.projections(), experts.gate)
-    return _Block(router, experts, shared, found.returns_weights)
+    return _Block(router, experts, shared, apart, found.returns_weights)
 
 
 def _router(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> Router | None:
@@ -219,18 +225,19 @@ def is_known(module: nn.Module) -> bool:
     return any(block_of(module, dtype) is not None for dtype in DTYPES)
 
 
-def is_whole(module: nn.Module) -> bool:
-    """Whether it is computed in one call, as it is now, where no gradient is asked for."""
+def whole(module: nn.Module) -> _Block | None:
+    """What it computes in one call, as it is now, where no gradient is asked for."""
     if any(map(parametrize.is_parametrized, module.modules())):
-        return False
+        return None
     for dtype in DTYPES:
         found = block_of(module, dtype)
         router = None if found is None else router_of(module._modules[found.router], dtype)
         if router is not None:
             weight = get(module, f"{found.router}.{router.weight}")
-            if _made(module, weight.new_empty(1, 1, weight.shape[1], dtype=dtype)) is not None:
-                return True
-    return False
+            block = _made(module, weight.new_empty(1, 1, weight.shape[1], dtype=dtype))
+            if block is not None:
+                return block
+    return None
 
 
 def _layer_of(cls: type) -> str:

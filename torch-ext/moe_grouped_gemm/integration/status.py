@@ -45,6 +45,9 @@ def _other(module: nn.Module) -> str:
                 return f"Transformers: none of the {kind}s that this kernel has"
             if not ours.SERVES_CPU and any(parameter.is_cpu for parameter in module.parameters()):
                 return f"Transformers: a {kind} on a CPU"
-    if switching.is_switched_on(module) and blocks.KIND.is_one(module) and not blocks.is_whole(module):
-        return "Transformers, part by part"
+    if switching.is_switched_on(module) and blocks.KIND.is_one(module):
+        block = blocks.whole(module)
+        if block is None:
+            return "Transformers, part by part"
+        return f"{modules.EXPERTS_IMPLEMENTATION}{'' if block.apart is None else ', around its own shared experts'}"
     return modules.EXPERTS_IMPLEMENTATION if switching.is_switched_on(module) else "Transformers: not switched on"
