@@ -110,5 +110,5 @@ def test_whole_router(kernel, monkeypatch, tokens, hidden_dim, dtype, weight_dty
     x, weight, bias = router(tokens, 24, hidden_dim, dtype, weight_dtype)
     x = decided(x, weight, bias, 6, 4, 2)
     args = (6, 4, 2, True, 2.5)
-    results = module._router_gpu(x.T.contiguous().T, weight, bias, None, kernel.reference.RouterForm(*args))
+    results = module.router_on_gpu(x.T.contiguous().T, weight, bias, None, kernel.reference.RouterForm(*args))
     assert_routes(results, route_by_hand(x, weight, bias, *args))
