@@ -19,7 +19,7 @@ from common import argument_parser, header, staged_kernel, write
 from generate import DEVICE, build_models, qwen3_config
 
 REQUESTS, SHORTEST, LONGEST, NEW_TOKENS = (64, 32, 1024, 64) if DEVICE == "cuda" else (3, 4, 20, 4)
-ROUNDS = 2
+ROUNDS = 2 if DEVICE == "cuda" else 0  # after one that compiles
 
 
 def requests(vocab_size: int) -> list[list[int]]:
@@ -45,23 +45,23 @@ def main() -> None:
     models = build_models(kernel, qwen3_config())
     del models["grouped_mm"]  # here stock is that: nothing changes it while it decodes
     prompts = requests(models["stock"].config.vocab_size)
-    seconds, first = {}, {}
-    for name, model in models.items():
-        _, tokens = run(model, prompts)  # compiles
-        first[name] = [of_one[0] for of_one in tokens]
-    for _ in range(ROUNDS):
+    times, first = {name: [] for name in models}, {}
+    for _ in range(1 + ROUNDS):
         for name, model in models.items():
-            seconds[name] = min(seconds.get(name, float("inf")), run(model, prompts)[0])
+            seconds, tokens = run(model, prompts)
+            times[name].append(seconds)
+            first[name] = [of_one[0] for of_one in tokens]
     same = sum(a == b for a, b in zip(*first.values())) / len(prompts)
     if not same >= 0.8:
         raise SystemExit(f"{1 - same:.0%} of the first tokens differ: nothing is reported")
     sizes = {"layers": models["stock"].config.num_hidden_layers, "requests": REQUESTS, "new_tokens": NEW_TOKENS}
     result = header(transformers, **sizes, prompt_tokens=sum(map(len, prompts)), same_first_tokens=same)
-    result |= {f"{name}_s": value for name, value in seconds.items()}
+    best = {name: min(of_one[1:] or of_one) for name, of_one in times.items()}
+    result |= {f"{name}_s": seconds for name, seconds in best.items()}
     write(args.out, result)
     print(f"{result['gpu']}: {REQUESTS} requests, {result['prompt_tokens']} tokens in, {REQUESTS * NEW_TOKENS} out")
-    for name, value in seconds.items():
-        print(f"{name:12} {value:8.2f} s {REQUESTS * NEW_TOKENS / value:8.0f} tokens/s")
+    for name, seconds in best.items():
+        print(f"{name:12} {seconds:8.2f} s {REQUESTS * NEW_TOKENS / seconds:8.0f} tokens/s")
     print(args.out)
 
 
