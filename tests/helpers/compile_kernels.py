@@ -326,7 +326,7 @@ def launches(package, gpu):
                 shared = (w1[0], w1[1], w2[0], gate_weight)
                 yield dtype, up, partial(kernels.gate_up_decode, x, v1, index, gate, up, shared=shared)
                 yield dtype, down, partial(kernels.down_decode, a, v2, index, weights, down, shared=shared)
-                for tokens in (16, 64) if dtype != torch.float32 and not transposed else ():
+                for tokens in (16, 32, 64) if dtype != torch.float32 and not transposed else ():
                     yield dtype, None, partial(kernels.shared_experts, x[:tokens], shared, gate)
         # fp32 follows torch's tf32 switch on NVIDIA GPUs; the 16-bit types ignore the precision.
         precisions = ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)

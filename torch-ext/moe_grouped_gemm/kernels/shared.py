@@ -96,7 +96,7 @@ def shared_experts(x, shared, gate):
     gate_proj, up_proj, down_proj, gate_weight = shared
     (tokens, hidden_dim), inter = x.shape, gate_proj.shape[0]
     block_m = max(16, next_power_of_2(tokens))
-    block_k = 128 if block_m <= 32 else 64  # four stages in 64 KiB
+    block_k, num_warps = 128 if block_m <= 32 else 64, block_m // 8  # four stages in 64 KiB, no spills
     a, y = (torch.empty((tokens, n), dtype=x.dtype, device=x.device) for n in (inter, hidden_dim))
     launch(
         _shared_gate_up_kernel,
@@ -104,7 +104,7 @@ def shared_experts(x, shared, gate):
         (x, gate_proj, up_proj, gate_weight, a),
         (tokens,),
         (inter, hidden_dim, x.stride(0), gate_proj.stride(0), up_proj.stride(0), block_m, 16, block_k, gate),
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=4,
     )
     launch(
@@ -113,7 +113,7 @@ def shared_experts(x, shared, gate):
         (a, down_proj, y),
         (tokens,),
         (hidden_dim, inter, down_proj.stride(0), block_m, 16, block_k),
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=4,
     )
     return y
