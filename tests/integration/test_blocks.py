@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernels import Mode, kernelize
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import library, nn
 from torch.nn.utils import parametrize
 from transformers import DeepseekV3Config, GptOssConfig, Qwen2MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -653,7 +653,7 @@ def test_opcheck(kernel, device):
     rows = hidden_states(block).flatten(0, 1)
     op = kernel.block._moe_block_op
     with torch.no_grad():
-        torch.library.opcheck(op, (rows, *router[:3], *gate_up, *down, *shared, *router.form, *gate))
+        library.opcheck(op, (rows, *router[:3], *gate_up, *down, *shared, *router.form, *gate))
 
 
 def test_names(kernel, monkeypatch):

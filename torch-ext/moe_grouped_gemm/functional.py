@@ -157,8 +157,7 @@ def _in_one_dtype(hidden_states, gate_up, down):
 def _experts(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations):
     """The layer: as an op only for those who need its opacity or its gradient, as its dispatch takes a while."""
     inputs = (hidden_states, top_k_index, top_k_weights, *gate_up, *down)
-    as_op = needs_op(ops.moe_experts, inputs)
-    on_cpu = not hidden_states.is_cuda and hidden_states.device.type == "cpu"
+    as_op, on_cpu = needs_op(ops.moe_experts, inputs), hidden_states.is_cpu
     in_torch = on_cpu and not as_op and gate_up.scale is None  # which has gradients of its own
     if not in_torch and needs_gradients(inputs):
         return ops.moe_experts_training(*inputs, *gate)[0] if as_op else ops.training(*inputs, *gate)

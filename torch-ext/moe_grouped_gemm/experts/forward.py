@@ -7,7 +7,7 @@ of the rows of expert e, t the token of a row. A1, B1, A2, B2: adapters, if ther
 are made by a launch each, and GEMMs read rows one after another; else the first GEMM gathers rows and applies the gate.
 A plan may say so without adapters as well, and that columns of x and a are ordered otherwise.
 
-Shared experts are computed in decode's own launches, if weights are dense; elsewhere by torch, and `combine` adds them.
+Shared experts are computed in decode's own launches, if weights are dense; elsewhere apart, and `combine` adds them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from .rows import route
 def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None):
     """(T, H) -> (T, H). shared: SharedExperts whose result is added, or None."""
     if is_empty(hidden_states, top_k_index, down):
-        nothing = hidden_states.new_zeros(hidden_states.shape)
-        return nothing if shared is None or hidden_states.numel() == 0 else shared.of(hidden_states, gate)
+        if shared is not None and hidden_states.numel() > 0:
+            return shared.of(hidden_states, gate)
+        return hidden_states.new_zeros(hidden_states.shape)
     inputs = (by_rows(hidden_states), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down, gate)
     if not are_adapted(gate_up, down):
         out = format_of(gate_up).decode(*inputs, shared)

@@ -31,7 +31,6 @@ from .gates import (
 from .router_forms import DTYPES, get, router_of
 from .router_trial import Router
 
-_TOKENS = (2, 3)  # batch and sequence of a block's trial
 _MOST_TRIALS = 256
 
 
@@ -269,8 +268,8 @@ def _is_sum(a: torch.Tensor, terms: list[torch.Tensor]) -> bool:
     """Up to the roundings of the terms, and of their sum, to the dtype of a; what has no size is the same."""
     info, total, size = torch.finfo(a.dtype), sum(terms), sum(term.abs() for term in terms)
     near = (a.double() - total).abs() <= 4 * info.eps * size + info.tiny
-    same = (a.isnan() & total.isnan()) | (a == total.to(a.dtype))
-    return bool(torch.where(size < info.max / 4, near, same).all())
+    equal = (a.isnan() & total.isnan()) | (a == total.to(a.dtype))
+    return bool(torch.where(size < info.max / 4, near, equal).all())
 
 
 # --- shared experts ---------------------------------------------------------------------------------------------------
