@@ -203,14 +203,24 @@ class Negated(torch.nn.Module):
     forward = negated
 
 
-class Layer:
-    """A repository of `kernels` with a layer of another library."""
+class Theirs(torch.nn.Module):
+    """For routers and blocks, which are given hidden states alone."""
+
+    def forward(self, hidden_states):
+        return "theirs"
+
+
+class Repository:
+    """Of `kernels`, with a layer of another library."""
+
+    def __init__(self, layer):
+        self.layer = layer
 
     def load(self):
-        return Negated
+        return self.layer
 
 
-LAYER = Layer()
+LAYER = Repository(Negated)
 
 
 def kernelize_with(mapping, model):

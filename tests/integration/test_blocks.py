@@ -19,6 +19,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from moe_models import OWN_BLOCKS, block_classes, experts_classes, tiny_block, tiny_config, tiny_model
+from situations import Repository, Theirs
 from suite import COMPILE_BACKENDS
 from tiny_models import is_switched_on
 
@@ -688,16 +689,7 @@ def test_mapping_of_the_user(kernel, when):
     """For the name that Transformers has: the user's, whenever it was made, comes before ours."""
     import kernels
 
-    class Theirs(nn.Module):
-        def forward(self, hidden_states):
-            return "theirs"
-
-    class Repository:
-        def load(self):
-            return Theirs
-
-    repository = Repository()
-    mapping = {"MegaBlocksMoeMLP": {"cpu": {Mode.INFERENCE: repository}}}
+    mapping = {"MegaBlocksMoeMLP": {"cpu": {Mode.INFERENCE: Repository(Theirs)}}}
     with kernels.use_kernel_mapping(mapping if when == "before" else {}, inherit_mapping=False):
         kernel.register()
         kernel.register()

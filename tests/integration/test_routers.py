@@ -17,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from moe_models import OWN_ROUTERS, experts_classes, router_classes, tiny_config, tiny_model, tiny_router
+from situations import Repository, Theirs
 from suite import COMPILE_BACKENDS, REPO_ID
 from tiny_models import is_switched_on
 
@@ -820,15 +821,7 @@ def test_the_name_that_transformers_gives(kernel, is_mapped):
     """`SoftmaxTopKRouter`: ours, unless the user has mapped it."""
     import kernels
 
-    class Theirs(nn.Module):
-        def forward(self, hidden_states):
-            return "theirs"
-
-    class Repository:
-        def load(self):
-            return Theirs
-
-    mapping = {"SoftmaxTopKRouter": {"cpu": {Mode.INFERENCE: Repository()}}} if is_mapped else {}
+    mapping = {"SoftmaxTopKRouter": {"cpu": {Mode.INFERENCE: Repository(Theirs)}}} if is_mapped else {}
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
         kernel.register()
         module = router("LagunaTopKRouter").eval()
