@@ -25,6 +25,7 @@ def measured(path: str) -> dict:
 
 H200 = measured("benchmarks/results/NVIDIA-H200")
 MODEL = measured("benchmarks/results/NVIDIA-H200-generate")
+QWEN3 = measured("benchmarks/results/NVIDIA-H200-qwen3-generate")
 FP8 = measured("docs/measurements/NVIDIA-H200-fp8")
 AS_OTHERS = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-as-other-gpus")
 FP4 = measured("docs/measurements/NVIDIA-H200-fp4")
@@ -234,14 +235,14 @@ def blocks() -> str:
 
 
 def model() -> str:
-    rows = [("", "sequences", "this kernel", "Transformers", "speed-up")]
-    for case in sorted(MODEL["cases"], key=lambda case: (case["phase"] == "decode", case["mode"], case["batch"])):
-        what = f"prefill of {case['tokens']} tokens" if case["phase"] == "prefill" else "a step of decoding"
-        ours, stock = (
-            1e3 * case["use_kernels_ms"],
-            1e3 * min(case[key] for key in case if key in ("stock_ms", "grouped_mm_ms")),
-        )
-        rows.append((f"{what}, {MODES[case['mode']]}", case["batch"], time(ours), time(stock), ratio(ours, stock)))
+    rows = [("", "", "sequences", "this kernel", "Transformers", "speed-up")]
+    for model_name, result in (("Moonlight-16B-A3B", MODEL), ("Qwen3-30B-A3B", QWEN3)):
+        for case in sorted(result["cases"], key=lambda case: (case["phase"] == "decode", case["mode"], case["batch"])):
+            what = f"prefill of {case['tokens']} tokens" if case["phase"] == "prefill" else "a step of decoding"
+            ours = 1e3 * case["use_kernels_ms"]
+            stock = 1e3 * min(case[key] for key in case if key in ("stock_ms", "grouped_mm_ms"))
+            cells = (case["batch"], time(ours), time(stock), f"{stock / ours:.2f}x")
+            rows.append((model_name, f"{what}, {MODES[case['mode']]}", *cells))
     return markdown(*rows)
 
 
