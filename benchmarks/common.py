@@ -20,9 +20,16 @@ from one_line_errors import need_gpu  # noqa: F401
 from torch.utils.benchmark import Timer
 
 from benchmark import WORKLOADS, routed_tokens
+from meter import Meter
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/moe-grouped-gemm"
+
+# Under a load that lasts, power pulls the clock down over a second; a short call leaves the card idle in between.
+LONG_US = 1000
+WARM_UP, WARM_UP_LONG = 0.2, 1.0  # seconds
+
+METER = Meter()  # a script that wants clock and power starts it
 
 
 def staged_kernel():
@@ -60,9 +67,13 @@ def input_sets(workload, tokens, zipf=False):
     return [routed_tokens(tokens, hidden_dim, experts, top_k, "cuda", zipf) for _ in range(4 if tokens <= 64 else 1)]
 
 
+def relative_error(out, expected) -> float:
+    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
 def check(what, out, expected, allowed) -> float:
     """The relative error; whoever exceeds what is allowed is not timed."""
-    error = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+    error = relative_error(out, expected)
     if not error < allowed:
         raise SystemExit(f"{what}: relative error {error:.2g}: nothing is timed")
     return error
@@ -89,16 +100,29 @@ def eager_time(calls) -> float:
     The median of seven batches, each long enough to outlast the clock and the wait at its end, after a warm-up at full
     load, under which the card's clock falls.
     """
+    return sustained(calls)[0]
+
+
+def sustained(calls, inside: int = 1) -> tuple[float, dict[str, float]]:
+    """`eager_time`, and of long calls what the meter read meanwhile, if it was started: "sm_mhz" and "watts".
+
+    inside: how many calls each of these makes.
+    """
+    count = len(calls) * inside
 
     def run():
         for call in calls:
             call()
 
     timer = Timer("run()", globals={"run": run})
+    timer.timeit(1)  # which may compile
     once = timer.timeit(1).mean
-    timer.timeit(max(1, round(0.2 / once)))
+    is_long = once * 1e6 / count > LONG_US
+    timer.timeit(max(1, round((WARM_UP_LONG if is_long else WARM_UP) / once)))
+    start = time.perf_counter()
     batches = [timer.timeit(max(1, round(0.03 / once))).mean for _ in range(7)]
-    return statistics.median(batches) * 1e6 / len(calls)
+    read = METER.between(start, time.perf_counter()) if is_long else {}
+    return statistics.median(batches) * 1e6 / count, read
 
 
 def graph_time(calls) -> float:
@@ -107,13 +131,24 @@ def graph_time(calls) -> float:
     triton.testing.do_bench_cudagraph would put every repeat into the graph, hiding what lies between two replays, and
     begins without a warm-up.
     """
+    return sustained_graph(calls)[0]
+
+
+def sustained_graph(calls) -> tuple[float, dict[str, float]]:
+    """`graph_time`, and what the meter read as in `sustained`."""
     for call in calls:
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return eager_time([graph.replay]) / len(calls)
+    return sustained([graph.replay], inside=len(calls))
+
+
+def measured(name, measure, calls) -> dict[str, float]:
+    """`{name}_us`, and beside it `{name}_sm_mhz` and `{name}_watts` where they were read."""
+    us, read = measure(calls)
+    return {f"{name}_us": us, **{f"{name}_{what}": value for what, value in read.items()}}
 
 
 def host_time(calls) -> float:
@@ -133,8 +168,8 @@ def host_time(calls) -> float:
 
 
 def all_times(name, calls) -> dict[str, float]:
-    times = {"graph": graph_time, "eager": eager_time, "host": host_time}
-    return {f"{name}_{how}_us": measure(calls) for how, measure in times.items()}
+    graph, eager = measured(f"{name}_graph", sustained_graph, calls), measured(f"{name}_eager", sustained, calls)
+    return {**graph, **eager, f"{name}_host_us": host_time(calls)}
 
 
 def read_bandwidth():
@@ -160,8 +195,8 @@ def measure_ceilings(**rates) -> dict[str, float]:
     torch.manual_seed(0)
     ceilings = {**{name: rate() for name, rate in rates.items()}, "bytes": read_bandwidth()}
     torch.cuda.empty_cache()
-    sustained = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in ceilings.items())
-    print(f"{gpu_name()}: {sustained} per second, sustained")
+    rates = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in ceilings.items())
+    print(f"{gpu_name()}: {rates} per second, sustained")
     return ceilings
 
 

@@ -1,13 +1,17 @@
 """Times one expert layer, whole, against Transformers' own implementations and against the hardware's roof.
 
     python benchmarks/layer.py     # on a GPU: the table, and benchmarks/results/<gpu>.json
+    python benchmarks/layer.py --against sonicmoe,deepgemm     # Transformers' other backends too, where they load
 
 Roof of a case: max(FLOPs / sustained matmul rate, bytes of the distinct experts hit / read bandwidth), with both
-ceilings measured in the same run. Results are checked before anything is timed.
+ceilings measured in the same run. Beside it cuBLAS at the layer's own shapes: `torch.bmm` over as many rows for each
+expert, both products and nothing else. Of what takes longer than a millisecond a call, the SM clock and the power while
+it was timed. Results are checked before anything is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 from contextlib import contextmanager
@@ -22,6 +26,7 @@ from benchmark import WORKLOADS, expert_weights, routed_tokens
 
 SKEWED_TOKENS = 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
+BACKENDS = ("sonicmoe", "deepgemm")  # Transformers' names of what it loads from the Hub
 ROUTED = {"moonlight": (1, 1), "dsv3": (8, 4)}  # n_group, topk_group
 ROUTED_TOKENS = (1, 64, 1024, 4096)
 EXPERT_PARALLEL = ("glm45-air", "dsv3")  # one rank of EP_SIZE, which has 1 / EP_SIZE of the experts
@@ -55,7 +60,69 @@ def checked_error(kernel, what, inputs, weights) -> float:
     return common.check(what, out, expected, 1e-2)
 
 
-def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
+def time_cublas(weights, tokens, top_k) -> dict[str, float]:
+    """Both products by `torch.bmm` over all experts at equal rows; empty where there are fewer rows than experts."""
+    gate_up, down = weights
+    experts, _, inter = down.shape
+    rows = round(tokens * top_k / experts)
+    if rows < 1:
+        return {}
+    x, a = (torch.randn(experts, rows, size, dtype=down.dtype, device=down.device) for size in (down.shape[1], inter))
+
+    def both():
+        torch.bmm(x, gate_up.mT)
+        torch.bmm(a, down.mT)
+
+    on_gpu = down.device.type == "cuda"
+    how, measure = ("graph", common.sustained_graph) if on_gpu else ("eager", common.sustained)
+    return {"cublas_rows": rows, **common.measured(f"cublas_{how}", measure, [both])}
+
+
+def why_not(name) -> str | None:
+    """What keeps Transformers from loading this backend; None if it computes a small layer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = expert_weights(256, 128, 8, device)
+    module = common.stock_module(256, 128, 8, 2, weights)
+    module.config._experts_implementation = name
+    try:
+        module(*routed_tokens(128, 256, 8, 2, device))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever comes of packages, drivers and networks that are not there
+        return one_line(error)
+    return None
+
+
+def one_line(error) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def load_backends(names) -> dict[str, str | None]:
+    """Name -> why it could not be loaded, or None."""
+    reasons = {name: why_not(name) for name in names}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"{name} could not be loaded: {reason}")
+    return reasons
+
+
+def time_backend(module, name, sets, expected) -> dict:
+    """Of one that is loaded; what it fails at is reported, too. Not all of them can be recorded as a graph."""
+    module.config._experts_implementation = name
+    calls = [lambda args=args: module(*args) for args in sets]
+    found = {}
+    try:
+        found["relative_error"] = error = common.relative_error(calls[0](), expected)
+        if not error < 2e-2:
+            return found
+        found |= common.measured("eager", common.sustained, calls)
+        found |= common.measured("graph", common.sustained_graph, calls)
+    except Exception as error:
+        found["failed"] = one_line(error)
+    return found
+
+
+def run_case(kernel, module, weights, workload, tokens, zipf, ceilings, backends=()):
     hidden_dim, inter, _, top_k, _ = WORKLOADS[workload]
     sets = common.input_sets(workload, tokens, zipf)
     error = checked_error(kernel, f"{workload} T={tokens}", sets[0], weights)
@@ -69,6 +136,7 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
         "relative_error": error,
         "roof_us": common.roof(workload, tokens, hit, ceilings["flops"], ceilings["bytes"], weight_bytes=2),
         **common.all_times("ours", ours),
+        **time_cublas(weights, tokens, top_k),
     }
     with run_as(kernel, "sm_80"):
         case["ours_as_sm_80_graph_us"] = common.graph_time(ours)
@@ -81,9 +149,12 @@ def run_case(kernel, module, weights, workload, tokens, zipf, ceilings):
             continue
         module.config._experts_implementation = name
         stock = [lambda args=args: module(*args) for args in sets]
-        case[f"{name}_eager_us"] = common.eager_time(stock)
+        case |= common.measured(f"{name}_eager", common.sustained, stock)
         if name != "eager":  # that one waits for the host
-            case[f"{name}_graph_us"] = common.graph_time(stock)
+            case |= common.measured(f"{name}_graph", common.sustained_graph, stock)
+        torch.cuda.empty_cache()
+    for name in backends:
+        case.setdefault("against", {})[name] = time_backend(module, name, sets, kernel.moe_experts(*sets[0], *weights))
         torch.cuda.empty_cache()
     return case
 
@@ -151,11 +222,18 @@ def run_expert_parallel_case(kernel, module, weights, workload, tokens):
 
 def row(case):
     ours = min(case["ours_graph_us"], case["ours_eager_us"])
-    stock = min(time for key, time in case.items() if key.endswith("_us") and key.split("_")[0] not in ("ours", "roof"))
+    stock = min(time for key, time in case.items() if key.endswith("_us") and key.startswith(STOCK))
     name = case["workload"] + (" zipf" if case["routing"] == "zipf" else "")
     times = (case["roof_us"], *(case[f"ours_{how}_us"] for how in ("graph", "eager", "host")), stock)
     fractions = f"{case['roof_us'] / ours:9.2f} {case['roof_us'] / stock:9.2f} {stock / ours:8.2f}x"
-    return f"{name:15} {case['tokens']:6} " + " ".join(f"{time:10.1f}" for time in times) + " " + fractions
+    line = f"{name:15} {case['tokens']:6} " + " ".join(f"{time:10.1f}" for time in times) + " " + fractions
+    line += f" {case['cublas_graph_us']:10.1f}" if "cublas_graph_us" in case else " " * 11
+    if "ours_graph_sm_mhz" in case:
+        line += f" {case['ours_graph_sm_mhz']:6.0f} {case['ours_graph_watts']:6.0f}"
+    for name, found in case.get("against", {}).items():
+        times = [found[f"{how}_us"] for how in ("graph", "eager") if f"{how}_us" in found]
+        line += f"  {name} {min(times):.1f}" if times else f"  {name}: {found.get('failed', 'wrong')}"
+    return line
 
 
 def print_times(case) -> None:
@@ -163,17 +241,17 @@ def print_times(case) -> None:
     print(f"{case['workload']:15} {case['tokens']:6} {times}", flush=True)
 
 
-def layer_cases(kernel, workloads, ceilings):
+def layer_cases(kernel, workloads, ceilings, backends=()):
     print(" " * 22 + "microseconds" + " " * 45 + "fraction of roof")
     print(f"{'workload':15} {'T':>6} {'roof':>10} {'graph':>10} {'eager':>10} {'host':>10} {'best stock':>10}", end="")
-    print(f" {'ours':>9} {'stock':>9} {'speed-up':>9}")
+    print(f" {'ours':>9} {'stock':>9} {'speed-up':>9} {'cuBLAS':>10} {'MHz':>6} {'W':>6}")
     for workload in workloads:
         *dims, tokens = WORKLOADS[workload]
         weights = expert_weights(*dims[:3], "cuda")
         module = common.stock_module(*dims, weights)
         cases = [(t, False) for t in tokens] + [(SKEWED_TOKENS, False), (SKEWED_TOKENS, True)]
         for t, zipf in dict.fromkeys(cases):
-            case = run_case(kernel, module, weights, workload, t, zipf, ceilings)
+            case = run_case(kernel, module, weights, workload, t, zipf, ceilings, backends)
             print(row(case), flush=True)
             yield case
         del weights, module
@@ -201,16 +279,30 @@ def expert_parallel_cases(kernel, workloads):
         del weights, module
 
 
+def backend_names(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, text.split(",")))
+    if not set(names) <= set(BACKENDS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(BACKENDS)}, got {text}")
+    return names
+
+
 @torch.no_grad()
 def main() -> None:
     parser = common.argument_parser(__doc__, "benchmarks/results/<gpu>.json")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--against", type=backend_names, default=(), help=f"a list of {', '.join(BACKENDS)}")
     args = parser.parse_args()
     common.need_gpu()
     kernel = common.staged_kernel()
+    if not common.METER.start():
+        print("neither NVML nor nvidia-smi tells clock and power")
+    reasons = load_backends(args.against)
     ceilings = common.measure_ceilings(flops=common.matmul_rate)
     result = common.header(transformers, ceilings=ceilings)
-    result["cases"] = list(layer_cases(kernel, args.workloads, ceilings))
+    if reasons:
+        result["not_loaded"] = {name: reason for name, reason in reasons.items() if reason is not None}
+    backends = [name for name, reason in reasons.items() if reason is None]
+    result["cases"] = list(layer_cases(kernel, args.workloads, ceilings, backends))
     result["router_cases"] = list(router_cases(kernel, args.workloads))
     result["expert_parallel_cases"] = list(expert_parallel_cases(kernel, args.workloads))
     common.write(args.out, result)

@@ -109,16 +109,64 @@ def speed() -> str:
     )
 
 
-def layer() -> str:
-    head = ("layer", "T", "this kernel", "of the limit", "Transformers", "of the limit", "speed-up", "eager")
-    rows = [(*head, "plain Triton, of the limit")]
-    for case in in_order(H200["cases"]):
+def layer(result: dict = H200) -> str:
+    """With columns for what newer results have besides: cuBLAS, the clock and the power, other backends."""
+    head = ["layer", "T", "this kernel", "of the limit", "Transformers", "of the limit", "speed-up", "eager"]
+    cases, more = in_order(result["cases"]), more_of_layer(result["cases"])
+    rows = [(*head, "plain Triton, of the limit", *more)]
+    for case in cases:
         ours, stock, limit = case["ours_graph_us"], best_stock(case, "graph"), case["roof_us"]
         eager = ratio(case["ours_eager_us"], best_stock(case, "eager"))
         shares = [f"{limit / us:.2f}" for us in (ours, stock, plain_triton(case))]
         cells = (time(ours), shares[0], time(stock), shares[1], ratio(ours, stock), eager, shares[2])
-        rows.append((name(case), case["tokens"], *cells))
+        rows.append((name(case), case["tokens"], *cells, *(cell(case) for cell in more.values())))
     return markdown(*rows)
+
+
+def more_of_layer(cases: list[dict]) -> dict:
+    """Title -> what gives a case's cell, empty where it was not measured; of columns that are not all empty."""
+
+    def cublas(case):
+        return f"{case['roof_us'] / case['cublas_graph_us']:.2f}" if "cublas_graph_us" in case else ""
+
+    def load(case):
+        has_load = "ours_graph_sm_mhz" in case
+        return f"{case['ours_graph_sm_mhz']:.0f} MHz, {case['ours_graph_watts']:.0f} W" if has_load else ""
+
+    def backend(name):
+        def cell(case):
+            found = case.get("against", {}).get(name, {})
+            times = [found[key] for key in ("graph_us", "eager_us") if key in found]
+            return time(min(times)) if times else ""
+
+        return cell
+
+    names = dict.fromkeys(name for case in cases for name in case.get("against", {}))
+    columns = {"cuBLAS at equal rows, of the limit": cublas, "clock, power": load}
+    columns |= {f"`{name}`": backend(name) for name in names}
+    return {title: cell for title, cell in columns.items() if any(map(cell, cases))}
+
+
+def backends() -> str:
+    """Against each of Transformers' own: the range of what it takes, over what this kernel takes."""
+    rows = [("Transformers' backend", "this kernel is", "measured")]
+    for backend in ("grouped_mm", "batched_mm"):
+        key = f"{backend}_graph_us"
+        ratios = [case[key] / case["ours_graph_us"] for case in H200["cases"] if key in case]
+        where = f"{H200['gpu']}, Transformers {H200['versions']['transformers']}, in the same run"
+        rows.append((f"`{backend}`", span(ratios), where))
+    first = [case for case in SIDE_BY_SIDE["cases"] if case.get("run", 1) == 1]
+    for backend, who in (("sonicmoe", "SonicMoE"), ("finegrained-fp8", "finegrained-kernels")):
+        ratios = [case["us"][who] / case["us"]["ours"] for case in first if who in case["us"]]
+        where = f"{SIDE_BY_SIDE['gpu']}, {SIDE_BY_SIDE['date']}: {who}, {SIDE_BY_SIDE['versions'][who]}"
+        rows.append((f"`{backend}`", span(ratios), where))
+    rows.append(("`deepgemm`", "not timed yet", "`python benchmarks/layer.py --against deepgemm`"))
+    return markdown(*rows)
+
+
+def span(ratios: list[float]) -> str:
+    least, most = (f"{value:.{0 if value >= 10 else 2}f}x" for value in (min(ratios), max(ratios)))
+    return f"{least} to {most} as fast"
 
 
 def router() -> str:

@@ -1,11 +1,15 @@
 """The benchmarks run, refuse to time a wrong model, and leave the Hub's own runner what it expects."""
 
+import argparse
+import importlib
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -123,6 +127,153 @@ def test_parallel(tmp_path):
     cases = json.loads(out.read_text())["cases"]
     assert len({case["way"] for case in cases}) == 4
     assert all(case["ours_ms"] > 0 and case["stock_ms"] > 0 for case in cases)
+
+
+# The layer: all but its times, for which there has to be a GPU
+
+
+@pytest.fixture
+def module_of(monkeypatch):
+    """name -> that file of benchmarks/, as a script imports it."""
+    monkeypatch.setattr("sys.path", [str(BENCHMARKS), *sys.path])
+    for path in BENCHMARKS.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    return importlib.import_module
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """answer -> a program of this name that gives it again and again, to whoever asks about the GPU of torch's."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+    def program(answer):
+        path = tmp_path / "nvidia-smi"
+        path.write_text(f"#!/bin/sh\nwhile echo '{answer}' && echo \"$@\" > {tmp_path}/asked; do sleep 0.01; done\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return tmp_path / "asked"
+
+    return program
+
+
+def test_meter(module_of, nvidia_smi):
+    asked = nvidia_smi("1590, 640.25")
+    meter = module_of("meter").Meter()
+    start = time.perf_counter()
+    assert meter.start()
+    wait_for(lambda: meter.between(start, time.perf_counter()))
+    assert meter.between(start, time.perf_counter()) == {"sm_mhz": 1590.0, "watts": 640.2}
+    assert meter.between(start - 2, start - 1) == {}
+    assert "--id=GPU-1234" in asked.read_text() and "clocks.sm,power.draw" in asked.read_text()
+
+
+def test_meter_by_nvml(module_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    names = ("nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetClockInfo")
+    values = (None, "gpu", 700125, 1755)
+    nvml = {name: lambda *_, value=value: value for name, value in zip(names, values)}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(NVML_CLOCK_SM=1, **nvml))
+    meter = module_of("meter").Meter()
+    start = time.perf_counter()
+    assert meter.start()
+    assert meter.between(start, time.perf_counter()) == {"sm_mhz": 1755, "watts": 700.1}
+
+
+def test_no_meter(module_of, nvidia_smi, monkeypatch):
+    meter = module_of("meter").Meter()
+    monkeypatch.setenv("PATH", "")
+    assert not meter.start() and meter.between(0, time.perf_counter()) == {}
+
+
+@pytest.mark.parametrize("ms, warm_up, is_read", [(0.1, 0.2, False), (2, 1.0, True)], ids=["short", "long"])
+def test_long_calls_are_warmed_up_for_a_second(module_of, monkeypatch, ms, warm_up, is_read):
+    common = module_of("common")
+
+    class Timer:
+        def __init__(self, statement, globals):
+            self.run = globals["run"]
+
+        def timeit(self, number):
+            batches.append(number * ms / 1e3)
+            return SimpleNamespace(mean=ms / 1e3)
+
+    batches = []
+    monkeypatch.setattr(common, "Timer", Timer)
+    monkeypatch.setattr(common.METER, "between", lambda start, end: {"sm_mhz": 1.0, "watts": 2.0})
+    us, read = common.sustained([print])
+    assert us == pytest.approx(1e3 * ms) and batches[2] == pytest.approx(warm_up)
+    assert read == ({"sm_mhz": 1.0, "watts": 2.0} if is_read else {})
+    # Of a call that makes four, each counts.
+    assert common.sustained([print], inside=4) == (pytest.approx(1e3 * ms / 4), {})
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_cublas_at_the_shapes_of_the_layer(module_of):
+    layer = module_of("layer")
+    weights = module_of("benchmark").expert_weights(64, 32, 4, "cpu")
+    found = layer.time_cublas(weights, tokens=9, top_k=2)
+    assert found["cublas_rows"] == 4 and found["cublas_eager_us"] > 0
+    assert layer.time_cublas(weights, tokens=1, top_k=1) == {}
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_backends_that_cannot_be_loaded(module_of, capsys):
+    layer = module_of("layer")
+    assert layer.backend_names("sonicmoe,deepgemm") == layer.BACKENDS
+    with pytest.raises(argparse.ArgumentTypeError, match="expected some of sonicmoe,deepgemm, got sonic"):
+        layer.backend_names("sonic")
+    reasons = layer.load_backends(layer.BACKENDS)
+    assert all(reasons.values())
+    assert capsys.readouterr().out.count(" could not be loaded: ") == 2
+    assert layer.load_backends(["grouped_mm"]) == {"grouped_mm": None}
+
+
+def test_a_backend_that_fails_is_reported(module_of, monkeypatch):
+    layer, common = module_of("layer"), module_of("common")
+    monkeypatch.setattr(common, "sustained", lambda calls: (7.0, {}))
+    module, x = lambda x: x, torch.ones(2, 2)
+    module.config = SimpleNamespace()
+    found = layer.time_backend(module, "sonicmoe", [(x,)], x)  # no GPU for a graph
+    assert module.config._experts_implementation == "sonicmoe"
+    assert (found["relative_error"], found["eager_us"]) == (0, 7.0) and "failed" in found
+    assert set(layer.time_backend(module, "sonicmoe", [(x,)], 2 * x)) == {"relative_error"}
+
+
+CASE = {"workload": "dsv3", "tokens": 64, "routing": "uniform", "roof_us": 10.0, "ours_graph_us": 12.5}
+CASE |= {
+    "ours_eager_us": 20.0,
+    "ours_as_sm_80_graph_us": 20.0,
+    "grouped_mm_graph_us": 25.0,
+    "grouped_mm_eager_us": 30.0,
+}
+MORE = {"cublas_graph_us": 11.0, "ours_graph_sm_mhz": 1590.0, "ours_graph_watts": 699.6}
+MORE |= {"against": {"sonicmoe": {"eager_us": 40.0, "graph_us": 15.0}, "deepgemm": {"failed": "no nvcc"}}}
+
+
+@pytest.mark.parametrize("more", [{}, MORE], ids=["older", "newer"])
+def test_table_of_the_layer(module_of, more):
+    tables = module_of("tables")
+    head, _, row = tables.layer({"cases": [CASE | more]}).splitlines()
+    titles = " | cuBLAS at equal rows, of the limit | clock, power | `sonicmoe` |"
+    cells = " | 0.91 | 1590 MHz, 700 W | 15 us |"
+    assert head.endswith("plain Triton, of the limit" + (titles if more else " |"))
+    assert row == "| DeepSeek-V3 | 64 | 12 us | 0.80 | 25 us | 0.40 | 2.0x | 1.5x | 0.50" + (cells if more else " |")
+
+
+def test_row_of_the_layer(module_of):
+    line = module_of("layer").row(CASE | MORE | {"ours_host_us": 9.0})
+    assert line.split()[7:10] == ["0.80", "0.40", "2.00x"]
+    assert line.endswith("11.0   1590    700  sonicmoe 15.0  deepgemm: no nvcc")
 
 
 # Figures
