@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .descriptors import described
 from .gate import _gate_and_up, _glu
 from .launch import cdiv, launch
 from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
@@ -261,7 +262,7 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
     elif config.USE_TMA:
         shape, strides = [w.shape[0], 2, inter, hidden_dim], [w.stride(0), inter * w.stride(1), w.stride(1), 1]
         box = [1, 2 if config.MIN_M >= 64 else 1, config.BLOCK_N, config.BLOCK_K]
-        w_arg = TensorDescriptor(w, shape, strides, box)
+        w_arg = described(TensorDescriptor, w, shape, strides, box)
     launch(
         _gate_up_kernel,
         (tiles * cdiv(inter, config.BLOCK_N), 1, 1),

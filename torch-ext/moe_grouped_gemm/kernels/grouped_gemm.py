@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .descriptors import described
 from .grouped_gemm_hopper import grouped_gemm_hopper
 from .launch import cdiv, launch, next_power_of_2
 from .tiles import add_bias, is_height, load_weight, locate_tile, store_rows, weight_descriptor
@@ -195,7 +196,7 @@ def grouped_gemm(
     rank = 0 if low_rank is None else u.shape[1]
     x_arg, w_arg = x, w
     if config.USE_TMA:
-        x_arg = TensorDescriptor(x, x.shape, x.stride(), [config.BLOCK_M, config.BLOCK_K])
+        x_arg = described(TensorDescriptor, x, x.shape, x.stride(), [config.BLOCK_M, config.BLOCK_K])
         w_arg = weight_descriptor(w, config.BLOCK_N, config.BLOCK_K)
     block_r = min(config.BLOCK_K, next_power_of_2(max(rank, 1)))
     constants = (config, config.USE_TMA and w.stride(2) != 1, block_r, input_precision)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch_configs import SPECIALIZED_TILE
+from .descriptors import described
 from .tiles import locate_tile
 
 # Renamed in Triton 3.9, 3.7 and 3.9.
@@ -283,7 +284,11 @@ def _queue():
 
 def _rows_descriptor(x, box):
     """The rows of x, (..., K), which follow each other at one stride."""
+    K = x.shape[-1]
+    return described(_with_layout, x, [x.numel() // K, K], [x.stride(-2), 1], box)
+
+
+def _with_layout(x, shape, strides, box):
     swizzle = min(128, box[1] * x.element_size())
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=2)
-    K = x.shape[-1]
-    return TensorDescriptor(x, [x.numel() // K, K], [x.stride(-2), 1], box, layout)
+    return TensorDescriptor(x, shape, strides, box, layout)

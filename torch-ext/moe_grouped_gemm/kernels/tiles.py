@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .descriptors import described
+
 
 @triton.jit
 def locate_tile(schedule_ptr, max_tiles, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, turn=None):
@@ -78,6 +80,6 @@ def store_rows(y_ptr, y, row, row_end, offs_n, N):
 def weight_descriptor(w, block_n, block_k):
     """Of (E, N, K) weights; TRANSPOSED, of the (E, K, N) that they are a view of."""
     if w.stride(2) == 1:
-        return TensorDescriptor(w, w.shape, w.stride(), [1, block_n, block_k])
+        return described(TensorDescriptor, w, w.shape, w.stride(), [1, block_n, block_k])
     w = w.mT
-    return TensorDescriptor(w, w.shape, w.stride(), [1, block_k, block_n])
+    return described(TensorDescriptor, w, w.shape, w.stride(), [1, block_k, block_n])
