@@ -146,6 +146,22 @@ WAYS = {
 }
 
 
+@torch.no_grad()
+def check_decisions(model):
+    """What was decided about a module holds for the next forward, for which its weights are put on it anew."""
+    decisions, decide, decided = modules._plans, modules._plans._decide, []
+    decisions._decide = lambda module, *args: decided.append(module) or decide(module, *args)
+    wanted, _, _ = expected["uneven slices"]
+    for repeats in (device == "cuda", True):
+        modules.REPEATS_ON_CPU = repeats
+        for _ in range(4):
+            logits = model(PROMPTS["uneven slices"].to(device), use_cache=False).logits
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    modules.REPEATS_ON_CPU, decisions._decide = False, decide
+    few = [NUM_MOE_LAYERS] if device == "cpu" else range(NUM_MOE_LAYERS + 1)  # a GPU may have decided before
+    assert len(decided) in few, f"{len(decided)} decisions"
+
+
 def check_way(model):
     found = results(model)
     compare(found, expected, on_kernel=True)
@@ -153,6 +169,9 @@ def check_way(model):
     for training in (True, False):  # kernelizes again
         model.train(training)
         compare(results(model, ["uneven slices"]), expected, on_kernel=True)
+    check_decisions(
+        model
+    )  # last: under FSDP2 gradients after a forward without any are others, of stock's model as well
 
 
 def check_layout():
@@ -175,6 +194,11 @@ checkpoint, plan, rendezvous, rank = sys.argv[1:]
 rank = int(rank)
 device = join_group(rendezvous, rank)
 kernel = kernels.get_kernel("org/moe-grouped-gemm", version=1)
+
+modules = kernel.integration.modules
+if device == "cpu":  # where a GPU's way is taken with this in place of launches
+    modules.ops.forward_on_gpu = modules.ops.forward_on_cpu
+    torch._C._cuda_getDevice = lambda: 0
 
 calls = []
 moe_experts = kernel.functional.moe_experts

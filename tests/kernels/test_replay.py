@@ -75,7 +75,6 @@ def test_other_calls(replay):
     for got, wanted in results:  # none of them has been written by a later call
         torch.testing.assert_close(got, wanted)
     assert kernel.calls == 15 and callable(replays._replays[2, "ieee"])
-    assert replays._replays[2, "ieee"] is not replay._record
     w.mul_(2)
     x = aligned(2, 4)
     torch.testing.assert_close(replays(x), expected(x, w))
@@ -196,7 +195,7 @@ def test_other_threads(replay):
     others(aligned(2, 4))
     with replay._recording:
         others(aligned(2, 4))
-    assert others._replays[2, "ieee"] is replay._record
+    assert others._replays[2, "ieee"] == 0
 
 
 def test_an_error_while_it_records(replay):
@@ -239,3 +238,57 @@ def test_an_input_that_lies_with_a_weight(replay):
         replays(both[2:])
     x = aligned(2, 4)
     torch.testing.assert_close(replays(x), expected(x, w))
+
+
+def called(replays, *tokens):
+    for count in tokens:
+        replays(aligned(count, 4))
+    return {count for count, _ in replays._latest}
+
+
+def test_of_many_tokens_the_latest(replay, monkeypatch):
+    """What came once goes before what is recorded, and all before what just came."""
+    monkeypatch.setattr(replay, "_FEW_TOKENS", 1)
+    monkeypatch.setattr(replay, "_LATEST", 2)
+    kernel = Kernel(replay)
+
+    def function(x):
+        out = torch.empty(x.shape)
+        kernel(x, None, out, 1.0)
+        return (out,)
+
+    replays = replays_of(replay, function, [], (0,))
+    assert called(replays, 1, 1, 2, 3) == {2, 3} and callable(replays._replays[1, "ieee"])
+    assert called(replays, 3, 4) == {3, 4}
+    assert called(replays, 5) == {3, 5}
+    assert called(replays, 5) == {3, 5} and all(map(callable, replays._latest.values()))
+    assert called(replays, 6) == {5, 6}
+    x = aligned(5, 4)
+    torch.testing.assert_close(replays(x), (x + 1.0,))
+    replays(aligned(7, 4))
+    assert callable(replays._replays[1, "ieee"])
+
+
+def test_weights_that_move_are_waited_for(replay):
+    kernel, w, calls = Kernel(replay), aligned(2, 4), []
+    function = two_steps(kernel, w)
+    replays = replays_of(replay, lambda x: calls.append(1) or function(x), [w], (0, 1))
+    for expected_calls in (2, 3, 5):
+        calls.clear()
+        for _ in range(8):
+            replays(aligned(2, 4))
+        assert len(calls) == expected_calls
+        replays = replays.elsewhere()
+    for _ in range(9):
+        replays = replays.elsewhere()
+    assert replays._wait == replay._MOST_WAIT
+
+
+def test_not_in_one_piece_that_is_too_large(replay, monkeypatch):
+    monkeypatch.setattr(replay, "_MOST_SCRATCH", 511)
+    kernel, w = Kernel(replay), aligned(2, 4)
+    replays = replays_of(replay, two_steps(kernel, w), [w], (0, 1))
+    for _ in range(3):
+        x = aligned(2, 4)
+        assert len(replays(x)) == 2
+    assert replays._replays[2, "ieee"] is None

@@ -344,7 +344,13 @@ def fused_of(tensors: list, gate: Gate, is_transposed: bool) -> Fused:
     return Fused(Projection(*tensors[:fields]), Projection(*tensors[fields:]), gate, is_transposed)
 
 
-_plans = Decisions(_plan)
+def _elsewhere(plan: tuple[Callable, Callable]) -> tuple[Callable, Callable]:
+    """For weights in other memory: what is launched depends on where they are, nothing else does."""
+    run, differentiable = plan
+    return run.elsewhere(), differentiable
+
+
+_plans = Decisions(_plan, _elsewhere)
 
 
 @functools.cache

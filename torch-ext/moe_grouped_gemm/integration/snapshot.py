@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Callable
@@ -13,6 +15,7 @@ from torch import nn
 _CONTENTS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training", *_CONTENTS, *_HOOKS}
+_PLAIN = (torch.Tensor, nn.Parameter)
 # On a module: what this build has decided about it.
 _DECIDED = f"_decided_by_{__name__.partition('.')[0]}"
 
@@ -20,16 +23,16 @@ _DECIDED = f"_decided_by_{__name__.partition('.')[0]}"
 class Snapshot:
     """Of a module and all below it: classes and their forwards, attributes, children, tensors, and whether hooked.
 
-    Attributes are compared by identity, tensors also by their memory, dtype and strides: a Parameter may be given other
-    data. No tensor is kept alive. Not seen are changes inside other objects, and of what a class has besides its
-    forward.
+    Attributes are compared by identity; tensors by memory, dtype, shape and strides alone, as expert and tensor
+    parallelism put new views of the same weights on a module for each forward. No tensor is kept alive. Not seen are
+    changes inside other objects, and of what a class has besides its forward.
     """
 
     @classmethod
     def of(cls, module: nn.Module) -> Snapshot | None:
         """None where there is more than can be compared: a tensor of a subclass, a module that is no Python."""
         tensors = chain(module.parameters(), module.buffers())
-        if any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors):
+        if any(type(t) not in _PLAIN for t in tensors):
             return None
         return None if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()) else cls(module)
 
@@ -44,7 +47,7 @@ class Snapshot:
         entries += [(content, name, value) for content in contents for name, value in content.items()]
         others = [entry for entry in entries if not isinstance(entry[2], (torch.Tensor, _Decided))]
         self._dicts, self._names, self._values = zip(*others)
-        self._tensors = [(where, name, weakref.ref(t)) for where, name, t in entries if isinstance(t, torch.Tensor)]
+        self._tensors = [(where, name) for where, name, t in entries if isinstance(t, torch.Tensor)]
         self._sized = owners + contents
         self._sizes = list(map(len, self._sized))
         self._hooks = tuple(owner[name] for owner in owners for name in _HOOKS)
@@ -52,22 +55,31 @@ class Snapshot:
         self._places = self._where()
 
     def holds(self, module: nn.Module) -> bool:
+        return self._is_same(module) and self._where() == self._places
+
+    def moved(self, module: nn.Module) -> Snapshot | None:
+        """Of now, if nothing but the memory of tensors is another, as where FSDP2 gathers them; else None."""
+        places = self._where() if self._is_same(module) else []
+        if [form for _, form in places] != [form for _, form in self._places]:
+            return None
+        moved = copy.copy(self)
+        moved._places = places
+        return moved
+
+    def _is_same(self, module: nn.Module) -> bool:
+        """All but the tensors."""
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
             and list(map(len, self._sized)) == self._sizes
             and list(map(bool, self._hooks)) == self._hooked
             and list(map(type, (module, *self._below))) == self._types
             and [cls.forward for cls in self._types] == self._forwards
-            and self._where() == self._places
         )
 
     def _where(self) -> list[tuple]:
-        """Of each tensor; of one that is another by now, what nothing is equal to."""
-        found = [(where.get(name), reference) for where, name, reference in self._tensors]
-        return [
-            (t.data_ptr(), t.dtype, t.shape, t.stride()) if t is not None and t is reference() else object()
-            for t, reference in found
-        ]
+        """(address, form) of each tensor; of what is none by now, or none of ours to read, what nothing is equal to."""
+        found = [where.get(name) for where, name in self._tensors]
+        return [(t.data_ptr(), (t.dtype, t.shape, t.stride())) if type(t) in _PLAIN else (0, object()) for t in found]
 
 
 class _Decided:
@@ -87,18 +99,26 @@ class Decisions:
     """What `decide(module, *args)` says, for as long as the module is as it was and `like`, of the caller's, is equal.
 
     None where it cannot be told whether that is so.
+
+    elsewhere: decision -> the same, for tensors in other memory; without it that is decided anew.
     """
 
-    def __init__(self, decide: Callable):
-        self._decide = decide
+    def __init__(self, decide: Callable, elsewhere: Callable | None = None):
+        self._decide, self._elsewhere = decide, elsewhere
 
     def of(self, module: nn.Module, like: tuple, *args) -> object:
         decided = module.__dict__.get(_DECIDED)
         if type(decided) is not _Decided or decided.module() is not module:
             decided = module.__dict__[_DECIDED] = _Decided(module)
         kept = decided.kept
-        if kept is not None and kept[0] == like and kept[1].holds(module):
-            return kept[2]
+        if kept is not None and kept[0] == like:
+            if kept[1].holds(module):
+                return kept[2]
+            moved = None if self._elsewhere is None or kept[2] is None else kept[1].moved(module)
+            if moved is not None:
+                decision = self._elsewhere(kept[2])
+                decided.kept = like, moved, decision
+                return decision
         snapshot = Snapshot.of(module)
         if snapshot is None:
             return None
@@ -108,16 +128,20 @@ class Decisions:
 
 
 def referred(module: nn.Module, tensors: tuple) -> tuple | None:
-    """Functions that return these tensors, or None for None, and keep none alive that the module does not.
+    """Functions that return these tensors as the module has them now, or None for None, and keep none of them alive.
 
     None where one of them is not the module's, but computed, and may be another in the next call.
     """
-    own = list(chain(module.parameters(), module.buffers()))
-    ids, places = set(map(id, own)), {(t.data_ptr(), t.nbytes) for t in own}
+    contents = [content for m in module.modules() for content in (m._parameters, m._buffers)]
+    own = [(content, name, t) for content in contents for name, t in content.items() if t is not None]
+    where, places = {id(t): (content, name) for content, name, t in own}, {(t.data_ptr(), t.nbytes) for *_, t in own}
     references = []
     for t in tensors:
-        if t is None or id(t) in ids:
-            references.append(_nothing if t is None else weakref.ref(t))
+        if t is None:
+            references.append(_nothing)
+        elif id(t) in where:
+            content, name = where[id(t)]
+            references.append(partial(content.get, name))
         elif (t.data_ptr(), t.nbytes) in places and t.ndim == 1:  # a view of a vector, small enough to be kept
             references.append(lambda t=t: t)
         else:

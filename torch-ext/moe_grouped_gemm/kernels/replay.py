@@ -3,6 +3,9 @@
 Where tokens are few the host sets the pace: shapes, strides, configurations and allocations of four launches take it
 longer than the launches. They depend on nothing but the call's shapes, so a call is recorded: which kernels, grids and
 arguments. Another call like it launches the same with the addresses of its own input, outputs and scratch memory.
+
+Of more tokens the GPU takes longer than the host for this one call, but not for what else a model does between two of
+them, above all where GPUs share it. How many there are is then seldom one of a few numbers: the latest are remembered.
 """
 
 import copy
@@ -14,7 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .launch import is_hooked, recorded
 
 _ALIGNMENT = 512  # as by torch's allocator; a kernel is compiled for what 16 divides
-_MOST_TOKENS = 64  # beyond, the GPU takes longer than the host
+_FEW_TOKENS = 64  # every number of them is remembered
+_MOST_TOKENS = 16384
+_LATEST = 16  # numbers of more than a few
+_MOST_SCRATCH = 2**30  # bytes; more in one piece is hard to find in a cache that has been in use for a while
+_MOST_WAIT = 64
 
 
 class Replays:
@@ -26,12 +33,20 @@ class Replays:
             the same in every call, for as long as somebody has these replays.
         returned: which of its results callers read; the others are None in a replay.
         precision: a function that returns what fp32 products are made in, which a launch has as a constant.
+        wait: calls with a number of tokens before one is recorded, which takes as long as a few dozen.
     """
 
-    def __init__(self, function, fixed, returned, precision):
+    def __init__(self, function, fixed, returned, precision, wait=1):
         self._function, self._fixed, self._returned, self._precision = function, fixed, returned, precision
-        # (tokens, precision of fp32 products) -> a replay, or None, where there is none; absent: never called.
-        self._replays = {}
+        self._wait = wait
+        # (tokens, precision of fp32 products) -> a replay; or None, where there is none; or how many calls to wait
+        # for, in which kernels are compiled, which is not recorded.
+        self._replays, self._latest = {}, {}
+
+    def elsewhere(self):
+        """For `fixed` tensors in other memory. Those that have moved may do so again: each time it waits longer."""
+        wait = min(2 * self._wait, _MOST_WAIT)
+        return Replays(self._function, self._fixed, self._returned, self._precision, wait)
 
     def __call__(self, *inputs):
         first = inputs[0]
@@ -42,21 +57,30 @@ class Replays:
             if x.data_ptr() % 16 or not x.is_contiguous():
                 return self._function(*inputs)
         key = tokens, first.dtype == torch.float32 and self._precision()
-        if key not in self._replays:  # kernels are compiled, which is not recorded
-            self._replays[key] = _record
-            return self._function(*inputs)
-        replay = self._replays[key]
-        if replay is None:
-            return self._function(*inputs)
-        if replay is not _record:
-            return replay(*inputs)
+        replays = self._replays if tokens <= _FEW_TOKENS else self._latest
+        replay = replays.get(key, self._wait)
+        if type(replay) is int:
+            return self._recorded_later(replays, key, replay, inputs)
+        return self._function(*inputs) if replay is None else replay(*inputs)
+
+    def _recorded_later(self, replays, key, wait, inputs):
         if not _recording.acquire(blocking=False):
             return self._function(*inputs)
         try:
-            results, self._replays[key] = _record(self._function, inputs, self._fixed(), self._returned)
+            if wait == 0:
+                results, replays[key] = _record(self._function, inputs, self._fixed(), self._returned)
+                return results
+            replays[key] = wait - 1
+            if replays is self._latest and len(replays) > _LATEST:
+                self._forget(key)
         finally:
             _recording.release()
-        return results
+        return self._function(*inputs)
+
+    def _forget(self, key):
+        """One of the latest, but not this one: the oldest that came too seldom to be recorded, or the oldest."""
+        others = [other for other in self._latest if other != key]
+        del self._latest[next((other for other in others if type(self._latest[other]) is int), others[0])]
 
 
 _recording = threading.Lock()
@@ -110,6 +134,8 @@ class _Recording(TorchDispatchMode):
             else:
                 places.append((*span, 1, size))
                 size += -(-(span[1] - span[0]) // _ALIGNMENT) * _ALIGNMENT
+        if size > _MOST_SCRATCH:
+            return None
         are_new = set(bases) <= {_span(t) for t in self._allocated}
         if not are_new or not all(t.is_contiguous() and t.storage_offset() == 0 for t in outputs):
             return None
