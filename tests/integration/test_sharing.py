@@ -1,6 +1,7 @@
 """What expert and tensor parallelism do to an experts module around its forward, in one process."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,3 +80,38 @@ def test_other_weights(experts, plans, of):
         with pytest.warns(UserWarning, match="float64"):
             pytest.raises(RuntimeError, experts, *args)
     assert len(plans) == 2
+
+
+def shared(num_experts=4, is_parallel=True, **config):
+    return SimpleNamespace(num_experts=num_experts, _is_expert_parallel=is_parallel, config=SimpleNamespace(**config))
+
+
+@pytest.mark.parametrize(
+    "module, top_k, ranks",
+    [
+        pytest.param(shared(n_routed_experts=32), 2, 8, id="tokens-everywhere"),
+        pytest.param(shared(num_local_experts=8), 2, 2, id="another-name"),
+        pytest.param(shared(n_routed_experts=32), 1, 1, id="tokens-sent"),
+        pytest.param(shared(n_routed_experts=32, is_parallel=False), 2, 1, id="not-shared"),
+        pytest.param(shared(), 2, 1, id="no-name-that-is-known"),
+        pytest.param(shared(num_experts=5, n_routed_experts=32), 2, 1, id="no-part"),
+        pytest.param(SimpleNamespace(), 2, 1, id="no-number"),
+    ],
+)
+def test_ranks(kernel, module, top_k, ranks):
+    assert kernel.integration.modules.ranks_of(module, top_k) == ranks
+
+
+@torch.no_grad()
+def test_tiles_by_what_the_rank_owns(kernel, experts, monkeypatch):
+    """Ids of the others are out of range; which rows there are, and with them the result, is as ever."""
+    seen, forward = [], kernel.integration.modules.ops.forward_on_gpu
+    monkeypatch.setattr(
+        kernel.integration.modules.ops, "forward_on_gpu", lambda *args: seen.append(args[-1]) or forward(*args)
+    )
+    put(experts, lambda weight: weight[:4].clone())
+    experts.num_experts, experts._is_expert_parallel = 4, True
+    x, index, weights = inputs()
+    args = x, index.clamp(max=4), weights.masked_fill(index >= 4, 0)
+    torch.testing.assert_close(experts(*args), expected(experts, args))
+    assert set(seen) == {2}

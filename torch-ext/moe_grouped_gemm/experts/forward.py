@@ -22,8 +22,13 @@ from .rows import route
 
 
 @gpu.on_its_device
-def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None):
-    """(T, H) -> (T, H). shared: SharedExperts whose result is added, or None."""
+def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None, ranks=1):
+    """(T, H) -> (T, H).
+
+    shared: SharedExperts whose result is added, or None.
+    ranks: of how many the slots are, if the experts are those of one: about as large a part is routed, the others have
+        ids out of range. Tiles are chosen by that.
+    """
     if is_empty(hidden_states, top_k_index, down):
         if shared is not None and hidden_states.numel() > 0:
             return shared.of(hidden_states, gate)
@@ -34,7 +39,7 @@ def forward(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quan
         if out is not None:
             return out
     addend = addend_of(inputs[0], shared, gate)
-    return _of_many_rows(*inputs, quantize_activations, save=False, addend=addend)[0]
+    return _of_many_rows(*inputs, quantize_activations, save=False, addend=addend, ranks=ranks)[0]
 
 
 @gpu.on_its_device
@@ -49,7 +54,7 @@ def is_empty(hidden_states, routing, down):
     return routing.numel() == 0 or hidden_states.numel() == 0 or down.weight.numel() == 0
 
 
-def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save, addend=None):
+def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, save, addend=None, ranks=1):
     weights, (experts, rows_of_z, _) = format_of(gate_up), gate_up.weight.shape
     slots = top_k_index.numel()
     if are_adapted(gate_up, down):
@@ -57,7 +62,7 @@ def _of_many_rows(x, top_k_index, top_k_weights, gate_up, down, gate, quantize_a
         # Every expert with rows has PAD at least, so tiles are chosen by padded rows.
         config = weights.row_config(rows.slots.numel(), down.weight, x.dtype)
         return _of_gathered_rows(x, rows.scheduled(config.BLOCK_M), gate_up, down, gate, config, addend)
-    plan = weights.plan(slots, gate_up, down, gate, x.dtype, quantize_activations)
+    plan = weights.plan(-(-slots // ranks), gate_up, down, gate, x.dtype, quantize_activations)
     rows = route(top_k_index, top_k_weights, experts, plan.gate_up.BLOCK_M)
     if plan.ordered:
         return _of_ordered_rows(x, rows, gate_up, down, gate, plan.down, addend)

@@ -30,7 +30,9 @@ _TENSORS = 3 + 2 * len(Projection._fields)
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
 
-def forward_on_cpu(hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None):
+def forward_on_cpu(
+    hidden_states, top_k_index, top_k_weights, gate_up, down, gate, quantize_activations, shared=None, ranks=1
+):
     """As forward.py's, but that activations are never quantised; differentiable, but for weights in codes."""
     inputs = (hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight)
     options = (gate[0], gate_up.bias, down.bias, *gate[1:], gate_up.scale, down.scale)

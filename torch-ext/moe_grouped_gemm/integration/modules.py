@@ -27,6 +27,7 @@ from ..weights import Projection, are_quantized, quantize_fp4, quantize_fp8
 from . import switching
 from .adapters import adapters_of
 from .gates import gate_of
+from .sharing import ranks_of
 from .snapshot import Decisions, referred
 
 EXPERTS_IMPLEMENTATION = "moe_grouped_gemm"
@@ -327,12 +328,14 @@ def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple
     if references is None:
         return None
 
+    ranks = ranks_of(module, top_k_index.shape[1])
+
     def tensors():
         return [reference() for reference in references]
 
     def function(*inputs):
         projections = fused_of(tensors(), gate, is_transposed).projections()
-        return (ops.forward_on_gpu(*inputs, *projections, gate, quantize_activations),)
+        return (ops.forward_on_gpu(*inputs, *projections, gate, quantize_activations, None, ranks),)
 
     replays = gpu.launchers().Replays(function, tensors, (0,), gpu.input_precision)
     return replays, lambda: fused_of(tensors(), gate, is_transposed).differentiable()
