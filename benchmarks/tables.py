@@ -23,6 +23,10 @@ def measured(path: str) -> dict:
     return json.loads((ROOT / f"{path}.json").read_text())
 
 
+def glob(pattern: str) -> list[str]:
+    return [str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.glob(f"{pattern}.json")]
+
+
 H200 = measured("benchmarks/results/NVIDIA-H200")
 MODEL = measured("benchmarks/results/NVIDIA-H200-generate")
 QWEN3 = measured("benchmarks/results/NVIDIA-H200-qwen3-generate")
@@ -35,7 +39,7 @@ BLOCKS = measured("docs/measurements/NVIDIA-H200-blocks")
 STEP_MEMORY = measured("docs/measurements/NVIDIA-H200-memory")
 TRAINING = measured("docs/measurements/NVIDIA-H200-training")
 LORA = measured("docs/measurements/NVIDIA-H200-lora")
-PARALLEL = measured("docs/measurements/2x-NVIDIA-H100-80GB-HBM3-parallel")
+PARALLEL = [measured(path) for path in sorted(glob("docs/measurements/*x-NVIDIA-H100-80GB-HBM3-parallel"))]
 SIDE_BY_SIDE = measured("benchmarks/results/NVIDIA-H100-80GB-HBM3-side-by-side")
 
 
@@ -294,11 +298,19 @@ def model() -> str:
     return markdown(*rows)
 
 
-def parallel() -> str:
-    rows = [("what ranks share", "T", "this kernel", "Transformers", "speed-up")]
-    for case in PARALLEL["cases"]:
+def parallel(results: list[dict] = PARALLEL) -> str:
+    """Older results have prefill alone, and no time of the host."""
+    cases = [(result["gpus"], case) for result in results for case in result["cases"]]
+    has_host = any("ours_host_us" in case for _, case in cases)
+    rows = [("GPUs", "what ranks share", "tokens", "this kernel", "Transformers", "speed-up")]
+    rows[0] += ("host, a layer", "Transformers") if has_host else ()
+    for gpus, case in cases:
         ours, stock = 1e3 * case["ours_ms"], 1e3 * case["stock_ms"]
-        rows.append((case["way"], case["tokens"], time(ours), time(stock), f"{stock / ours:.2f}x"))
+        tokens = f"{case['tokens']} decoded" if case.get("phase") == "decode" else case["tokens"]
+        cells = (gpus, case["way"], tokens, time(ours), time(stock), f"{case.get('speed_up', stock / ours):.2f}x")
+        if has_host:
+            cells += tuple(time(case[f"{who}_host_us"]) if "ours_host_us" in case else "" for who in ("ours", "stock"))
+        rows.append(cells)
     return markdown(*rows)
 
 

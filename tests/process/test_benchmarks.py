@@ -125,8 +125,20 @@ def test_parallel(tmp_path):
     result = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     cases = json.loads(out.read_text())["cases"]
-    assert len({case["way"] for case in cases}) == 4
-    assert all(case["ours_ms"] > 0 and case["stock_ms"] > 0 for case in cases)
+    assert len({case["way"] for case in cases}) == 4 and {case["phase"] for case in cases} == {"prefill", "decode"}
+    assert all(case[f"{who}_{what}"] > 0 for case in cases for who in ("ours", "stock") for what in ("ms", "host_us"))
+    assert result.stdout.count("decode") == 4
+
+
+@pytest.mark.parametrize("is_newer", [False, True], ids=["older", "newer"])
+def test_table_of_several_gpus(module_of, is_newer):
+    case = {"way": "tensors", "tokens": 64, "ours_ms": 20.0, "stock_ms": 30.0}
+    if is_newer:
+        case |= {"phase": "decode", "speed_up": 1.46, "ours_host_us": 60.0, "stock_host_us": 510.0}
+    head, _, row = module_of("tables").parallel([{"gpus": 4, "cases": [case]}]).splitlines()
+    assert head.endswith("| speed-up | host, a layer | Transformers |" if is_newer else "| speed-up |")
+    wanted = "| 4 | tensors | 64 decoded | 20.0 ms | 30.0 ms | 1.46x | 60 us | 510 us |"
+    assert row == (wanted if is_newer else "| 4 | tensors | 64 | 20.0 ms | 30.0 ms | 1.50x |")
 
 
 # The layer: all but its times, for which there has to be a GPU
