@@ -67,6 +67,27 @@ def test_the_same_weights_in_other_memory(kernel, experts, plans, record):
     assert len(plans) == 1 and len(elsewhere) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [40, 1024])
+@torch.no_grad()
+def test_launches_are_repeated(kernel, checkpoint, monkeypatch, tokens):
+    """Over new views, and after the weights have moved; beyond a few tokens, too."""
+    monkeypatch.setattr(kernel.integration.modules, "REPEATS_ON_GPU", True)
+    model = load(checkpoint, dtype=torch.bfloat16, device_map="cuda", experts_implementation=INTERFACE)
+    experts, kept = experts_of(model)[0].requires_grad_(False).eval(), []
+    for of in (lambda w: w.view_as(w), lambda w: kept.append(w) or 2 * w):
+        put(experts, of)
+        for _ in range(6):
+            put(experts, lambda weight: weight.view_as(weight))
+            x, index, weights = (t.cuda() for t in inputs(tokens))
+            args = x.bfloat16(), index, weights.bfloat16()
+            got, wanted = experts(*args).float(), expected(experts, args).float()
+            assert (got - wanted).norm() < 2e-2 * wanted.norm()
+        (decided,) = (value for name, value in vars(experts).items() if name.startswith("_decided_by"))
+        replays = decided.kept[2][0]
+        assert callable({**replays._replays, **replays._latest}[tokens, False])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("of", [lambda w: w[:4].clone(), lambda w: w.mT.contiguous().mT, lambda w: w.double()])
 def test_other_weights(experts, plans, of):
