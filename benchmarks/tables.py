@@ -152,17 +152,20 @@ def more_of_layer(cases: list[dict]) -> dict:
 
 
 def backends() -> str:
-    """Against each of Transformers' own: the range of what it takes, over what this kernel takes."""
+    """Against each of Transformers' own, forward: the range of what it takes, over what this kernel takes."""
     rows = [("Transformers' backend", "this kernel is", "measured")]
     for backend in ("grouped_mm", "batched_mm"):
         key = f"{backend}_graph_us"
         ratios = [case[key] / case["ours_graph_us"] for case in H200["cases"] if key in case]
-        where = f"{H200['gpu']}, Transformers {H200['versions']['transformers']}, in the same run"
+        where = f"{H200['gpu']}, bf16, CUDA graphs, Transformers {H200['versions']['transformers']}, in the same run"
         rows.append((f"`{backend}`", span(ratios), where))
-    first = [case for case in SIDE_BY_SIDE["cases"] if case.get("run", 1) == 1]
-    for backend, who in (("sonicmoe", "SonicMoE"), ("finegrained-fp8", "finegrained-kernels")):
-        ratios = [case["us"][who] / case["us"]["ours"] for case in first if who in case["us"]]
-        where = f"{SIDE_BY_SIDE['gpu']}, {SIDE_BY_SIDE['date']}: {who}, {SIDE_BY_SIDE['versions'][who]}"
+    for backend, who, what in (
+        ("sonicmoe", "SonicMoE", "bf16"),
+        ("finegrained-fp8", "finegrained-kernels", "fp8"),
+    ):
+        cases = [case for case in SIDE_BY_SIDE["cases"] if case["what"] == f"{what} forward" and who in case["us"]]
+        ratios = [case["us"][who] / case["us"]["ours"] for case in cases if case.get("run", 1) == 1]
+        where = f"{SIDE_BY_SIDE['gpu']}, {SIDE_BY_SIDE['date']}, {what}: {who}, {SIDE_BY_SIDE['versions'][who]}"
         rows.append((f"`{backend}`", span(ratios), where))
     rows.append(("`deepgemm`", "not timed yet", "`python benchmarks/layer.py --against deepgemm`"))
     return markdown(*rows)

@@ -169,9 +169,8 @@ def check_way(model):
     for training in (True, False):  # kernelizes again
         model.train(training)
         compare(results(model, ["uneven slices"]), expected, on_kernel=True)
-    check_decisions(
-        model
-    )  # last: under FSDP2 gradients after a forward without any are others, of stock's model as well
+    # Last: under FSDP2 gradients after a forward without any are others, of stock's model as well.
+    check_decisions(model)
 
 
 def check_layout():

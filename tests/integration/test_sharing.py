@@ -103,6 +103,25 @@ def test_other_weights(experts, plans, of):
     assert len(plans) == 2
 
 
+@torch.no_grad()
+def test_weights_on_another_device(experts):
+    """Of the same form; recorded launches know addresses alone."""
+    experts(*inputs())
+    experts.down_proj = nn.Parameter(experts.down_proj.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match="down_proj: expected on cpu"):
+        experts(*inputs())
+
+
+@torch.no_grad()
+def test_a_name_of_two_that_moves_alone(experts):
+    experts.alias = nn.Module()
+    experts.alias.weight = experts.gate_up_proj
+    experts(*inputs())
+    experts.gate_up_proj = nn.Parameter(3 * experts.gate_up_proj, requires_grad=False)
+    args = inputs()
+    torch.testing.assert_close(experts(*args), expected(experts, args))
+
+
 def shared(num_experts=4, is_parallel=True, **config):
     return SimpleNamespace(num_experts=num_experts, _is_expert_parallel=is_parallel, config=SimpleNamespace(**config))
 
@@ -116,6 +135,7 @@ def shared(num_experts=4, is_parallel=True, **config):
         pytest.param(shared(n_routed_experts=32, is_parallel=False), 2, 1, id="not-shared"),
         pytest.param(shared(), 2, 1, id="no-name-that-is-known"),
         pytest.param(shared(num_experts=5, n_routed_experts=32), 2, 1, id="no-part"),
+        pytest.param(shared(n_routed_experts=32, num_local_experts=8), 2, 1, id="two-answers"),
         pytest.param(SimpleNamespace(), 2, 1, id="no-number"),
     ],
 )

@@ -247,7 +247,7 @@ def called(replays, *tokens):
 
 
 def test_of_many_tokens_the_latest(replay, monkeypatch):
-    """What came once goes before what is recorded, and all before what just came."""
+    """What was called least lately goes; numbers that take turns are recorded, whatever was before them."""
     monkeypatch.setattr(replay, "_FEW_TOKENS", 1)
     monkeypatch.setattr(replay, "_LATEST", 2)
     kernel = Kernel(replay)
@@ -259,13 +259,12 @@ def test_of_many_tokens_the_latest(replay, monkeypatch):
 
     replays = replays_of(replay, function, [], (0,))
     assert called(replays, 1, 1, 2, 3) == {2, 3} and callable(replays._replays[1, "ieee"])
-    assert called(replays, 3, 4) == {3, 4}
-    assert called(replays, 5) == {3, 5}
-    assert called(replays, 5) == {3, 5} and all(map(callable, replays._latest.values()))
-    assert called(replays, 6) == {5, 6}
+    assert called(replays, 2, 4) == {2, 4}
+    assert called(replays, 4, 4, 2, 2) == {2, 4} and all(map(callable, replays._latest.values()))
+    assert called(replays, 5, 6, 5, 6) == {5, 6} and all(map(callable, replays._latest.values()))
+    assert called(replays, 5, 7) == {5, 7}
     x = aligned(5, 4)
     torch.testing.assert_close(replays(x), (x + 1.0,))
-    replays(aligned(7, 4))
     assert callable(replays._replays[1, "ieee"])
 
 
@@ -282,6 +281,9 @@ def test_weights_that_move_are_waited_for(replay):
     for _ in range(9):
         replays = replays.elsewhere()
     assert replays._wait == replay._MOST_WAIT
+    for _ in range(2 * replay._MOST_WAIT + 2):  # and then stay
+        replays(aligned(2, 4))
+    assert replays._wait == replays.elsewhere()._wait == 1
 
 
 def test_not_in_one_piece_that_is_too_large(replay, monkeypatch):

@@ -23,7 +23,7 @@ _DECIDED = f"_decided_by_{__name__.partition('.')[0]}"
 class Snapshot:
     """Of a module and all below it: classes and their forwards, attributes, children, tensors, and whether hooked.
 
-    Attributes are compared by identity; tensors by memory, dtype, shape and strides alone, as expert and tensor
+    Attributes are compared by identity; tensors by memory, device, dtype, shape and strides, as expert and tensor
     parallelism put new views of the same weights on a module for each forward. No tensor is kept alive. Not seen are
     changes inside other objects, and of what a class has besides its forward.
     """
@@ -60,7 +60,7 @@ class Snapshot:
     def moved(self, module: nn.Module) -> Snapshot | None:
         """Of now, if nothing but the memory of tensors is another, as where FSDP2 gathers them; else None."""
         places = self._where() if self._is_same(module) else []
-        if [form for _, form in places] != [form for _, form in self._places]:
+        if [form for _, form in places] != [form for _, form in self._places] or _tied(places) != _tied(self._places):
             return None
         moved = copy.copy(self)
         moved._places = places
@@ -78,8 +78,17 @@ class Snapshot:
 
     def _where(self) -> list[tuple]:
         """(address, form) of each tensor; of what is none by now, or none of ours to read, what nothing is equal to."""
-        found = [where.get(name) for where, name in self._tensors]
-        return [(t.data_ptr(), (t.dtype, t.shape, t.stride())) if type(t) in _PLAIN else (0, object()) for t in found]
+        return [_place(where.get(name)) for where, name in self._tensors]
+
+
+def _place(t: object) -> tuple:
+    return (t.data_ptr(), (t.device, t.dtype, t.shape, t.stride())) if type(t) in _PLAIN else (0, object())
+
+
+def _tied(places: list[tuple]) -> list[int]:
+    """Of each, the first that has the same memory."""
+    addresses = [address for address, _ in places]
+    return list(map(addresses.index, addresses))
 
 
 class _Decided:
@@ -134,7 +143,8 @@ def referred(module: nn.Module, tensors: tuple) -> tuple | None:
     """
     contents = [content for m in module.modules() for content in (m._parameters, m._buffers)]
     own = [(content, name, t) for content in contents for name, t in content.items() if t is not None]
-    where, places = {id(t): (content, name) for content, name, t in own}, {(t.data_ptr(), t.nbytes) for *_, t in own}
+    where = {id(t): (content, name) for content, name, t in own}
+    places = {(t.data_ptr(), t.nbytes): (content, name) for content, name, t in own}
     references = []
     for t in tensors:
         if t is None:
@@ -142,11 +152,15 @@ def referred(module: nn.Module, tensors: tuple) -> tuple | None:
         elif id(t) in where:
             content, name = where[id(t)]
             references.append(partial(content.get, name))
-        elif (t.data_ptr(), t.nbytes) in places and t.ndim == 1:  # a view of a vector, small enough to be kept
-            references.append(lambda t=t: t)
+        elif (t.data_ptr(), t.nbytes) in places and t.ndim == 1:  # a view of a vector
+            references.append(partial(_view, *places[t.data_ptr(), t.nbytes], t.dtype, t.shape))
         else:
             return None
     return tuple(references)
+
+
+def _view(content: dict, name: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    return content[name].detach().view(dtype).view(shape)
 
 
 def _nothing() -> None:

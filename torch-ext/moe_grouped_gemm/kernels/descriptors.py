@@ -1,7 +1,7 @@
 """Descriptors for TMA, made on the host.
 
 Their classes check each anew, which takes longer than a launch. What they check beyond the alignment of the tensor is
-the same for all of a form.
+the same for all of a form, but that there are elements.
 """
 
 _forms = {}
@@ -11,7 +11,7 @@ def described(make, x, shape, strides, box):
     """make(x, shape, strides, box), a descriptor; only the first of each form is checked."""
     key = make, x.dtype, tuple(strides), tuple(box)
     form = _forms.get(key)
-    if form is None or x.data_ptr() % 16:  # of which the class has something to say
+    if form is None or x.data_ptr() % 16 or 0 in shape:  # of which the class has something to say
         descriptor = make(x, shape, strides, box)
         fields = dict(getattr(descriptor, "__dict__", ()))
         if fields:

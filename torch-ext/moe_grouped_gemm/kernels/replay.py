@@ -10,6 +10,7 @@ them, above all where GPUs share it. How many there are is then seldom one of a 
 
 import copy
 import threading
+from collections import OrderedDict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,9 +19,9 @@ from .launch import is_hooked, recorded
 
 _ALIGNMENT = 512  # as by torch's allocator; a kernel is compiled for what 16 divides
 _FEW_TOKENS = 64  # every number of them is remembered
-_MOST_TOKENS = 16384
+_MOST_TOKENS = 4096
 _LATEST = 16  # numbers of more than a few
-_MOST_SCRATCH = 2**30  # bytes; more in one piece is hard to find in a cache that has been in use for a while
+_MOST_SCRATCH = 2**28  # bytes of one piece, which are held longer than its parts are when they are made one by one
 _MOST_WAIT = 64
 
 
@@ -41,11 +42,15 @@ class Replays:
         self._wait = wait
         # (tokens, precision of fp32 products) -> a replay; or None, where there is none; or how many calls to wait
         # for, in which kernels are compiled, which is not recorded.
-        self._replays, self._latest = {}, {}
+        self._replays, self._latest = {}, OrderedDict()
+        self._repeated = 0
 
     def elsewhere(self):
-        """For `fixed` tensors in other memory. Those that have moved may do so again: each time it waits longer."""
-        wait = min(2 * self._wait, _MOST_WAIT)
+        """For `fixed` tensors in other memory.
+
+        Those that have moved may do so again: each time it waits longer, until they have stayed for a while.
+        """
+        wait = 1 if self._repeated > _MOST_WAIT else min(2 * self._wait, _MOST_WAIT)
         return Replays(self._function, self._fixed, self._returned, self._precision, wait)
 
     def __call__(self, *inputs):
@@ -61,26 +66,36 @@ class Replays:
         replay = replays.get(key, self._wait)
         if type(replay) is int:
             return self._recorded_later(replays, key, replay, inputs)
-        return self._function(*inputs) if replay is None else replay(*inputs)
+        if replays is self._latest:
+            self._remember(key, replay)
+        if replay is None:
+            return self._function(*inputs)
+        self._repeated += 1
+        if self._repeated > _MOST_WAIT:
+            self._wait = 1
+        return replay(*inputs)
+
+    def _remember(self, key, replay):
+        """Of more than a few tokens, as the latest; the one that was called least lately is forgotten."""
+        self._latest.pop(key, None)
+        self._latest[key] = replay
+        while len(self._latest) > _LATEST:
+            self._latest.popitem(last=False)
 
     def _recorded_later(self, replays, key, wait, inputs):
         if not _recording.acquire(blocking=False):
             return self._function(*inputs)
         try:
+            results, replay = None, wait - 1
             if wait == 0:
-                results, replays[key] = _record(self._function, inputs, self._fixed(), self._returned)
-                return results
-            replays[key] = wait - 1
-            if replays is self._latest and len(replays) > _LATEST:
-                self._forget(key)
+                results, replay = _record(self._function, inputs, self._fixed(), self._returned)
+            if replays is self._latest:
+                self._remember(key, replay)
+            else:
+                replays[key] = replay
         finally:
             _recording.release()
-        return self._function(*inputs)
-
-    def _forget(self, key):
-        """One of the latest, but not this one: the oldest that came too seldom to be recorded, or the oldest."""
-        others = [other for other in self._latest if other != key]
-        del self._latest[next((other for other in others if type(self._latest[other]) is int), others[0])]
+        return self._function(*inputs) if results is None else results
 
 
 _recording = threading.Lock()
