@@ -73,10 +73,11 @@ _tma_layer = functools.partial(_layer, USE_TMA=True)
 
 # --- decode -----------------------------------------------------------------------------------------------------------
 
-# Measured on an H200 for T = 1, 2 and 4 of the four workloads; within 13 % of the best for each.
+# Measured on an H200 for T = 1 of three workloads and a block, together within 1 % of the best for each:
+# docs/measurements/NVIDIA-H200-decode.json.
 DECODE = ExpertsConfig(
-    gate_up=DecodeConfig(BLOCK_N=4, BLOCK_K=256, num_warps=2),
-    down=DecodeConfig(BLOCK_N=8, BLOCK_K=1024, num_warps=2),
+    gate_up=DecodeConfig(BLOCK_N=2, BLOCK_K=256, num_warps=1),
+    down=DecodeConfig(BLOCK_N=8, BLOCK_K=2048, num_warps=8),
 )
 # Weights whose rows are not contiguous but whose columns are: a program reads runs of 64 bytes or more of each column.
 DECODE_TRANSPOSED = ExpertsConfig(

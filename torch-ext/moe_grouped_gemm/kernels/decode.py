@@ -20,37 +20,56 @@ import triton.language as tl
 from .gate import _glu
 from .launch import cdiv, launch
 
+# Tiles of weights have three dimensions: BLOCK_N rows, BLOCK_K // VECTOR pieces of them, and VECTOR elements, which a
+# thread loads at once. The threads of a warp are to go along the pieces, and between two dimensions that look alike
+# they go along the first one, from Triton 3.7 on along the second.
+_PIECES = tl.constexpr(0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1)
+
+
+@triton.jit
+def _of_rows(x):
+    return x[None, :, None] if _PIECES == 0 else x[:, None, None]
+
+
+@triton.jit
+def _of_pieces(x):
+    return x[:, None, None] if _PIECES == 0 else x[None, :, None]
+
+
+@triton.jit
+def _zeros(BLOCK_N: tl.constexpr, PIECES: tl.constexpr):
+    return tl.zeros((PIECES, BLOCK_N) if _PIECES == 0 else (BLOCK_N, PIECES), tl.float32)
+
 
 @triton.jit
 def _gate_and_up_sums(
-    x_ptrs,  # [BLOCK_K]
-    gate_ptrs,  # [BLOCK_N, BLOCK_K]
-    up_ptrs,  # [BLOCK_N, BLOCK_K]
+    x_ptr,  # (H,) of a token
+    gate_ptrs,  # of rows
+    up_ptrs,
     gate_weight_ptr,  # (H,), or None
-    offs_n,
-    N,
+    mask_n,  # of rows
     H,
     stride_wk,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """[BLOCK_N] gate and up of a token in fp32, and gate_weight @ x, if there is one."""
-    offs_k = tl.arange(0, BLOCK_K)
-    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    logit = tl.zeros((BLOCK_K,), tl.float32)
-    for k in range(0, H, BLOCK_K):
+    PIECES: tl.constexpr = BLOCK_K // VECTOR
+    offs_k = _of_pieces(tl.arange(0, PIECES)) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    gate, up, logit = _zeros(BLOCK_N, PIECES), _zeros(BLOCK_N, PIECES), _zeros(1, PIECES)
+    for k in tl.range(0, H, BLOCK_K, loop_unroll_factor=UNROLL):
         mask_k = offs_k < H - k
-        mask_w = (offs_n < N)[:, None] & mask_k[None, :]
         # Not pointers that advance: fewer loads would be on their way.
-        w_gate = tl.load(gate_ptrs + k * stride_wk, mask=mask_w, other=0.0)
-        w_up = tl.load(up_ptrs + k * stride_wk, mask=mask_w, other=0.0)
-        x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
-        gate += w_gate.to(tl.float32) * x[None, :]
-        up += w_up.to(tl.float32) * x[None, :]
+        w_gate = tl.load(gate_ptrs + (offs_k + k) * stride_wk, mask=mask_n & mask_k, other=0.0)
+        w_up = tl.load(up_ptrs + (offs_k + k) * stride_wk, mask=mask_n & mask_k, other=0.0)
+        x = tl.load(x_ptr + offs_k + k, mask=mask_k, other=0.0).to(tl.float32)
+        gate += tl.sum(w_gate.to(tl.float32) * x, axis=2)
+        up += tl.sum(w_up.to(tl.float32) * x, axis=2)
         if gate_weight_ptr is not None:
-            logit += tl.load(gate_weight_ptr + offs_k + k, mask=mask_k, other=0.0).to(tl.float32) * x
-    return tl.sum(gate, axis=1), tl.sum(up, axis=1), tl.sum(logit, axis=0)
+            logit += tl.sum(tl.load(gate_weight_ptr + offs_k + k, mask=mask_k, other=0.0).to(tl.float32) * x, axis=2)
+    return tl.sum(gate, axis=_PIECES), tl.sum(up, axis=_PIECES), tl.sum(tl.sum(logit, axis=_PIECES), axis=0)
 
 
 @triton.jit
@@ -67,15 +86,15 @@ def _shared_gate_up(
     stride_un,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
     GATE: tl.constexpr,
 ):
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    rows = offs_n[:, None].to(tl.int64)
-    gate_ptrs = gate_ptr + rows * stride_gn + offs_k[None, :]
-    up_ptrs = up_ptr + rows * stride_un + offs_k[None, :]
+    rows = _of_rows(offs_n).to(tl.int64)
     gate, up, logit = _gate_and_up_sums(
-        x_ptr + offs_k, gate_ptrs, up_ptrs, gate_weight_ptr, offs_n, Is, H, 1, BLOCK_N, BLOCK_K
+        *(x_ptr, gate_ptr + rows * stride_gn, up_ptr + rows * stride_un, gate_weight_ptr, rows < Is),
+        *(H, 1, BLOCK_N, BLOCK_K, VECTOR, UNROLL),
     )
     a = _glu(gate, up, GATE)
     if gate_weight_ptr is not None:
@@ -107,6 +126,8 @@ def _gate_up_decode_kernel(
     stride_un,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
     WIDE: tl.constexpr,
     GATE: tl.constexpr,
 ):
@@ -122,24 +143,25 @@ def _gate_up_decode_kernel(
             tile = (k - top_k) * tl.num_programs(1) + tl.program_id(1)
             _shared_gate_up(
                 *(x_ptr, shared_gate_ptr, shared_up_ptr, gate_weight_ptr, a_ptr),
-                *(tile, Is, H, stride_gn, stride_un, BLOCK_N, BLOCK_K, GATE),
+                *(tile, Is, H, stride_gn, stride_un, BLOCK_N, BLOCK_K, VECTOR, UNROLL, GATE),
             )
             return
     expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     if shared_gate_ptr is None:
         x_ptr += (slot // top_k).to(tl.int64) * stride_xt
-    x_ptrs = x_ptr + offs_k
     gate_rows = 2 * offs_n if GATE.interleaved else offs_n
     if WIDE:
         stride_wk = tl.cast(stride_wk, tl.int64)
     up_offset = 1 if GATE.interleaved else I
-    gate_ptrs = w_ptr + expert * stride_we + gate_rows[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
+    gate_ptrs = w_ptr + expert * stride_we + _of_rows(gate_rows).to(tl.int64) * stride_wn
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
-    gate, up, _ = _gate_and_up_sums(x_ptrs, gate_ptrs, up_ptrs, None, offs_n, I, H, stride_wk, BLOCK_N, BLOCK_K)
+    gate, up, _ = _gate_and_up_sums(
+        *(x_ptr, gate_ptrs, up_ptrs, None, _of_rows(offs_n < I)),
+        *(H, stride_wk, BLOCK_N, BLOCK_K, VECTOR, UNROLL),
+    )
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * (2 * I) + gate_rows
         gate += tl.load(bias_ptrs, mask=offs_n < I, other=0.0).to(tl.float32)
@@ -168,44 +190,52 @@ def _down_decode_kernel(
     stride_sn,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    PIECES: tl.constexpr = BLOCK_K // VECTOR
     token = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        stride_wk = tl.cast(stride_wk, tl.int64)
-    row_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    top_k_index_ptr += token * top_k
+    top_k_weights_ptr += token * top_k
+    a_ptr += token * top_k * I
     if shared_ptr is not None:
         a_ptr += token * Is
-    if bias_ptr is not None:
-        biases = tl.zeros((BLOCK_N,), tl.float32)
-    for slot in tl.range(token * top_k, (token + 1) * top_k, loop_unroll_factor=2):
-        expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
+    if WIDE:
+        stride_wk = tl.cast(stride_wk, tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = _of_rows(offs_n).to(tl.int64)
+    piece = _of_pieces(tl.arange(0, PIECES))
+    offs_v = tl.arange(0, VECTOR)[None, None, :]
+    acc = _zeros(BLOCK_N, PIECES)
+    # One sum over the columns of all slots, so that no step is half empty.
+    of_slot = tl.cdiv(I, VECTOR)
+    for first in tl.range(0, top_k * of_slot, PIECES, loop_unroll_factor=2):
+        slot = (first + piece) // of_slot
+        expert = tl.load(top_k_index_ptr + slot, mask=slot < top_k, other=-1).to(tl.int64)
         # A skipped slot has no row in `a`, and its weight may be anything, NaN included.
-        columns = tl.where((expert >= 0) & (expert < E), I, 0)
-        weight = tl.load(top_k_weights_ptr + slot).to(tl.float32)
-        weight = tl.where(columns > 0, weight, 0.0)
-        for k in range(0, I, BLOCK_K):
-            mask_k = offs_k < columns - k
-            a = tl.load(a_ptr + slot * I + k + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
-            w_ptrs = row_ptrs + expert * stride_we + k * stride_wk
-            w = tl.load(w_ptrs, mask=(offs_n < H)[:, None] & mask_k[None, :], other=0.0)
-            acc += w.to(tl.float32) * a[None, :]
-        if bias_ptr is not None:
-            mask = offs_n < tl.where(columns > 0, H, 0)
-            biases += tl.load(bias_ptr + expert * H + offs_n, mask=mask, other=0.0).to(tl.float32) * weight
+        is_ours = (expert >= 0) & (expert < E)
+        weight = tl.load(top_k_weights_ptr + slot, mask=is_ours, other=0.0).to(tl.float32)
+        offs_k = (first + piece - slot * of_slot) * VECTOR + offs_v
+        mask_k = is_ours & (offs_k < I)
+        a = tl.load(a_ptr + slot * I + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
+        w_ptrs = w_ptr + expert * stride_we + rows * stride_wn + offs_k * stride_wk
+        w = tl.load(w_ptrs, mask=(rows < H) & mask_k, other=0.0)
+        acc += tl.sum(w.to(tl.float32) * a, axis=2)
     if shared_ptr is not None:
-        shared_ptrs = shared_ptr + offs_n[:, None].to(tl.int64) * stride_sn + offs_k[None, :]
-        for k in range(0, Is, BLOCK_K):
-            mask_k = offs_k < Is - k
-            a = tl.load(a_ptr + (token + 1) * top_k * I + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            w = tl.load(shared_ptrs + k, mask=(offs_n < H)[:, None] & mask_k[None, :], other=0.0)
-            acc += w.to(tl.float32) * a[None, :]
-    out = tl.sum(acc, axis=1)
+        a_ptr += top_k * I
+        for first in tl.range(0, Is, BLOCK_K, loop_unroll_factor=2):
+            offs_k = first + piece * VECTOR + offs_v
+            a = tl.load(a_ptr + offs_k, mask=offs_k < Is, other=0.0).to(tl.float32)
+            w = tl.load(shared_ptr + rows * stride_sn + offs_k, mask=(rows < H) & (offs_k < Is), other=0.0)
+            acc += tl.sum(w.to(tl.float32) * a, axis=2)
+    out = tl.sum(acc, axis=_PIECES)
     if bias_ptr is not None:
-        out += biases
+        for k in range(top_k):
+            expert = tl.load(top_k_index_ptr + k).to(tl.int64)
+            is_ours = (expert >= 0) & (expert < E)
+            weight = tl.load(top_k_weights_ptr + k, mask=is_ours, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + expert * H + offs_n, mask=(offs_n < H) & is_ours, other=0.0)
+            out += bias.to(tl.float32) * weight
     tl.store(out_ptr + token * H + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < H)
 
 
@@ -216,6 +246,11 @@ def _is_wide(w):
     long (H100, qwen3-30b).
     """
     return w.shape[2] * w.stride(2) >= 2**31
+
+
+def _vector(w):
+    """Elements of a row that a thread loads at once: 16 bytes, if they follow each other."""
+    return 16 // w.element_size() if w.stride(2) == 1 else 1
 
 
 def gate_up_decode(x, w, top_k_index, gate, config, bias=None, shared=None):
@@ -233,13 +268,13 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None, shared=None):
         rows, columns = rows + shared_rows, columns + gate_proj.shape[0]
         of_shared = (gate_proj.shape[0], shared_rows, gate_proj.stride(0), up_proj.stride(0))
     a = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
-    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride(), *of_shared)
+    sizes, vector = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride(), *of_shared), _vector(w)
     launch(
         _gate_up_decode_kernel,
         (tokens * rows, tiles, 1),
         (x, w, bias, gate_proj, up_proj, gate_weight, a, top_k_index),
         (),
-        (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w), gate),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, vector, 4 if vector > 1 else 1, _is_wide(w), gate),
         num_warps=config.num_warps,
     )
     return a
@@ -260,7 +295,7 @@ def down_decode(a, w, top_k_index, top_k_weights, config, bias=None, shared=None
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
         (a, w, bias, shared_w, top_k_index, top_k_weights, out),
         (),
-        (*sizes, config.BLOCK_N, config.BLOCK_K, _is_wide(w)),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, _vector(w), _is_wide(w)),
         num_warps=config.num_warps,
     )
     return out
