@@ -53,6 +53,8 @@ PAD = 64
 
 # The one tile of that kernel, whose schedule and shared memory are made for it.
 SPECIALIZED_TILE = {"BLOCK_M": 128, "MIN_M": 64, "BLOCK_N": 256, "BLOCK_K": 64}
+# With as few stages there is room for 192 rows, and an expert's last 64 or fewer go with the tile before.
+TALL_STAGES = 3
 
 
 class DecodeConfig(NamedTuple):

@@ -20,20 +20,24 @@ from .hopper import (
     BLOCK_M,
     BLOCK_N,
     CONSUMERS,
+    ROWS,
     _barrier,
     _barriers,
+    _buffers,
     _claim_tile,
     _load_weight,
-    _multiply,
     _next,
     _number_of_tiles,
     _previous,
     _put_tile,
     _queue,
+    _ragged_descriptor,
     _rows_descriptor,
     _tma_load,
+    can_store_by_tma,
 )
 from .launch import launch, multiprocessors
+from .products_hopper import BUFFERS, _multiply
 from .quantize import _BLOCK, BLOCK, _load_scale
 from .tiles import locate_tile
 
@@ -202,7 +206,9 @@ def _load_and_dequantize(
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
             # Rows past row_end, and weights past the expert's last, reach only sums that are never stored.
-            _tma_load(x_desc, [row, k * BLOCK_K], full.index(stage), x_smem.index(stage))
+            for i in gl.static_range(CONSUMERS):
+                x = x_smem.index(stage * CONSUMERS + i)
+                _tma_load(x_desc, [row + i * ROWS, k * BLOCK_K], full.index(stage), x)
             mbarrier.wait(codes_full.index(codes_stage), codes_phase)
             _dequantize(codes_smem.index(codes_stage), w_smem.index(stage), scales, TRANSPOSED, FP4)
             _barrier()
@@ -220,6 +226,7 @@ def _codes_hopper_kernel(
     x_desc,  # (S, K)
     w_desc,  # (E * N, K), or with TRANSPOSED (E * K, N), fp8; of 4-bit codes a quarter of the columns
     w_scale_ptr,  # (E, scale_rows, scale_columns) fp32 | e8m0 as uint8
+    y_desc,  # (S, N), ragged; or None, without TMA
     y_ptr,  # (S, N)
     schedule_ptr,  # (5, max_tiles) int32
     max_tiles,
@@ -234,7 +241,7 @@ def _codes_hopper_kernel(
     W_SHAPE: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED else [STAGES, BLOCK_N, BLOCK_K]
     FP4: gl.constexpr = w_desc.dtype == gl.int16
     CODES_SHAPE: gl.constexpr = [STAGES, W_SHAPE[1], W_SHAPE[2] // 4] if FP4 else W_SHAPE
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], x_desc.layout)
     w_smem = gl.allocate_shared_memory(x_desc.dtype, W_SHAPE, _W_LAYOUT)
     codes_smem = gl.allocate_shared_memory(w_desc.dtype, CODES_SHAPE, w_desc.layout)
     stages = (x_smem, w_smem, _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS))
@@ -246,10 +253,11 @@ def _codes_hopper_kernel(
     )
     schedule = (schedule_ptr, max_tiles)
     sizes = (N, K, scale_rows, scale_columns)
+    out = (y_desc, None if y_desc is None else _buffers(y_desc, BUFFERS), y_ptr, None, None)
     gl.warp_specialize(
         [
-            (_multiply, (0, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED, 0, FACTOR)),
-            (_multiply, (1, (y_ptr, None, None), N, stages, queue, False, TRANSPOSED, 0, FACTOR)),
+            (_multiply, (0, out, N, stages, queue, False, TRANSPOSED, 0, FACTOR)),
+            (_multiply, (1, out, N, stages, queue, False, TRANSPOSED, 0, FACTOR)),
             (
                 _load_and_dequantize,
                 (
@@ -282,10 +290,11 @@ def codes_gemm_hopper(x, w, w_scale, schedule, config, y, transposed=False):
         w, w_scale = w.view(torch.int16), in_bytes(w, w_scale)[1]
     box = [BLOCK_K.value, BLOCK_N.value] if transposed else [BLOCK, BLOCK_K.value]
     box[1] //= 4 if w.dtype == torch.int16 else 1
+    y_desc = _ragged_descriptor(y) if can_store_by_tma(y) else None
     launch(
         _codes_hopper_kernel,
         (multiprocessors(x.device), 1, 1),
-        (_rows_descriptor(x, [BLOCK_M.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y, schedule),
+        (_rows_descriptor(x, [ROWS.value, BLOCK_K.value]), _rows_descriptor(w, box), w_scale, y_desc, y, schedule),
         (schedule.shape[1],),
         (N, K, *w_scale.shape[1:], config.GROUP_M, 3, transposed),
     )

@@ -8,24 +8,32 @@ those of a schedule first come, first served. In a program, handing over through
                             at most 64 rows leaves the second idle
 
 The consumers need not keep step: while one stores its rows the other has the tensor cores, and the next tile is on its
-way. That pays where K is short against what comes before and after it.
+way. That pays where K is short against what comes before and after it. What the consumers do is in products_hopper.py.
+
+Where a stage has room for a third block of 64 rows, an expert's last rows, if 64 or fewer, go with the tile before.
+
+A ragged descriptor writes no row from a given one on, which is another expert's (as triton.tools.ragged_tma). Of y
+(rows, N), whose rows are s apart, it has shape (huge, huge, FAR, N) and strides (2**34 - s, s, s, 1). At
+(FAR, row_end, FAR - row_end + row, column) lies y[row, column], since addresses wrap around at 2**64, and from row_end
+on the third coordinate is out of bounds.
 
 Tuples that are handed around: schedule (schedule_ptr, max_tiles); stages (x_smem, w_smem, full, free), the ring of K
-steps and its mbarriers; queue (tiles, full, free), the ring of tiles; step and place, where in these two a warp is: an
-index and the parity of its use; out (y_ptr, sorted_slots_ptr, row_weights_ptr).
+steps and its mbarriers, x_smem in blocks of which one or more make a step; queue (tiles, full, free), the ring of
+tiles; step and place, where in these two a warp is: an index and the parity of its use.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch_configs import SPECIALIZED_TILE
 from .descriptors import described
 from .tiles import locate_tile
 
-# Renamed in Triton 3.9, 3.7 and 3.9.
+# Renamed in Triton 3.9, 3.9, 3.7 and 3.9.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
@@ -35,6 +43,8 @@ ROWS = gl.constexpr(SPECIALIZED_TILE["MIN_M"])  # of a consumer
 BLOCK_N = gl.constexpr(SPECIALIZED_TILE["BLOCK_N"])
 BLOCK_K = gl.constexpr(SPECIALIZED_TILE["BLOCK_K"])  # 128 bytes: what TMA swizzles
 QUEUE = gl.constexpr(2)  # tiles that the consumers may lag behind the loader
+COLUMNS = gl.constexpr(64)  # of a result, that leave together by TMA: 128 bytes
+FAR = gl.constexpr(2**30)  # where rows of a ragged descriptor end: after more than there are
 
 
 @gluon.jit
@@ -124,18 +134,34 @@ def _claim_tile(schedule, num_tiles):
 
 
 @gluon.jit
+def _is_tall(row, row_end):
+    """Whether a tile that begins here has a third block of rows, all that are left, if there is room for one."""
+    return (row_end - row > BLOCK_M) & (row_end - row <= BLOCK_M + ROWS)
+
+
+@gluon.jit
 def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, step, TILE_N: gl.constexpr):
     """The columns from k on of the tile's rows and weight rows, into the next stage."""
-    row, expert, tile_n = tile
+    row, row_end, expert, tile_n = tile
     _, second, N, K = sizes
     x_smem, _, full, free = stages
+    HEIGHT: gl.constexpr = x_smem.shape[1]
+    BLOCKS: gl.constexpr = x_smem.shape[0] // w_smem.shape[0]
+    SIZE: gl.constexpr = (BLOCK_M + BLOCK_N) * 128
     stage, phase = step
     mbarrier.wait(free.index(stage), phase ^ 1)
     bar = full.index(stage)
-    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * 128)
+    if HEIGHT * BLOCKS > BLOCK_M:
+        is_tall = _is_tall(row, row_end)
+        mbarrier.expect(bar, SIZE, pred=is_tall == 0)
+        mbarrier.expect(bar, SIZE + HEIGHT * 128, pred=is_tall)
+    else:
+        mbarrier.expect(bar, SIZE)
     # Rows past row_end are another expert's: they reach only parts of acc that are never stored. So do weights past the
     # expert's last.
-    _tma_load(x_desc, [row, k], bar, x_smem.index(stage))
+    for i in gl.static_range(BLOCKS):
+        is_here = True if i * HEIGHT < BLOCK_M else is_tall
+        _tma_load(x_desc, [row + i * HEIGHT, k], bar, x_smem.index(stage * BLOCKS + i), pred=is_here)
     _load_weight(w_desc, w_smem.index(stage), bar, expert, tile_n, k, second, N, K, TILE_N)
     return _next(step, w_smem.shape[0])
 
@@ -157,22 +183,25 @@ def _load(
     n_tiles, second, N, K = sizes
     x_smem, w_smem, full, free = stages
     STEP: gl.constexpr = x_smem.shape[2]
+    JOIN: gl.constexpr = x_smem.shape[0] * x_smem.shape[1] > w_smem.shape[0] * BLOCK_M
     num_tiles = _number_of_tiles(schedule, n_tiles)
     step = (0, 0)
     place = (0, 0)
-    tile = gl.program_id(0)
-    while tile < num_tiles:
-        next_tile = _claim_tile(schedule, num_tiles)
-        expert, _, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, tile)
-        k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
-        place = _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert)
-        for k in range(0, K, STEP):
-            step = _load_step(x_desc, w_desc, w_smem, (row, expert, tile_n), k, sizes, stages, step, TILE_N)
-        for r in gl.static_range(RANK_STEPS):
-            # Past R there are zeros in both.
-            w_rows = _as_rows(w_smem)
-            step = _load_step(u_desc, factor_desc, w_rows, (row, expert, tile_n), r * STEP, sizes, stages, step, TILE_N)
-        tile = next_tile
+    turn = gl.program_id(0)
+    while turn < num_tiles:
+        next_turn = _claim_tile(schedule, num_tiles)
+        expert, first_row, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, turn)
+        goes_along = JOIN and (row > first_row) & (row_end - row <= ROWS)
+        if not goes_along:
+            tile = (row, row_end, expert, tile_n)
+            k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
+            place = _put_tile(queue, place, row, row_end, tile_n, k_tiles, expert)
+            for k in range(0, K, STEP):
+                step = _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, step, TILE_N)
+            for r in gl.static_range(RANK_STEPS):
+                # Past R there are zeros in both.
+                step = _load_step(u_desc, factor_desc, _as_rows(w_smem), tile, r * STEP, sizes, stages, step, TILE_N)
+        turn = next_turn
     _put_tile(queue, place, -1, -1, 0, 0, 0)
 
 
@@ -189,83 +218,22 @@ def _store_rows(y_ptr, sorted_slots_ptr, y, row, row_end, column, N):
 
 
 @gluon.jit
-def _add_product(acc, x, w, stages, step, frees):
-    """acc + x @ w when both have come; the stage before, if it `frees` one, is done with."""
-    _, w_smem, full, free = stages
-    STAGES: gl.constexpr = w_smem.shape[0]
-    stage, phase = step
-    mbarrier.wait(full.index(stage), phase)
-    acc = warpgroup_mma(x, w, acc, is_async=True)
-    acc = warpgroup_mma_wait(1, deps=[acc])
+def _put(y_desc, buffer, y, row, row_end, column):
+    """y [ROWS, COLUMNS] by way of this buffer, not the one that the store before reads: rows before row_end."""
+    tma.store_wait(1)
     _barrier()
-    mbarrier.arrive(free.index(_previous(stage, STAGES)), count=1, pred=frees)
-    return acc, _next(step, STAGES)
+    buffer.reshape((ROWS, COLUMNS)).store(y.to(y_desc.dtype))
+    fence_async_shared()
+    _barrier()
+    if y_desc.block_shape[0] == 1:
+        _tma_store(y_desc, [FAR, row_end, FAR - row_end + row, column], buffer)
+    else:
+        _tma_store(y_desc, [row, column], buffer)
 
 
 @gluon.jit
-def _skip_steps(k_tiles, stages, step):
-    """A consumer's part in a tile that has no rows for it."""
-    _, w_smem, full, free = stages
-    for _ in range(k_tiles):
-        stage, phase = step
-        mbarrier.wait(full.index(stage), phase)
-        mbarrier.arrive(free.index(stage), count=1)
-        step = _next(step, w_smem.shape[0])
-    return step
-
-
-@gluon.jit
-def _multiply(
-    CONSUMER: gl.constexpr,
-    out,
-    N,
-    stages,
-    queue,
-    TRANSPOSED_X: gl.constexpr,
-    TRANSPOSED_W: gl.constexpr,
-    RANK_STEPS: gl.constexpr = 0,
-    FACTOR: gl.constexpr = 1.0,
-):
-    y_ptr, sorted_slots_ptr, row_weights_ptr = out
-    x_smem, w_smem, full, free = stages
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    step = (0, 0)
-    tile, place = _take_tile(queue, (0, 0))
-    row, row_end, tile_n, k_tiles, _ = tile
-    while row >= 0:
-        row += CONSUMER * ROWS
-        if row < row_end:
-            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-            for k in range(k_tiles - RANK_STEPS):
-                stage = step[0]
-                if TRANSPOSED_X:
-                    x = x_smem.index(stage * CONSUMERS + CONSUMER).permute((1, 0))
-                else:
-                    x = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
-                w = w_smem.index(stage) if TRANSPOSED_W else w_smem.index(stage).permute((1, 0))  # [BLOCK_K, BLOCK_N]
-                acc, step = _add_product(acc, x, w, stages, step, k > 0)
-            for _step in gl.static_range(RANK_STEPS):
-                stage = step[0]
-                u = x_smem.index(stage).slice(CONSUMER * ROWS, ROWS)
-                factor = _as_rows(w_smem).index(stage).permute((1, 0))
-                acc, step = _add_product(acc, u, factor, stages, step, True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            _barrier()
-            mbarrier.arrive(free.index(_previous(step[0], w_smem.shape[0])), count=1, pred=k_tiles > 0)
-            if FACTOR != 1.0:
-                acc *= FACTOR
-            if row_weights_ptr is not None:
-                offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-                slots = gl.load(sorted_slots_ptr + offs_m, mask=offs_m < row_end, other=0)
-                weight = gl.load(row_weights_ptr + slots, mask=offs_m < row_end, other=0.0).to(gl.float32)
-                acc *= gl.expand_dims(weight, 1)
-            left, right = acc.reshape((ROWS, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
-            _store_rows(y_ptr, sorted_slots_ptr, left, row, row_end, tile_n * BLOCK_N, N)
-            _store_rows(y_ptr, sorted_slots_ptr, right, row, row_end, tile_n * BLOCK_N + BLOCK_N // 2, N)
-        else:
-            step = _skip_steps(k_tiles, stages, step)
-        tile, place = _take_tile(queue, place)
-        row, row_end, tile_n, k_tiles, _ = tile
+def _buffers(y_desc, SIZE: gl.constexpr):
+    return gl.allocate_shared_memory(y_desc.dtype, [SIZE] + y_desc.block_shape, y_desc.layout)
 
 
 @gluon.jit
@@ -288,7 +256,19 @@ def _rows_descriptor(x, box):
     return described(_with_layout, x, [x.numel() // K, K], [x.stride(-2), 1], box)
 
 
+def _ragged_descriptor(y):
+    """Of y (rows, N) of 16 bits, as above."""
+    stride = y.stride(0)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, FAR.value, y.shape[1]], [2**34 - stride, stride, stride, 1]
+    return described(_with_layout, y, shape, strides, [1, 1, ROWS.value, COLUMNS.value])
+
+
+def can_store_by_tma(y) -> bool:
+    """y (..., N): rows of whole 16 bytes."""
+    return y.element_size() == 2 and y.shape[-1] % 8 == 0 and y.data_ptr() % 16 == 0
+
+
 def _with_layout(x, shape, strides, box):
-    swizzle = min(128, box[1] * x.element_size())
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=2)
+    swizzle = min(128, box[-1] * x.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=len(box))
     return TensorDescriptor(x, shape, strides, box, layout)

@@ -16,7 +16,7 @@ from .hopper import (
     CONSUMERS,
     ROWS,
     _barriers,
-    _multiply,
+    _buffers,
     _next,
     _put_tile,
     _queue,
@@ -24,6 +24,7 @@ from .hopper import (
     _tma_load,
 )
 from .launch import launch, multiprocessors
+from .products_hopper import BUFFERS, _multiply
 
 
 @gluon.jit
@@ -60,6 +61,7 @@ def _load_wgrad(p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue):
 def _wgrad_hopper_kernel(
     p_desc,  # (P, M)
     q_desc,  # (P, N)
+    dw_desc,  # (E * M, N), or None, without TMA
     dw_ptr,  # (E * M, N)
     expert_offsets_ptr,  # (E + 1,) int32, multiples of BLOCK_K
     E,
@@ -71,10 +73,11 @@ def _wgrad_hopper_kernel(
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_K, BLOCK_N], q_desc.layout)
     stages = (p_smem, q_smem, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
     queue = _queue()
+    out = (dw_desc, None if dw_desc is None else _buffers(dw_desc, BUFFERS), dw_ptr, None, None)
     gl.warp_specialize(
         [
-            (_multiply, (0, (dw_ptr, None, None), N, stages, queue, True, True)),
-            (_multiply, (1, (dw_ptr, None, None), N, stages, queue, True, True)),
+            (_multiply, (0, out, N, stages, queue, True, True)),
+            (_multiply, (1, out, N, stages, queue, True, True)),
             (_load_wgrad, (p_desc, q_desc, expert_offsets_ptr, E, M, N, stages, queue)),
         ],
         [4, 1],
@@ -85,10 +88,12 @@ def _wgrad_hopper_kernel(
 def wgrad_hopper(p, q, expert_offsets, config, dw):
     """p (P, M), q (P, N), both 16-bit, contiguous and padded as `pad` of routing.py does -> dw (E, M, N)."""
     experts, M, N = dw.shape
+    # 64 rows at a time leave by TMA, which are to be of one expert.
+    dw_desc = _rows_descriptor(dw, [64, 64]) if M % ROWS.value == 0 else None
     launch(
         _wgrad_hopper_kernel,
         (multiprocessors(p.device), 1, 1),
-        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw, expert_offsets),
+        (_rows_descriptor(p, [64, 64]), _rows_descriptor(q, [64, 256]), dw_desc, dw, expert_offsets),
         (),
         (experts, M, N, config.num_stages),
     )
