@@ -41,8 +41,9 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int
     USE_TMA: bool
-    # The kernel of grouped_gemm_hopper.py, for tiles like SPECIALIZED_TILE; over fp8 weights those of fp8_hopper.py or
-    # codes_hopper.py, over 4 bits fp4_hopper.py, for both GEMMs where the down GEMM says so.
+    # The kernels of gate_up_hopper.py and grouped_gemm_hopper.py, for tiles like SPECIALIZED_TILE; over fp8 weights
+    # those of fp8_hopper.py or codes_hopper.py, over 4 bits fp4_hopper.py, for both GEMMs where the down GEMM says so.
+    # num_warps, and of gate_up num_stages, are those of the plain kernel, which takes what these cannot.
     WARP_SPECIALIZED: bool = False
 
 
@@ -51,10 +52,21 @@ GEMM_FIELD_TYPES = get_type_hints(GemmConfig)
 # Rows of each expert are padded to a multiple of this, the rows that wgrad takes at a time.
 PAD = 64
 
-# The one tile of that kernel, whose schedule and shared memory are made for it.
+# The one tile of the down GEMM's kernel, whose schedule and shared memory are made for it.
 SPECIALIZED_TILE = {"BLOCK_M": 128, "MIN_M": 64, "BLOCK_N": 256, "BLOCK_K": 64}
 # With as few stages there is room for 192 rows, and an expert's last 64 or fewer go with the tile before.
 TALL_STAGES = 3
+
+
+def specialized_tile(kernel: str) -> dict[str, int]:
+    """That of "gate_up" has half the columns, of as many weight rows."""
+    columns = SPECIALIZED_TILE["BLOCK_N"] // (2 if kernel == "gate_up" else 1)
+    return {**SPECIALIZED_TILE, "BLOCK_N": columns}
+
+
+def fits_specialized_gate_up(hidden_dim: int, inter: int) -> bool:
+    """Whether a layer of these sizes has whole steps of K, and columns of gate and of up that leave 64 at a time."""
+    return hidden_dim % SPECIALIZED_TILE["BLOCK_K"] == 0 and inter % 64 == 0
 
 
 class DecodeConfig(NamedTuple):
@@ -92,11 +104,11 @@ class ThinConfig(NamedTuple):
 def fault_of(kernel: str, config: GemmConfig, dtype: torch.dtype, traits: Traits) -> str | None:
     """Why "gate_up" or "down" cannot run so on a GPU with these traits: a field, and what it must be."""
     if config.WARP_SPECIALIZED:
-        if kernel != "down" or traits.mma != "wgmma" or dtype.itemsize != 2:
-            return "WARP_SPECIALIZED: only the down GEMM, for 16 bits on Hopper, has such a kernel"
+        if traits.mma != "wgmma" or dtype.itemsize != 2:
+            return "WARP_SPECIALIZED: only 16 bits on Hopper have such a kernel"
         if not config.USE_TMA:
             return "USE_TMA: expected true with WARP_SPECIALIZED"
-        for field, size in SPECIALIZED_TILE.items():
+        for field, size in specialized_tile(kernel).items():
             if getattr(config, field) != size:
                 return f"{field}: expected {size} with WARP_SPECIALIZED, got {getattr(config, field)}"
     if config.USE_TMA and not traits.has_tma:

@@ -14,6 +14,7 @@ from .fp8 import gate_up_fp8, grouped_gemm_fp8
 from .fp8_hopper import gate_up_fp8_hopper, grouped_gemm_fp8_hopper
 from .gate import glu, glu_backward
 from .gate_up import gate_up
+from .gate_up_hopper import can_specialize_gate_up
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_hopper import can_specialize
 from .quantize import quantize_rows, quantize_slots, scale_shift

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .descriptors import described
 from .gate import _gate_and_up, _glu
+from .gate_up_hopper import gate_up_hopper
 from .launch import cdiv, launch
 from .tiles import is_height, load_weight, locate_tile, store_rows, weight_descriptor
 
@@ -249,8 +250,11 @@ def _gate_up_kernel(
 def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, z=None, bias=None):
     """x (T, H), w (E, 2I, H), contiguous bias (E, 2I) -> (S, I), and z (S, 2I) filled.
 
-    Rows of skipped slots stay unwritten. With TMA, transposed weights have to be interleaved.
+    Rows of skipped slots stay unwritten. With TMA, transposed weights have to be interleaved. The warp-specialized
+    kernel takes what `can_specialize_gate_up` says.
     """
+    if config.WARP_SPECIALIZED:
+        return gate_up_hopper(x, w, sorted_slots, schedule, top_k, gate, config, z)
     _, rows, hidden_dim = w.shape
     inter = rows // 2
     tiles = schedule.shape[1]

@@ -57,7 +57,7 @@ def _block(x_smem, i, TRANSPOSED: gl.constexpr):
 
 @gluon.jit
 def _await(stages, step, FENCE: gl.constexpr):
-    """The stage of this step when it is full. FENCE: of rows that came by cp.async, which wgmma does not see without."""
+    """The stage of this step, when it is full. FENCE: before wgmma reads rows that came by cp.async."""
     stage, phase = step
     mbarrier.wait(stages[2].index(stage), phase)
     if FENCE:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import tuning
-from ..launch_configs import SPECIALIZED_TILE, GemmConfig, Traits, fault_of
+from ..launch_configs import GemmConfig, Traits, fault_of, fits_specialized_gate_up, specialized_tile
 
 MOST_ROWS = 131072
 
@@ -60,17 +60,23 @@ def candidates(layer: Layer, tokens: int, traits: Traits) -> list[tuple]:
                 config = GemmConfig(block_m, min_m, block_n, k, group, warps, num_stages, USE_TMA=traits.has_tma)
                 found.append((kernel, config))
         for group in groups:
-            tile = {**SPECIALIZED_TILE, "BLOCK_M": block_m, "MIN_M": min_m}
-            specialized = {"USE_TMA": True, "WARP_SPECIALIZED": True}
-            found.append(("down", GemmConfig(**tile, GROUP_M=group, num_warps=8, num_stages=4, **specialized)))
-    # What a tuned file may not say need not be tried.
+            for kernel, num_stages in (("gate_up", 4), ("down", 3), ("down", 4)):
+                tile = {**specialized_tile(kernel), "BLOCK_M": block_m, "MIN_M": min_m}
+                specialized = {"USE_TMA": True, "WARP_SPECIALIZED": True}
+                config = GemmConfig(**tile, GROUP_M=group, num_warps=8, num_stages=num_stages, **specialized)
+                found.append((kernel, config))
+    # What a tuned file may not say, and what cannot serve this layer, need not be tried.
     found = [c for c in found if c[0] == "route" or not fault_of(*c, layer.dtype, traits)]
+    if not fits_specialized_gate_up(layer.hidden_dim, layer.inter):
+        found = [c for c in found if c[0] != "gate_up" or not c[1].WARP_SPECIALIZED]
     return list(dict.fromkeys(found + heuristics(layer, tokens, traits)))
 
 
 def heuristics(layer: Layer, tokens: int, traits: Traits) -> list[tuple]:
     """What runs without a tuned file, as candidates."""
     up, down = tuning.heuristic_config(tokens * layer.top_k, layer.experts, layer.dtype, traits)
+    if not fits_specialized_gate_up(layer.hidden_dim, layer.inter):
+        up = up._replace(WARP_SPECIALIZED=False)
     return [("route", Tile(up.BLOCK_M, up.MIN_M)), ("gate_up", up), ("down", down)]
 
 

@@ -40,7 +40,7 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
     up_config, down_config = _experts_config(slots, down.weight)
     if is_transposed(gate_up.weight) and not gate.interleaved:  # one tile takes rows of gate and of up
-        up_config = up_config._replace(USE_TMA=False)
+        up_config = up_config._replace(USE_TMA=False, WARP_SPECIALIZED=False)
     return Plan(as_readable(up_config, gate_up.weight), down_config, dtype)
 
 
@@ -50,9 +50,12 @@ def _experts_config(rows, weight):
 
 
 def first_gemm(x, gate_up, rows, gate, plan, z=None):
+    kernels, config = gpu.launchers(), plan.gate_up
+    if config.WARP_SPECIALIZED and not kernels.can_specialize_gate_up(x, gate_up.weight, gate, gate_up.bias):
+        config = config._replace(WARP_SPECIALIZED=False)
     order = (rows.slots, rows.schedule, rows.top_k)
-    how = (gpu.input_precision(x.dtype), plan.gate_up)
-    return gpu.launchers().gate_up(x, gate_up.weight, *order, gate, *how, z, contiguous(gate_up.bias))
+    how = (gpu.input_precision(x.dtype), config)
+    return kernels.gate_up(x, gate_up.weight, *order, gate, *how, z, contiguous(gate_up.bias))
 
 
 def second_gemm(a, down, rows, plan, addend):
