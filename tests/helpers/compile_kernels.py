@@ -40,6 +40,7 @@ GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with
 
 MMA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
 # Those of kernels/fp4_registers.py and decode_fp4.py multiply alike on all of NVIDIA's.
+GATE_UP = "_gate_up_hopper_kernel"
 FROM_REGISTERS = ("_grouped_gemm_fp4_few_kernel", "_gate_up_decode_fp4_kernel", "_down_decode_fp4_kernel")
 
 
@@ -58,10 +59,12 @@ def check(gpu, traits, name, kernel, dtype, config) -> bool:
         )
     # Less is a value or two put aside outside the loop over K. With fp8 activations the assembler begins the second
     # product while it scales the first, and pays with some registers; from registers it may keep itself to 128.
-    if stack > (128 if dtype == FP8 else 32 if name in FROM_REGISTERS else 16):
+    # The warp-specialized gate_up puts some aside as it stores z beside the sums of the third block of rows.
+    if stack > (128 if dtype == FP8 else 64 if name == GATE_UP else 32 if name in FROM_REGISTERS else 16):
         faults.append("spills")
     mma = "mma.sync" if name in FROM_REGISTERS else traits.mma
-    multiplies = "gemm" in name or "grad" in name or name in ("_gate_up_kernel", "_gate_up_fp8_kernel", *FROM_REGISTERS)
+    multiplies = "gemm" in name or "grad" in name
+    multiplies |= name in ("_gate_up_kernel", GATE_UP, "_gate_up_fp8_kernel", *FROM_REGISTERS)
     if multiplies and dtype != torch.float32 and MMA[mma] not in code:
         if mma not in ("wgmma", "tcgen05") or is_of_warpgroups(name, config):
             faults.append(f"no {mma}")
@@ -114,11 +117,13 @@ def gemm_launches(package, dtype, config, precision, experts, hidden, inter, is_
     b1, b2, z = empty(experts, 2 * inter), empty(experts, hidden), empty(96, 2 * inter)
     for up in ways(config.gate_up):
         for gate in (Gate(**GPT_OSS), Gate()):
-            if gate.interleaved or not up.USE_TMA:
+            if not up.WARP_SPECIALIZED and (gate.interleaved or not up.USE_TMA):
                 yield dtype, up, partial(kernels.gate_up, x, w1, slots, schedule, 6, gate, precision, up, z, b1)
     for down in ways(config.down):
         yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down)
-        if not down.WARP_SPECIALIZED:
+        if down.WARP_SPECIALIZED:  # rows of N that TMA cannot store
+            yield dtype, down, partial(kernels.grouped_gemm, a, empty(experts, 100, inter), schedule, precision, down)
+        else:
             yield dtype, down, partial(kernels.grouped_gemm, a, w2, schedule, precision, down, bias=b2)
 
 
@@ -140,6 +145,8 @@ def backward_launches(package, dtype, configs, precisions):
     for (_, config), precision in product(configs, precisions):
         for way in ways(config):
             yield dtype, way, partial(kernels.wgrad, z, a, offsets, precision, way)
+            if way.WARP_SPECIALIZED:  # tiles of M that TMA cannot store
+                yield dtype, way, partial(kernels.wgrad, empty(96, 72), a, offsets, precision, way)
     yield dtype, None, partial(kernels.row_sums, z, slots, offsets)
     yield dtype, None, partial(kernels.row_sums, x, slots, offsets, weights.view(16, 6))
 
@@ -278,8 +285,9 @@ def lora_launches(package, dtype, traits, precisions):
         u = empty(128, rank)
         yield dtype, None, partial(kernels.scale_rows, u, weights, slots, offsets)
         A, B, weight = (empty(EXPERTS, *shape) for shape in ((rank, HIDDEN), (HIDDEN, rank), (HIDDEN, HIDDEN)))
-        first, *_, last = (entry.config.down for entry in tuning.EXPERTS.of(dtype, traits))
-        for config, precision in product((first, last), precisions):
+        first, *others, last = (entry.config.down for entry in tuning.EXPERTS.of(dtype, traits))
+        wanted = [first, *(config for config in others if config.WARP_SPECIALIZED), last]
+        for config, precision in product(wanted, precisions):
             thin = tuning.thin_config(config, rank, dtype, traits)
             for factor in (A, B.mT):
                 yield dtype, thin, partial(kernels.grouped_gemm, x, factor, schedule, precision, thin)
@@ -378,7 +386,7 @@ def one_of_each(launches):
         if dtype == torch.float16 and "fp4" not in launch.func.__name__:
             continue
         dtypes = tuple(x.dtype for x in launch.args if isinstance(x, torch.Tensor))
-        reading = getattr(config, "USE_TMA", None), getattr(config, "WARP_SPECIALIZED", None)
+        reading = getattr(config, "USE_TMA", None), getattr(config, "WARP_SPECIALIZED", None) and config.num_stages
         kind = (launch.func.__name__, *launch.keywords, *dtypes, reading)
         if kind not in kinds:
             kinds.add(kind)

@@ -38,12 +38,13 @@ def of_both(**changes):
     return {**both, "down": dict(both["gate_up"])}
 
 
-def specialized(**changes):
-    """An entry for the warp-specialized kernel, but for these changes."""
-    down = {"MIN_M": 64, "BLOCK_N": 256, "num_warps": 8, "USE_TMA": True, "WARP_SPECIALIZED": True, **changes}
-    both = {field: {"BLOCK_M": 128, "MIN_M": 64, **changes}[field] for field in ("BLOCK_M", "MIN_M")}
-    whole = entry(64, **both)
-    return {**whole, "down": {**whole["down"], **down, **both}}
+def specialized(kernel="down", **changes):
+    """An entry for the warp-specialized kernel of this GEMM, but for these changes."""
+    tile = {"BLOCK_M": 128, "MIN_M": 64, "BLOCK_N": 256 if kernel == "down" else 128, "num_warps": 8, **changes}
+    whole = entry(64, **{field: tile[field] for field in ("BLOCK_M", "MIN_M")}, num_warps=8)
+    whole["down"].update(whole["gate_up"])
+    whole[kernel].update({"USE_TMA": True, "WARP_SPECIALIZED": True, **tile})
+    return whole
 
 
 def content(*entries):
@@ -131,12 +132,19 @@ BAD = [
     pytest.param(content(entry(64, num_stages=64)), "num_stages: 64 of them need 1048576 bytes", id="too-many-stages"),
     pytest.param(content(entry(64, num_warps=64)), "num_warps: expected at most 32, got 64", id="too-many-warps"),
     pytest.param(content(entry(64, GROUP_M=2**30)), "GROUP_M: expected at most 32768", id="group-of-all"),
-    pytest.param(content(entry(64, WARP_SPECIALIZED=True)), "gate_up: WARP_SPECIALIZED: only", id="specialized-gate"),
     pytest.param(content(specialized(USE_TMA=False)), "down: USE_TMA: expected true with", id="specialized-loads"),
     pytest.param(content(specialized(num_stages=16)), "down: num_stages: 16 of them", id="specialized-stages"),
     *(
         pytest.param(content(specialized(**{field: size})), f"{field}: expected .* with WARP", id=f"{field}-{size}")
         for field, size in (("BLOCK_M", 256), ("BLOCK_M", 64), ("MIN_M", 32), ("BLOCK_N", 128), ("BLOCK_K", 32))
+    ),
+    *(
+        pytest.param(content(specialized("gate_up", **changes)), f"gate_up: {reason}", id=f"gate_up-{reason[:7]}")
+        for changes, reason in (
+            ({"BLOCK_N": 64}, "BLOCK_N: expected 128 with WARP"),
+            ({"BLOCK_K": 32}, "BLOCK_K: expected 64 with WARP"),
+            ({"USE_TMA": False}, "USE_TMA: expected true with"),
+        )
     ),
 ]
 
@@ -175,8 +183,10 @@ def test_calls_look_their_files_up(kernel, tuning, monkeypatch):
 
 def test_what_can_work_is_accepted(kernel, tuning):
     """The warp-specialized tile in a file, and every heuristic as if it were in one."""
-    put(tuning, content(specialized()))
-    assert tuning.experts_config(64, SHAPE, BF16, SM90, GPU).down.WARP_SPECIALIZED
+    for name in ("gate_up", "down"):
+        put(tuning, content(specialized(name)))
+        tuning.experts_table.cache_clear()
+        assert getattr(tuning.experts_config(64, SHAPE, BF16, SM90, GPU), name).WARP_SPECIALIZED
     fault_of = import_module(f"{kernel.__name__}.launch_configs").fault_of
     for dtype, traits in product((BF16, torch.float32), TRAITS.values()):
         for _, (up, down) in tuning.EXPERTS.of(dtype, traits):
@@ -184,12 +194,25 @@ def test_what_can_work_is_accepted(kernel, tuning):
             assert not fault_of("down", down, dtype, traits)
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down"])
 @pytest.mark.parametrize("dtype, gpu", [(torch.float32, "sm_90"), (BF16, "sm_80"), (BF16, "sm_100")], ids=str)
-def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, gpu):
-    put(tuning, content(specialized()), dtype)
-    with pytest.warns(UserWarning, match="USE_TMA|WARP_SPECIALIZED"):
+def test_a_file_for_another_kind_of_gpu_or_dtype(tuning, dtype, gpu, name):
+    put(tuning, content(specialized(name)), dtype)
+    with pytest.warns(UserWarning, match=r"WARP_SPECIALIZED: only|USE_TMA: expected false"):
         found = tuning.experts_config(64, SHAPE, dtype, TRAITS[gpu], GPU)
     assert found == tuning.experts_config(64, SHAPE, dtype, TRAITS[gpu], "")
+
+
+@pytest.mark.parametrize(
+    "rows, specialized, num_stages",
+    [(50, [False, False], 3), (128, [False, True], 3), (180, [False, True], 3), (181, [True, True], 4)],
+)
+def test_kernels_for_many_rows_on_hopper(tuning, rows, specialized, num_stages):
+    """By rows of an expert; fp16 is as bf16, and fp32 has no such kernels."""
+    for dtype in (BF16, torch.float16):
+        both = tuning.heuristic_config(64 * rows, 64, dtype, SM90)
+        assert [config.WARP_SPECIALIZED for config in both] == specialized and both.down.num_stages == num_stages
+    assert not any(c.WARP_SPECIALIZED for c in tuning.heuristic_config(64 * rows, 64, torch.float32, SM90))
 
 
 def test_writing_is_atomic(tuning, files, monkeypatch, tmp_path):
