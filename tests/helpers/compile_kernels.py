@@ -59,7 +59,7 @@ def check(gpu, traits, name, kernel, dtype, config) -> bool:
         )
     # Less is a value or two put aside outside the loop over K. With fp8 activations the assembler begins the second
     # product while it scales the first, and pays with some registers; from registers it may keep itself to 128.
-    # The warp-specialized gate_up puts some aside as it stores z beside the sums of the third block of rows.
+    # The warp-specialized gate_up puts some aside once a tile: beside the sums of three blocks of rows little is free.
     if stack > (128 if dtype == FP8 else 64 if name == GATE_UP else 32 if name in FROM_REGISTERS else 16):
         faults.append("spills")
     mma = "mma.sync" if name in FROM_REGISTERS else traits.mma
