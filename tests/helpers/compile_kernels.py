@@ -39,8 +39,8 @@ GPT_OSS = {"activation": "swigluoai", "limit": 7.0, "interleaved": True}  # with
 
 
 MMA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync", "mfma": "v_mfma_"}
-# Those of kernels/fp4_registers.py and decode_fp4.py multiply alike on all of NVIDIA's.
 GATE_UP = "_gate_up_hopper_kernel"
+# Those of kernels/fp4_registers.py and decode_fp4.py multiply alike on all of NVIDIA's.
 FROM_REGISTERS = ("_grouped_gemm_fp4_few_kernel", "_gate_up_decode_fp4_kernel", "_down_decode_fp4_kernel")
 
 

@@ -144,6 +144,7 @@ def test_zero_tail(launch, rows, N, dtype):
         pytest.param(1, 4, 2, 64, 40, "distinct", id="one-token"),
         pytest.param(7, 3, 2, 97, 47, "sentinels", id="tails-everywhere"),
         pytest.param(3, 2, 2, 72, 136, "any", id="several-tiles-of-N"),
+        pytest.param(5, 4, 3, 96, 48, "sentinels", id="whole-vectors"),
     ],
 )
 def test_decode(kernel, launch, tokens, experts, top_k, hidden_dim, inter, ids, dtype):
@@ -199,7 +200,7 @@ def test_pipeline_of_variants(kernel, launch, config, hidden_dim, inter, variant
 @pytest.mark.parametrize(
     "hidden_dim, inter, variant, blocks",
     covering(
-        [pytest.param(64, 40, id="64-40"), pytest.param(97, 47, id="97-47")],
+        [pytest.param(96, 48, id="96-48"), pytest.param(97, 47, id="97-47")],
         VARIANTS,
         [pytest.param((8, 32), id="columns-8"), pytest.param((32, 32), id="columns-32")],
     ),

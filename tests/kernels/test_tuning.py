@@ -134,6 +134,7 @@ BAD = [
     pytest.param(content(entry(64, GROUP_M=2**30)), "GROUP_M: expected at most 32768", id="group-of-all"),
     pytest.param(content(specialized(USE_TMA=False)), "down: USE_TMA: expected true with", id="specialized-loads"),
     pytest.param(content(specialized(num_stages=16)), "down: num_stages: 16 of them", id="specialized-stages"),
+    pytest.param(content(specialized(num_stages=1)), "down: num_stages: expected 2 or more with", id="one-stage"),
     *(
         pytest.param(content(specialized(**{field: size})), f"{field}: expected .* with WARP", id=f"{field}-{size}")
         for field, size in (("BLOCK_M", 256), ("BLOCK_M", 64), ("MIN_M", 32), ("BLOCK_N", 128), ("BLOCK_K", 32))

@@ -75,8 +75,8 @@ _tma_layer = functools.partial(_layer, USE_TMA=True)
 
 # --- decode -----------------------------------------------------------------------------------------------------------
 
-# Measured on an H200 for T = 1 of three workloads and a block, together within 1 % of the best for each:
-# docs/measurements/NVIDIA-H200-decode.json.
+# Measured on an H200 for T = 1 of three workloads and a block, together within 1 % of the best for each, not for more
+# tokens: docs/measurements/NVIDIA-H200-decode.json.
 DECODE = ExpertsConfig(
     gate_up=DecodeConfig(BLOCK_N=2, BLOCK_K=256, num_warps=1),
     down=DecodeConfig(BLOCK_N=8, BLOCK_K=2048, num_warps=8),

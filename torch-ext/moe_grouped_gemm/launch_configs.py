@@ -52,7 +52,7 @@ GEMM_FIELD_TYPES = get_type_hints(GemmConfig)
 # Rows of each expert are padded to a multiple of this, the rows that wgrad takes at a time.
 PAD = 64
 
-# The one tile of the down GEMM's kernel, whose schedule and shared memory are made for it.
+# The tile of grouped_gemm_hopper.py's kernel, whose schedule and shared memory are made for it.
 SPECIALIZED_TILE = {"BLOCK_M": 128, "MIN_M": 64, "BLOCK_N": 256, "BLOCK_K": 64}
 # With as few stages there is room for 192 rows, and an expert's last 64 or fewer go with the tile before.
 TALL_STAGES = 3
@@ -111,6 +111,8 @@ def fault_of(kernel: str, config: GemmConfig, dtype: torch.dtype, traits: Traits
         for field, size in specialized_tile(kernel).items():
             if getattr(config, field) != size:
                 return f"{field}: expected {size} with WARP_SPECIALIZED, got {getattr(config, field)}"
+        if config.num_stages < 2:  # a consumer gives a stage back while it multiplies the next
+            return f"num_stages: expected 2 or more with WARP_SPECIALIZED, got {config.num_stages}"
     if config.USE_TMA and not traits.has_tma:
         return "USE_TMA: expected false for a GPU without TMA"
     # gate_up reads rows of gate and of up, the warp-specialized kernel two boxes.

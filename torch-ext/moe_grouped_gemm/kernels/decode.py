@@ -53,9 +53,9 @@ def _gate_and_up_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """[BLOCK_N] gate and up of a token in fp32, and gate_weight @ x, if there is one."""
+    UNROLL: tl.constexpr = 4 if VECTOR > 1 else 1
     PIECES: tl.constexpr = BLOCK_K // VECTOR
     offs_k = _of_pieces(tl.arange(0, PIECES)) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     gate, up, logit = _zeros(BLOCK_N, PIECES), _zeros(BLOCK_N, PIECES), _zeros(1, PIECES)
@@ -87,14 +87,13 @@ def _shared_gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
     GATE: tl.constexpr,
 ):
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = _of_rows(offs_n).to(tl.int64)
     gate, up, logit = _gate_and_up_sums(
         *(x_ptr, gate_ptr + rows * stride_gn, up_ptr + rows * stride_un, gate_weight_ptr, rows < Is),
-        *(H, 1, BLOCK_N, BLOCK_K, VECTOR, UNROLL),
+        *(H, 1, BLOCK_N, BLOCK_K, VECTOR),
     )
     a = _glu(gate, up, GATE)
     if gate_weight_ptr is not None:
@@ -127,7 +126,6 @@ def _gate_up_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
     WIDE: tl.constexpr,
     GATE: tl.constexpr,
 ):
@@ -143,7 +141,7 @@ def _gate_up_decode_kernel(
             tile = (k - top_k) * tl.num_programs(1) + tl.program_id(1)
             _shared_gate_up(
                 *(x_ptr, shared_gate_ptr, shared_up_ptr, gate_weight_ptr, a_ptr),
-                *(tile, Is, H, stride_gn, stride_un, BLOCK_N, BLOCK_K, VECTOR, UNROLL, GATE),
+                *(tile, Is, H, stride_gn, stride_un, BLOCK_N, BLOCK_K, VECTOR, GATE),
             )
             return
     expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
@@ -160,7 +158,7 @@ def _gate_up_decode_kernel(
     up_ptrs = gate_ptrs + tl.cast(up_offset, tl.int64) * stride_wn
     gate, up, _ = _gate_and_up_sums(
         *(x_ptr, gate_ptrs, up_ptrs, None, _of_rows(offs_n < I)),
-        *(H, stride_wk, BLOCK_N, BLOCK_K, VECTOR, UNROLL),
+        *(H, stride_wk, BLOCK_N, BLOCK_K, VECTOR),
     )
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * (2 * I) + gate_rows
@@ -168,6 +166,14 @@ def _gate_up_decode_kernel(
         up += tl.load(bias_ptrs + up_offset, mask=offs_n < I, other=0.0).to(tl.float32)
     a = _glu(gate, up, GATE)
     tl.store(a_ptr + slot.to(tl.int64) * I + offs_n, a.to(a_ptr.dtype.element_ty), mask=offs_n < I)
+
+
+@triton.jit
+def _add_columns(acc, a_ptr, w_ptrs, stride_wk, weight, offs_k, mask_k, mask_n):
+    """acc + weight * (w @ a) of these columns, not yet summed over pieces."""
+    a = tl.load(a_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
+    w = tl.load(w_ptrs + offs_k * stride_wk, mask=mask_n & mask_k, other=0.0)
+    return acc + tl.sum(w.to(tl.float32) * a, axis=2)
 
 
 @triton.jit
@@ -203,31 +209,40 @@ def _down_decode_kernel(
     if WIDE:
         stride_wk = tl.cast(stride_wk, tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = _of_rows(offs_n < H)
     rows = _of_rows(offs_n).to(tl.int64)
     piece = _of_pieces(tl.arange(0, PIECES))
     offs_v = tl.arange(0, VECTOR)[None, None, :]
+    w_ptrs = w_ptr + rows * stride_wn
     acc = _zeros(BLOCK_N, PIECES)
-    # One sum over the columns of all slots, so that no step is half empty.
-    of_slot = tl.cdiv(I, VECTOR)
-    for first in tl.range(0, top_k * of_slot, PIECES, loop_unroll_factor=2):
-        slot = (first + piece) // of_slot
-        expert = tl.load(top_k_index_ptr + slot, mask=slot < top_k, other=-1).to(tl.int64)
-        # A skipped slot has no row in `a`, and its weight may be anything, NaN included.
-        is_ours = (expert >= 0) & (expert < E)
-        weight = tl.load(top_k_weights_ptr + slot, mask=is_ours, other=0.0).to(tl.float32)
-        offs_k = (first + piece - slot * of_slot) * VECTOR + offs_v
-        mask_k = is_ours & (offs_k < I)
-        a = tl.load(a_ptr + slot * I + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
-        w_ptrs = w_ptr + expert * stride_we + rows * stride_wn + offs_k * stride_wk
-        w = tl.load(w_ptrs, mask=(rows < H) & mask_k, other=0.0)
-        acc += tl.sum(w.to(tl.float32) * a, axis=2)
+    # A skipped slot has no row in `a`, and its weight may be anything, NaN included.
+    if VECTOR == 1:
+        for slot in tl.range(0, top_k, loop_unroll_factor=2):
+            expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
+            columns = tl.where((expert >= 0) & (expert < E), I, 0)
+            weight = tl.load(top_k_weights_ptr + slot).to(tl.float32)
+            weight = tl.where(columns > 0, weight, 0.0)
+            for first in range(0, I, PIECES):
+                offs_k, of_slot = first + piece, w_ptrs + expert * stride_we
+                acc = _add_columns(acc, a_ptr + slot * I, of_slot, stride_wk, weight, offs_k, offs_k < columns, mask_n)
+    else:
+        # One sum over the columns of all slots, so that no step is half empty.
+        pieces = tl.cdiv(I, VECTOR)
+        for first in tl.range(0, top_k * pieces, PIECES, loop_unroll_factor=2):
+            slot = (first + piece) // pieces
+            expert = tl.load(top_k_index_ptr + slot, mask=slot < top_k, other=-1).to(tl.int64)
+            is_ours = (expert >= 0) & (expert < E)
+            weight = tl.load(top_k_weights_ptr + slot, mask=is_ours, other=0.0).to(tl.float32)
+            offs_k = (first + piece - slot * pieces) * VECTOR + offs_v
+            of_slot = w_ptrs + expert * stride_we
+            acc = _add_columns(
+                acc, a_ptr + slot * I, of_slot, stride_wk, weight, offs_k, is_ours & (offs_k < I), mask_n
+            )
     if shared_ptr is not None:
         a_ptr += top_k * I
         for first in tl.range(0, Is, BLOCK_K, loop_unroll_factor=2):
             offs_k = first + piece * VECTOR + offs_v
-            a = tl.load(a_ptr + offs_k, mask=offs_k < Is, other=0.0).to(tl.float32)
-            w = tl.load(shared_ptr + rows * stride_sn + offs_k, mask=(rows < H) & (offs_k < Is), other=0.0)
-            acc += tl.sum(w.to(tl.float32) * a, axis=2)
+            acc = _add_columns(acc, a_ptr, shared_ptr + rows * stride_sn, 1, 1.0, offs_k, offs_k < Is, mask_n)
     out = tl.sum(acc, axis=_PIECES)
     if bias_ptr is not None:
         for k in range(top_k):
@@ -248,9 +263,14 @@ def _is_wide(w):
     return w.shape[2] * w.stride(2) >= 2**31
 
 
-def _vector(w):
-    """Elements of a row that a thread loads at once: 16 bytes, if they follow each other."""
-    return 16 // w.element_size() if w.stride(2) == 1 else 1
+def _vector(*weights):
+    """Elements of a row that a thread loads at once, 16 bytes; 1 where Triton cannot know that it may."""
+    for w in weights:
+        if w is not None and (
+            w.stride(-1) != 1 or w.data_ptr() % 16 or any(n % 16 for n in (*w.shape[-1:], *w.stride()[:-1]))
+        ):
+            return 1
+    return 16 // weights[0].element_size()
 
 
 def gate_up_decode(x, w, top_k_index, gate, config, bias=None, shared=None):
@@ -268,13 +288,13 @@ def gate_up_decode(x, w, top_k_index, gate, config, bias=None, shared=None):
         rows, columns = rows + shared_rows, columns + gate_proj.shape[0]
         of_shared = (gate_proj.shape[0], shared_rows, gate_proj.stride(0), up_proj.stride(0))
     a = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
-    sizes, vector = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride(), *of_shared), _vector(w)
+    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), *w.stride(), *of_shared)
     launch(
         _gate_up_decode_kernel,
         (tokens * rows, tiles, 1),
         (x, w, bias, gate_proj, up_proj, gate_weight, a, top_k_index),
         (),
-        (*sizes, config.BLOCK_N, config.BLOCK_K, vector, 4 if vector > 1 else 1, _is_wide(w), gate),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, _vector(w, gate_proj, up_proj), _is_wide(w), gate),
         num_warps=config.num_warps,
     )
     return a
@@ -295,7 +315,7 @@ def down_decode(a, w, top_k_index, top_k_weights, config, bias=None, shared=None
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
         (a, w, bias, shared_w, top_k_index, top_k_weights, out),
         (),
-        (*sizes, config.BLOCK_N, config.BLOCK_K, _vector(w), _is_wide(w)),
+        (*sizes, config.BLOCK_N, config.BLOCK_K, _vector(w, shared_w), _is_wide(w)),
         num_warps=config.num_warps,
     )
     return out

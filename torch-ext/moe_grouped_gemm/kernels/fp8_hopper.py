@@ -105,6 +105,7 @@ def _multiply(CONSUMER: gl.constexpr, out, scale_args, sizes, stages, queue, TIL
             for _ in range(k_tiles):
                 stage, phase = step
                 mbarrier.wait(full.index(stage), phase)
+                _barrier()
                 mbarrier.arrive(free.index(stage), count=1)
                 step = _next(step, STAGES)
         tile, place = _take_tile(queue, place)

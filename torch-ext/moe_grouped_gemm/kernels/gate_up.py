@@ -254,6 +254,7 @@ def gate_up(x, w, sorted_slots, schedule, top_k, gate, input_precision, config, 
     kernel takes what `can_specialize_gate_up` says.
     """
     if config.WARP_SPECIALIZED:
+        assert bias is None
         return gate_up_hopper(x, w, sorted_slots, schedule, top_k, gate, config, z)
     _, rows, hidden_dim = w.shape
     inter = rows // 2

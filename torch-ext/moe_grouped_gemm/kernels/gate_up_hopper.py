@@ -47,7 +47,7 @@ from .launch import launch, multiprocessors
 from .products_hopper import _halves, _skip_steps, _sums, _tall_sums
 from .tiles import locate_tile
 
-# Renamed in Triton 3.9.
+# Renamed in Triton 3.8.
 _cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 STAGES = gl.constexpr(TALL_STAGES)

@@ -31,7 +31,7 @@ from ..launch_configs import SPECIALIZED_TILE
 from .descriptors import described
 from .tiles import locate_tile
 
-# Renamed in Triton 3.9, 3.9, 3.7 and 3.9.
+# Renamed in Triton 3.8, 3.8, 3.7 and 3.9.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -264,8 +264,8 @@ def _ragged_descriptor(y):
 
 
 def can_store_by_tma(y) -> bool:
-    """y (..., N): rows of whole 16 bytes."""
-    return y.element_size() == 2 and y.shape[-1] % 8 == 0 and y.data_ptr() % 16 == 0
+    """y (..., N): contiguous rows of whole 16 bytes."""
+    return y.element_size() == 2 and y.is_contiguous() and y.shape[-1] % 8 == 0 and y.data_ptr() % 16 == 0
 
 
 def _with_layout(x, shape, strides, box):

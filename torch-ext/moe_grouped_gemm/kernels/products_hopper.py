@@ -156,6 +156,7 @@ def _skip_steps(k_tiles, stages, step):
     for _ in range(k_tiles):
         stage, phase = step
         mbarrier.wait(full.index(stage), phase)
+        _barrier()  # or a warp might come to look when the stage is full again
         mbarrier.arrive(free.index(stage), count=1)
         step = _next(step, w_smem.shape[0])
     return step
