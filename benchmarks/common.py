@@ -195,8 +195,8 @@ def measure_ceilings(**rates) -> dict[str, float]:
     torch.manual_seed(0)
     ceilings = {**{name: rate() for name, rate in rates.items()}, "bytes": read_bandwidth()}
     torch.cuda.empty_cache()
-    rates = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in ceilings.items())
-    print(f"{gpu_name()}: {rates} per second, sustained")
+    found = ", ".join(f"{name} {value / 1e12:.4g}e12" for name, value in ceilings.items())
+    print(f"{gpu_name()}: {found} per second, sustained")
     return ceilings
 
 

@@ -73,23 +73,23 @@ class Work:
     def __init__(self, model, phase: str, tokens: int):
         self.model = model
         if phase == "prefill":
-            self._tokens, self._cache = random_tokens(1, tokens, model.config.vocab_size), None
+            self.tokens, self._cache = random_tokens(1, tokens, model.config.vocab_size), None
             return
         prompts = random_tokens(tokens, PROMPT + 1, model.config.vocab_size)
-        self._tokens = prompts[:, PROMPT:]
+        self.tokens = prompts[:, PROMPT:]
         with torch.no_grad():
             self._cache = model(prompts[:, :PROMPT], use_cache=True, logits_to_keep=1).past_key_values
 
     @torch.no_grad()
     def run(self) -> torch.Tensor:
         if self._cache is None:
-            return self.model(self._tokens, use_cache=False, logits_to_keep=1).logits
-        logits = self.model(self._tokens, past_key_values=self._cache, use_cache=True).logits
+            return self.model(self.tokens, use_cache=False, logits_to_keep=1).logits
+        logits = self.model(self.tokens, past_key_values=self._cache, use_cache=True).logits
         self._cache.crop(-1)  # what this step added
         return logits
 
     def logits(self):
-        return prefill_logits(self.model, self._tokens) if self._cache is None else [self.run()[:, -1]]
+        return prefill_logits(self.model, self.tokens) if self._cache is None else [self.run()[:, -1]]
 
 
 class Host:
@@ -151,7 +151,7 @@ def measure_noise(model) -> dict[tuple, tuple[float, float]]:
         work = Work(model, phase, tokens)
         expected = work.logits()
         if phase == "prefill":
-            noise[phase, tokens] = bf16_noise(model, work._tokens, expected)
+            noise[phase, tokens] = bf16_noise(model, work.tokens, expected)
             continue
         model.set_experts_implementation("eager")
         noise[phase, tokens] = compare(work.logits(), expected)

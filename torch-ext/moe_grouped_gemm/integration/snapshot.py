@@ -54,12 +54,16 @@ class Snapshot:
         self._hooked = list(map(bool, self._hooks))
         self._places = self._where()
 
-    def holds(self, module: nn.Module) -> bool:
-        return self._is_same(module) and self._where() == self._places
+    def now(self, module: nn.Module) -> Snapshot | None:
+        """This one, if it holds.
 
-    def moved(self, module: nn.Module) -> Snapshot | None:
-        """Of now, if nothing but the memory of tensors is another, as where FSDP2 gathers them; else None."""
-        places = self._where() if self._is_same(module) else []
+        Another, if nothing but the memory of tensors differs, as where FSDP2 gathers them; else None.
+        """
+        if not self._is_same(module):
+            return None
+        places = self._where()
+        if places == self._places:
+            return self
         if [form for _, form in places] != [form for _, form in self._places] or _tied(places) != _tied(self._places):
             return None
         moved = copy.copy(self)
@@ -121,12 +125,12 @@ class Decisions:
             decided = module.__dict__[_DECIDED] = _Decided(module)
         kept = decided.kept
         if kept is not None and kept[0] == like:
-            if kept[1].holds(module):
+            snapshot = kept[1].now(module)
+            if snapshot is kept[1]:
                 return kept[2]
-            moved = None if self._elsewhere is None or kept[2] is None else kept[1].moved(module)
-            if moved is not None:
+            if snapshot is not None and self._elsewhere is not None and kept[2] is not None:
                 decision = self._elsewhere(kept[2])
-                decided.kept = like, moved, decision
+                decided.kept = like, snapshot, decision
                 return decision
         snapshot = Snapshot.of(module)
         if snapshot is None:

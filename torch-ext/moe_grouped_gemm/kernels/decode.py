@@ -169,6 +169,15 @@ def _gate_up_decode_kernel(
 
 
 @triton.jit
+def _chosen(top_k_index_ptr, top_k_weights_ptr, slot, top_k, E):
+    """The expert of a token's slot, whether there is one, and its weight."""
+    expert = tl.load(top_k_index_ptr + slot, mask=slot < top_k, other=-1).to(tl.int64)
+    is_ours = (expert >= 0) & (expert < E)
+    # That of a skipped slot may be anything, NaN included.
+    return expert, is_ours, tl.load(top_k_weights_ptr + slot, mask=is_ours, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _add_columns(acc, a_ptr, w_ptrs, stride_wk, weight, offs_k, mask_k, mask_n):
     """acc + weight * (w @ a) of these columns, not yet summed over pieces."""
     a = tl.load(a_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) * weight
@@ -215,29 +224,23 @@ def _down_decode_kernel(
     offs_v = tl.arange(0, VECTOR)[None, None, :]
     w_ptrs = w_ptr + rows * stride_wn
     acc = _zeros(BLOCK_N, PIECES)
-    # A skipped slot has no row in `a`, and its weight may be anything, NaN included.
+    # A skipped slot has no row in `a`.
     if VECTOR == 1:
         for slot in tl.range(0, top_k, loop_unroll_factor=2):
-            expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
-            columns = tl.where((expert >= 0) & (expert < E), I, 0)
-            weight = tl.load(top_k_weights_ptr + slot).to(tl.float32)
-            weight = tl.where(columns > 0, weight, 0.0)
+            expert, is_ours, weight = _chosen(top_k_index_ptr, top_k_weights_ptr, slot, top_k, E)
             for first in range(0, I, PIECES):
                 offs_k, of_slot = first + piece, w_ptrs + expert * stride_we
-                acc = _add_columns(acc, a_ptr + slot * I, of_slot, stride_wk, weight, offs_k, offs_k < columns, mask_n)
+                mask_k = is_ours & (offs_k < I)
+                acc = _add_columns(acc, a_ptr + slot * I, of_slot, stride_wk, weight, offs_k, mask_k, mask_n)
     else:
         # One sum over the columns of all slots, so that no step is half empty.
         pieces = tl.cdiv(I, VECTOR)
         for first in tl.range(0, top_k * pieces, PIECES, loop_unroll_factor=2):
             slot = (first + piece) // pieces
-            expert = tl.load(top_k_index_ptr + slot, mask=slot < top_k, other=-1).to(tl.int64)
-            is_ours = (expert >= 0) & (expert < E)
-            weight = tl.load(top_k_weights_ptr + slot, mask=is_ours, other=0.0).to(tl.float32)
+            expert, is_ours, weight = _chosen(top_k_index_ptr, top_k_weights_ptr, slot, top_k, E)
             offs_k = (first + piece - slot * pieces) * VECTOR + offs_v
-            of_slot = w_ptrs + expert * stride_we
-            acc = _add_columns(
-                acc, a_ptr + slot * I, of_slot, stride_wk, weight, offs_k, is_ours & (offs_k < I), mask_n
-            )
+            of_slot, mask_k = w_ptrs + expert * stride_we, is_ours & (offs_k < I)
+            acc = _add_columns(acc, a_ptr + slot * I, of_slot, stride_wk, weight, offs_k, mask_k, mask_n)
     if shared_ptr is not None:
         a_ptr += top_k * I
         for first in tl.range(0, Is, BLOCK_K, loop_unroll_factor=2):
@@ -245,10 +248,8 @@ def _down_decode_kernel(
             acc = _add_columns(acc, a_ptr, shared_ptr + rows * stride_sn, 1, 1.0, offs_k, offs_k < Is, mask_n)
     out = tl.sum(acc, axis=_PIECES)
     if bias_ptr is not None:
-        for k in range(top_k):
-            expert = tl.load(top_k_index_ptr + k).to(tl.int64)
-            is_ours = (expert >= 0) & (expert < E)
-            weight = tl.load(top_k_weights_ptr + k, mask=is_ours, other=0.0).to(tl.float32)
+        for slot in range(top_k):
+            expert, is_ours, weight = _chosen(top_k_index_ptr, top_k_weights_ptr, slot, top_k, E)
             bias = tl.load(bias_ptr + expert * H + offs_n, mask=(offs_n < H) & is_ours, other=0.0)
             out += bias.to(tl.float32) * weight
     tl.store(out_ptr + token * H + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < H)

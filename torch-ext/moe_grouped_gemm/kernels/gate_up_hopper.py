@@ -32,6 +32,7 @@ from .hopper import (
     _barriers,
     _buffers,
     _claim_tile,
+    _goes_along,
     _is_tall,
     _next,
     _number_of_tiles,
@@ -64,7 +65,7 @@ _PIECES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [_LOADERS.value, 1], [1,
 def _locate(schedule, n_tiles, num_tiles, turn, GROUP_M: gl.constexpr):
     """The tile of this turn, or if it goes with the one before of a next that is claimed; and its turn."""
     expert, first_row, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, turn)
-    while (turn < num_tiles) & (row > first_row) & (row_end - row <= ROWS):
+    while (turn < num_tiles) & _goes_along(first_row, row, row_end):
         turn = _claim_tile(schedule, num_tiles)
         expert, first_row, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, turn)
     is_tile = turn < num_tiles

@@ -140,6 +140,12 @@ def _is_tall(row, row_end):
 
 
 @gluon.jit
+def _goes_along(first_row, row, row_end):
+    """Whether the rows of a tile are the third block of the one before."""
+    return (row > first_row) & (row_end - row <= ROWS)
+
+
+@gluon.jit
 def _load_step(x_desc, w_desc, w_smem, tile, k, sizes, stages, step, TILE_N: gl.constexpr):
     """The columns from k on of the tile's rows and weight rows, into the next stage."""
     row, row_end, expert, tile_n = tile
@@ -191,7 +197,7 @@ def _load(
     while turn < num_tiles:
         next_turn = _claim_tile(schedule, num_tiles)
         expert, first_row, row, row_end, tile_n = locate_tile(*schedule, n_tiles, BLOCK_M, GROUP_M, turn)
-        goes_along = JOIN and (row > first_row) & (row_end - row <= ROWS)
+        goes_along = JOIN and _goes_along(first_row, row, row_end)
         if not goes_along:
             tile = (row, row_end, expert, tile_n)
             k_tiles = gl.cdiv(K, STEP) + RANK_STEPS
