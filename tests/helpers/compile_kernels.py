@@ -212,6 +212,7 @@ def fp4_launches(package, traits, precisions):
     """As `launches`, for weights in 4 bits; fp16 turns codes into numbers by instructions of its own."""
     kernels, tuning = import_module(f"{package}.kernels"), import_module(f"{package}.tuning")
     Gate = import_module(f"{package}.reference").Gate
+    like_fixed_point = import_module(f"{package}.kernels.fixed_point").like_fixed_point
 
     def empty(*shape, dtype=torch.uint8):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -263,9 +264,13 @@ def fp4_launches(package, traits, precisions):
         weights = empty(16, 6, dtype=torch.float32)
         for gate, biases in ((Gate(), (None, None)), (Gate(**GPT_OSS), (b1, b2))):
             yield dtype, up, partial(kernels.gate_up_decode_fp4, x, w1, s1, index, gate, up, biases[0])
-            args = (a, w2, s2, index, weights, down, biases[1])
+            args = (like_fixed_point(*a.shape, a.device), w2, s2, index, weights, down, dtype, biases[1])
             for addend in (None, y):
                 yield dtype, down, partial(kernels.down_decode_fp4, *args, addend)
+        # As many columns as do not fit shared memory for all slots of a token.
+        w2, s2 = empty(EXPERTS, HIDDEN, 4096), empty(EXPERTS, HIDDEN, 256, dtype=scale)
+        args = (like_fixed_point(96, 8192, a.device), w2, s2, index, weights, down, dtype)
+        yield dtype, down, partial(kernels.down_decode_fp4, *args)
 
 
 def lora_launches(package, dtype, traits, precisions):

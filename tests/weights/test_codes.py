@@ -55,6 +55,7 @@ CASES = [  # format, T, E, top_k, H, I, ids, form of the scales
     pytest.param(FP4, 1, 64, 8, 256, 128, "distinct", {}, id="fp4-decode"),
     pytest.param(FP4, 1, 4, 1, 32, 32, "distinct", {"form": "fp32"}, id="fp4-decode-one-group"),
     pytest.param(FP4, 3, 100, 5, 288, 224, "sentinels", {"form": "uint8"}, id="fp4-decode-sentinels-uint8"),
+    pytest.param(FP4, 1, 128, 12, 544, 96, "sentinels", {}, id="fp4-decode-more-slots-than-warps"),
     pytest.param(FP4, 33, 4, 1, 256, 384, "distinct", {"form": "fp32"}, id="fp4-top_k-1-fp32"),
     pytest.param(FP4, 100, 7, 2, 96, 32, "any", {}, id="fp4-tails-everywhere"),
     pytest.param(FP4, 60, 9, 3, 288, 224, "zipf", {"form": "uint8"}, id="fp4-zipf-uint8"),

@@ -52,6 +52,37 @@ def test_large_scales_in_16_bits(kernel, device, form, dtype, tokens):
     assert error(run(kernel, inputs, weights, scales), exact) <= 2 * torch.finfo(dtype).eps
 
 
+def test_groups_of_any_magnitude_in_decode(kernel, device):
+    """Each of its own, and all of one weight in the sum; a group of zeros, one of the least numbers, infinity."""
+    (x, index, top_k_weights), weights, scales = fp4_layer(
+        kernel, 2, 64, 4, 256, 128, torch.bfloat16, device, form="uint8"
+    )
+    magnitude = 12 * torch.arange(8, device=device) - 40
+    x *= 2.0 ** magnitude.repeat_interleave(32)
+    scales[0] = (127 - magnitude.expand(scales[0].shape)).to(torch.uint8)
+    x[0, 64:96], x[0, 128:160] = 0, 2**-133
+    exact = kernel.reference.moe_experts(
+        *in_fp64((x, index, top_k_weights)), *(dequantized_fp4(*pair) for pair in zip(weights, scales))
+    )
+    out = run(kernel, (x, index, top_k_weights), weights, scales)
+    assert error(out, exact) <= 2 * torch.finfo(torch.bfloat16).eps
+    x[1, 40] = float("inf")
+    again = run(kernel, (x, index, top_k_weights), weights, scales)
+    assert torch.equal(again[0], out[0]) and not again[1].isfinite().any()
+
+
+def test_scales_that_are_no_numbers_in_decode(kernel, device):
+    """Exponent 255 is NaN wherever its row is multiplied, be its codes zeros; of a skipped expert it is nowhere."""
+    (x, index, top_k_weights), weights, scales = fp4_layer(
+        kernel, 3, 64, 2, 96, 64, torch.bfloat16, device, form="uint8"
+    )
+    index.copy_(torch.tensor([[7, 9], [9, 11], [64, 11]]))
+    scales[0][7, 5, 2] = scales[1][9, 3, 1] = scales[0][0, 0, 0] = 255
+    weights[0][7, 5], weights[1][9, 3] = 0, 0
+    out = run(kernel, (x, index, top_k_weights), weights, scales)
+    assert out[0].isnan().all() and out[1].isnan().nonzero().tolist() == [[3]] and out[2].isfinite().all()
+
+
 def test_strides(kernel, device):
     (x, index, top_k_weights), weights, scales = fp4_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
     exact = kernel.reference.moe_experts(

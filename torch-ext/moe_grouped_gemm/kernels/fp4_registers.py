@@ -132,16 +132,13 @@ def _load_x(x_ptrs, k_of_x, k, K, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _load_words(w_ptrs, k, K, EVEN: gl.constexpr, mask=None):
-    """Pairs [ROWS, STEP / 8] from column k on; past the last one zero. mask: rows that are read."""
-    if EVEN and mask is None:
+def _load_words(w_ptrs, k, K, EVEN: gl.constexpr):
+    """Pairs [ROWS, STEP / 8] from column k on; past the last one zero."""
+    if EVEN:
         return gl.load(w_ptrs + k // 8)
-    elif EVEN:
-        return gl.load(w_ptrs + k // 8, mask=mask, other=0)
     else:
         offs_w = gl.arange(0, _STEP // 8, gl.SliceLayout(0, w_ptrs.type.layout))
-        there = gl.expand_dims(offs_w < (K - k) // 8, 0)
-        return gl.load(w_ptrs + k // 8, mask=there if mask is None else there & mask, other=0)
+        return gl.load(w_ptrs + k // 8, mask=gl.expand_dims(offs_w < (K - k) // 8, 0), other=0)
 
 
 @gluon.jit
@@ -169,9 +166,9 @@ def _load_scales(w_scale_ptr, rows, k, K):
 
 
 @gluon.jit
-def _load_weights(w_ptrs, w_scale_ptr, rows, k, K, EVEN: gl.constexpr, mask=None):
+def _load_weights(w_ptrs, w_scale_ptr, rows, k, K, EVEN: gl.constexpr):
     """What `_multiply` takes of weights, from column k on."""
-    return _load_words(w_ptrs, k, K, EVEN, mask), _load_scales(w_scale_ptr, rows, k, K)
+    return _load_words(w_ptrs, k, K, EVEN), _load_scales(w_scale_ptr, rows, k, K)
 
 
 @gluon.jit

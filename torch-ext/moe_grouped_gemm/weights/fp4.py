@@ -57,7 +57,8 @@ def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     up_bias, down_bias = contiguous(gate_up.bias), contiguous(down.bias)
     addend = addend_of(x, shared, gate)
     a = kernels.gate_up_decode_fp4(x, *_codes(gate_up), top_k_index, gate, up_config, up_bias)
-    return kernels.down_decode_fp4(a, *_codes(down), top_k_index, top_k_weights, down_config, down_bias, addend)
+    args = (a, *_codes(down), top_k_index, top_k_weights, down_config, x.dtype, down_bias, addend)
+    return kernels.down_decode_fp4(*args)
 
 
 def plan(slots, gate_up, down, gate, dtype, quantize_activations):
