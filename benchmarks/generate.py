@@ -10,7 +10,8 @@ Random weights in a DeepSeek-V3 of the 16B "moonlight" size, or in as many layer
 small ones, to see that the script runs.
 Modes: "eager", and "static": `generate(..., cache_implementation="static")`, which compiles the decoding step and
 records it as a CUDA graph. Prefill is never compiled. Logits are compared in every mode and batch before anything is
-timed, and nothing is written unless they agree. A run adds its cases to those of earlier runs of the same commit.
+timed, and nothing is written unless they agree. A run adds its cases to those of earlier runs on the same card with the
+same versions; a case of another commit says which.
 
 (Not called benchmark_*.py: `kernels benchmark` would ask it for a Benchmark class.)
 """
@@ -227,12 +228,16 @@ def key(case: dict) -> tuple:
 
 
 def earlier_cases(out: Path, head: dict) -> dict[tuple, dict]:
-    """Those in the file, if they were measured on the same machine, commit and versions, be it on another day."""
+    """Those in the file, if they were measured on the same card and with the same versions; their commit if another."""
     if not out.exists():
         return {}
     result = json.loads(out.read_text())
     cases = result.pop("cases")
-    return {key(case): case for case in cases} if result | {"date": head["date"]} == head else {}
+    if result | {"date": head["date"], "commit": head["commit"]} != head:
+        return {}
+    if result["commit"] != head["commit"]:
+        cases = [{"commit": result["commit"]} | case for case in cases]
+    return {key(case): case for case in cases}
 
 
 def row(case: dict) -> str:

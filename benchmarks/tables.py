@@ -33,7 +33,9 @@ QWEN3 = measured("benchmarks/results/NVIDIA-H200-qwen3-generate")
 FP8 = measured("docs/measurements/NVIDIA-H200-fp8")
 AS_OTHERS = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-as-other-gpus")
 FP4 = measured("docs/measurements/NVIDIA-H200-fp4")
-FP4_TRAINING = measured("docs/measurements/NVIDIA-H100-80GB-HBM3-fp4")["training"]
+FP4_DECODE = measured("docs/measurements/NVIDIA-H200-fp4-decode")  # newer: decoding, and training
+CODES = measured("docs/measurements/NVIDIA-H200-generate-codes")
+CONTINUOUS = measured("docs/measurements/NVIDIA-H200-continuous")
 ROUTERS = measured("docs/measurements/NVIDIA-H200-routers")
 BLOCKS = measured("docs/measurements/NVIDIA-H200-blocks")
 STEP_MEMORY = measured("docs/measurements/NVIDIA-H200-memory")
@@ -209,11 +211,13 @@ def fp8() -> str:
 
 def fp4() -> str:
     rows = [("T", "4 bits", "of the limit", "this kernel in fp8", "4 bits against it", "in bf16", "4 bits against it")]
-    for case in FP4["rows"]:
-        if "fp8" in case:
-            ours, fp8, bf16 = (case[name] for name in ("fp4", "fp8", "bf16"))
-            cells = (time(ours), f"{case['roof'] / ours:.2f}", time(fp8), f"{fp8 / ours:.2f}x", time(bf16))
-            rows.append((case["T"], *cells, f"{bf16 / ours:.2f}x"))
+    formats = ("fp4", "fp8", "bf16")
+    times = {case["T"]: (case["roof"], *(case[of] for of in formats)) for case in FP4["rows"] if "fp8" in case}
+    for case in FP4_DECODE["cases"]:
+        times[case["tokens"]] = (case["roof_us"], *(case[f"{of}_graph_us"] for of in formats))
+    for tokens, (limit, ours, fp8, bf16) in sorted(times.items()):
+        cells = (time(ours), f"{limit / ours:.2f}", time(fp8), f"{fp8 / ours:.2f}x", time(bf16))
+        rows.append((tokens, *cells, f"{bf16 / ours:.2f}x"))
     return markdown(*rows)
 
 
@@ -221,9 +225,34 @@ def fp4_training() -> str:
     names = {"data_gradients": "gradients of the hidden states", "lora": "LoRA, r=16, with those of its factors"}
     rows = [("forward and backward, T=4096", "over 4 bits", "over bf16", "speed-up")]
     for key, name in names.items():
-        ours, bf16 = (FP4_TRAINING[f"{key}_{format_name}_us"] for format_name in ("fp4", "bf16"))
+        ours, bf16 = (FP4_DECODE["training"][f"{key}_{format_name}_us"] for format_name in ("fp4", "bf16"))
         rows.append((name, time(ours), time(bf16), f"{bf16 / ours:.2f}x"))
     return markdown(*rows)
+
+
+def codes() -> str:
+    rows = [("experts in", "weights", *(f"tokens/s, {case['batch']} at once" for case in CODES["cases"]))]
+    for key, form in (("bf16", "bf16"), ("fp8", "fp8"), ("fp4", "4 bits")):
+        rates = (f"{1e3 * case['batch'] / case[f'{key}_ms']:.0f}" for case in CODES["cases"])
+        rows.append((form, size(CODES[f"{key}_bytes"]), *rates))
+    return markdown(*rows)
+
+
+def continuous() -> str:
+    ours, stock = (
+        CONTINUOUS["new_tokens"] * CONTINUOUS["requests"] / CONTINUOUS[f"{who}_s"] for who in ("use_kernels", "stock")
+    )
+    return markdown(
+        ("requests", "tokens in", "tokens out", "this kernel", "Transformers", "speed-up"),
+        (
+            CONTINUOUS["requests"],
+            CONTINUOUS["prompt_tokens"],
+            CONTINUOUS["new_tokens"] * CONTINUOUS["requests"],
+            f"{ours:.0f} tokens/s",
+            f"{stock:.0f} tokens/s",
+            f"{ours / stock:.2f}x",
+        ),
+    )
 
 
 def as_others() -> str:

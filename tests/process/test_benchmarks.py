@@ -58,11 +58,13 @@ def test_generate(kernel, monkeypatch, tmp_path, capsys):
     out = tmp_path / "generate.json"
     # In two runs: the second adds to the first. Of the smaller model.
     arguments = ("--model", "qwen3", "--out", out)
+    monkeypatch.setenv("COMMIT", "abc1234")
     run("generate.py", "--modes", "eager", "--batches", 1, 2, *arguments, monkeypatch=monkeypatch)
     assert calls
+    monkeypatch.setenv("COMMIT", "def5678")
     run("generate.py", "--modes", "static", "--batches", 1, *arguments, monkeypatch=monkeypatch)
     result = json.loads(out.read_text())
-    assert result["model"] == "qwen3"
+    assert result["model"] == "qwen3" and result["commit"] == "def5678"
     cases = result["cases"]
     assert [(case["phase"], case["mode"], case["batch"]) for case in cases] == [
         ("prefill", "eager", 1),
@@ -70,6 +72,7 @@ def test_generate(kernel, monkeypatch, tmp_path, capsys):
         ("decode", "eager", 2),
         ("decode", "static", 1),
     ]
+    assert [case.get("commit") for case in cases] == 3 * ["abc1234"] + [None]
     assert all(case["use_kernels_ms"] > 0 and case["stock_ms"] > 0 for case in cases)
     assert "speed-up" in capsys.readouterr().out
 

@@ -71,7 +71,7 @@ def moe_experts(
             ceil(H / 128)) fp32 or float8_e8m0fnu. Or, if that is more, (E, 2 * ceil(I / 128), ...): then blocks of up
             start at its first row. In 4 bits of its 32 columns, (E, 2I, H / 32) float8_e8m0fnu, uint8 with that type's
             bits, or fp32; H and I are multiples of 32 then. On a GPU exponents of 4-bit weights count in bf16 from
-            2^-94 to 2^33; greater ones are NaN.
+            2^-94 to 2^33; greater ones may be NaN.
         down_proj_scale: (E, ceil(H / 128), ceil(I / 128)); in 4 bits (E, H, I / 32).
         block_size: of those blocks of fp8; of 4 bits, if it is given, (1, 32).
         quantize_activations: with weights in fp8, whether a GPU that multiplies fp8 may quantise activations too, with
