@@ -267,7 +267,7 @@ def fp4_launches(package, traits, precisions):
             args = (like_fixed_point(*a.shape, a.device), w2, s2, index, weights, down, dtype, biases[1])
             for addend in (None, y):
                 yield dtype, down, partial(kernels.down_decode_fp4, *args, addend)
-        # As many columns as do not fit shared memory for all slots of a token.
+        # More columns than are in shared memory at a time.
         w2, s2 = empty(EXPERTS, HIDDEN, 4096), empty(EXPERTS, HIDDEN, 256, dtype=scale)
         args = (like_fixed_point(96, 8192, a.device), w2, s2, index, weights, down, dtype)
         yield dtype, down, partial(kernels.down_decode_fp4, *args)

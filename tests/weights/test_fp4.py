@@ -83,8 +83,41 @@ def test_scales_that_are_no_numbers_in_decode(kernel, device):
     assert out[0].isnan().all() and out[1].isnan().nonzero().tolist() == [[3]] and out[2].isfinite().all()
 
 
-def test_strides(kernel, device):
-    (x, index, top_k_weights), weights, scales = fp4_layer(kernel, 40, 4, 2, 256, 128, torch.bfloat16, device)
+@pytest.mark.parametrize(
+    "experts, top_k, hidden_dim, inter, form",
+    [
+        pytest.param(8, 1, 1024, 512, "e8m0", id="whole-steps"),
+        pytest.param(8, 1, 4608, 768, "e8m0", id="x-in-parts"),
+        pytest.param(8, 1, 2880, 864, "uint8", id="as-gpt-oss"),
+        pytest.param(16, 2, 64, 8448, "fp32", id="a-in-parts"),
+    ],
+)
+def test_decode_of_sizes_that_models_have(kernel, device, experts, top_k, hidden_dim, inter, form):
+    args = (1, experts, top_k, hidden_dim, inter, torch.bfloat16, device)
+    (x, index, top_k_weights), weights, scales = fp4_layer(kernel, *args, form=form)
+    inputs = x, index.int(), top_k_weights
+    exact_weights = (dequantized_fp4(*pair) for pair in zip(weights, scales))
+    exact = kernel.reference.moe_experts(*in_fp64(inputs), *exact_weights)
+    assert error(run(kernel, inputs, weights, scales), exact) <= torch.finfo(torch.bfloat16).eps
+
+
+def test_outliers_in_decode(kernel, device):
+    """That no weight sees: the others lose no more than 2^-14 of them."""
+    (x, index, top_k_weights), weights, scales = fp4_layer(kernel, 1, 16, 2, 256, 128, torch.bfloat16, device)
+    codes = weights[0].view(torch.uint8)
+    codes[..., ::16] &= 0xF0  # column 0 of each 32
+    exact_weights = [dequantized_fp4(*pair) for pair in zip(weights, scales)]
+    for outlier in (30, 300):
+        x[:, ::32] = outlier
+        exact = kernel.reference.moe_experts(*in_fp64((x, index, top_k_weights)), *exact_weights)
+        out = run(kernel, (x, index, top_k_weights), weights, scales)
+        assert error(out, exact) <= 2 * torch.finfo(torch.bfloat16).eps + outlier * 2**-14
+
+
+@pytest.mark.parametrize("tokens, experts", [(40, 4), (2, 64)])
+def test_strides(kernel, device, tokens, experts):
+    args = (tokens, experts, 2, 256, 128, torch.bfloat16, device)
+    (x, index, top_k_weights), weights, scales = fp4_layer(kernel, *args)
     exact = kernel.reference.moe_experts(
         *in_fp64((x, index, top_k_weights)), *(dequantized_fp4(*pair) for pair in zip(weights, scales))
     )

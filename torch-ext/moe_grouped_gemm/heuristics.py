@@ -95,8 +95,8 @@ DECODE_FP8 = ExpertsConfig(
     gate_up=DecodeConfig(BLOCK_N=4, BLOCK_K=512, num_warps=2),
     down=DecodeConfig(BLOCK_N=4, BLOCK_K=512, num_warps=2),
 )
-# A tile of the first has these rows of gate and of up, 16 a warp: two share the columns of the same rows. One of the
-# second has these for each warp, which has a slot. Measured like those of fp8: docs/design.md.
+# A tile of the first has these rows of gate and of up, 16 a warp, so that two warps split the columns of the same rows;
+# one of the second has these for each warp, which has a slot. Measured like those of fp8: docs/design.md.
 DECODE_FP4 = ExpertsConfig(
     gate_up=DecodeConfig(BLOCK_N=32, BLOCK_K=256, num_warps=4),
     down=DecodeConfig(BLOCK_N=16, BLOCK_K=256, num_warps=8),

@@ -46,7 +46,7 @@ def _gate_up_decode_fp4_kernel(
     I,
     H,
     stride_xt,
-    stride_we,
+    stride_we,  # these two in 16 bytes
     stride_wn,
     STEPS: gl.constexpr,  # at least those of H; a power of two
     SPLIT: gl.constexpr,  # warps that have every SPLIT-th step for the same rows
@@ -69,7 +69,7 @@ def _gate_up_decode_fp4_kernel(
     first = gl.minimum(offs_n, I - 1).to(gl.int64) * EVERY
     second = gl.minimum(offs_n + _ROWS // 2, I - 1).to(gl.int64) * EVERY
     gate_rows, up_rows = (first, second), (first + up_offset, second + up_offset)
-    weight = (w_ptr + expert * stride_we, stride_wn, w_scale_ptr, expert * (2 * I))
+    weight = (w_ptr + expert * stride_we * 4, stride_wn * 4, w_scale_ptr, expert * (2 * I))
     everywhere = which >= 0
     gate_step = _load_weights(weight, gate_rows, places, which, H, EVEN, everywhere)
     up_step = _load_weights(weight, up_rows, places, which, H, EVEN, everywhere)
@@ -101,8 +101,8 @@ def _gate_up_decode_fp4_kernel(
 
 
 @gluon.jit
-def _share_slots(x_smem, x_ptr, x_scale_ptr, top_k_index_ptr, token, begin, top_k, E, K):
-    """Rows of fixed_point.py of a token's slots, from `begin` on, into shared memory; skipped ones as zeros."""
+def _share_slots(x_smem, first_step, x_ptr, x_scale_ptr, top_k_index_ptr, token, begin, top_k, E, K):
+    """As many steps of rows of fixed_point.py into shared memory: of a token's slots, skipped ones as zeros."""
     codes, scales = x_smem
     STEPS: gl.constexpr = codes.shape[0]
     A: gl.constexpr = codes.shape[1]
@@ -110,18 +110,34 @@ def _share_slots(x_smem, x_ptr, x_scale_ptr, top_k_index_ptr, token, begin, top_
     CODES: gl.constexpr = gl.BlockedLayout([1, 1, 1, 2], [1, 1, 2, 16], [1, A, 1, 1], [3, 2, 1, 0])
     _, is_ours = _expert_of(top_k_index_ptr, token, begin + _along(1, A, 4, CODES), top_k, E)
     row = token * top_k + begin + _along(1, A, 4, CODES)
-    period = _along(0, STEPS, 4, CODES) * _PERIODS + _along(2, _PERIODS, 4, CODES)
+    period = (first_step + _along(0, STEPS, 4, CODES)) * _PERIODS + _along(2, _PERIODS, 4, CODES)
     ptrs = x_ptr + (row * periods + period) * (2 * _PERIOD // 8) + _along(3, 2 * _PERIOD // 8, 4, CODES)
     codes = _reinterpret(codes, gl.int64, codes.shape, _row_major(6))
     codes.store(gl.load(ptrs, mask=is_ours & (period < periods), other=0).reshape(codes.shape))
     SCALES: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [4, 1, 2, 4], [1, A, 1, 1], [3, 2, 1, 0])
     _, is_ours = _expert_of(top_k_index_ptr, token, begin + _along(1, A, 4, SCALES), top_k, E)
     row = token * top_k + begin + _along(1, A, 4, SCALES)
-    period = _along(0, STEPS, 4, SCALES) * _PERIODS + _along(2, _PERIODS, 4, SCALES)
+    period = (first_step + _along(0, STEPS, 4, SCALES)) * _PERIODS + _along(2, _PERIODS, 4, SCALES)
     group = period * _GROUPS + _along(3, _GROUPS, 4, SCALES)
     ptrs = x_scale_ptr + row * (periods * _GROUPS) + group
     scales = _reinterpret(scales, gl.float32, scales.shape, _row_major(4))
     scales.store(gl.load(ptrs, mask=is_ours & (group < K // 32), other=0.0))
+
+
+@gluon.jit
+def _multiply_piece(sums, first, last, x_smem, slots, weight, rows, places, steps, EVEN: gl.constexpr, is_ours):
+    """Sums and the next step's weights, after these steps of the slots."""
+    acc, next_weights = sums
+    LAYOUT: gl.constexpr = acc.type.layout
+    _share_slots(x_smem, first, *slots)
+    _barrier()  # or there would be one in each step
+    for step in range(first, last):
+        weights = next_weights
+        # After the last step that one again, whose weights are near.
+        next_step = gl.minimum(step + 1, steps - 1)
+        next_weights = _load_weights(weight, rows, places, next_step, slots[7], EVEN, is_ours)
+        acc = _multiply(acc, weights, _take_x(x_smem, step - first, LAYOUT))
+    return acc, next_weights
 
 
 @gluon.jit
@@ -139,7 +155,7 @@ def _down_decode_fp4_kernel(
     E,
     I,
     H,
-    stride_we,
+    stride_we,  # these two in 16 bytes
     stride_wn,
     stride_addend,
     STEPS: gl.constexpr,  # at least those of I; a power of two
@@ -154,7 +170,8 @@ def _down_decode_fp4_kernel(
     first_n = gl.program_id(1) * BLOCK_N
     offs_n = first_n + block + row
     rows = (gl.minimum(offs_n, H - 1).to(gl.int64), gl.minimum(offs_n + _ROWS // 2, H - 1).to(gl.int64))
-    x_smem = _allocate(STEPS, SLOTS)
+    PIECE: gl.constexpr = min(STEPS, 16)  # steps whose part of a is in shared memory at a time
+    x_smem = _allocate(PIECE, SLOTS)
     WORDS: gl.constexpr = _layout(SLOTS, N, SLOTS)
     zeros = gl.zeros((SLOTS, N, _PERIODS, 4, 2, _GROUPS, 4), gl.float32, WORDS)
     ROWS: gl.constexpr = _rows_of(zeros).type.layout
@@ -163,16 +180,17 @@ def _down_decode_fp4_kernel(
     steps = gl.cdiv(I, _PERIODS * _PERIOD)
     for begin in range(0, top_k, SLOTS):
         expert, is_ours = _expert_of(top_k_index_ptr, token, begin + which, top_k, E)
-        weight = (w_ptr + expert * stride_we, stride_wn, w_scale_ptr, expert * H)
+        weight = (w_ptr + expert * stride_we * 4, stride_wn * 4, w_scale_ptr, expert * H)
         next_weights = _load_weights(weight, rows, places, 0, I, EVEN, is_ours)
-        _share_slots(x_smem, a_ptr, a_scale_ptr, top_k_index_ptr, token, begin, top_k, E, I)
-        acc = zeros
-        _barrier()  # or there would be one in each step
-        for step in range(steps):
-            weights = next_weights
-            # After the last step that one again, whose weights are near.
-            next_weights = _load_weights(weight, rows, places, gl.minimum(step + 1, steps - 1), I, EVEN, is_ours)
-            acc = _multiply(acc, weights, _take_x(x_smem, step, WORDS))
+        sums = (zeros, next_weights)
+        slots = (a_ptr, a_scale_ptr, top_k_index_ptr, token, begin, top_k, E, I)
+        args = (x_smem, slots, weight, rows, places, steps)
+        if STEPS == PIECE:
+            sums = _multiply_piece(sums, 0, steps, *args, EVEN, is_ours)
+        else:
+            for first in range(0, steps, PIECE):
+                sums = _multiply_piece(sums, first, gl.minimum(first + PIECE, steps), *args, EVEN, is_ours)
+        acc = sums[0]
         y = _rows_of(acc)
         k = begin + _along(0, SLOTS, 2, ROWS)
         expert, is_ours = _expert_of(top_k_index_ptr, token, k, top_k, E)
@@ -212,7 +230,7 @@ def gate_up_decode_fp4(x, w, w_scale, top_k_index, gate, config, bias=None):
     words, w_scale = in_registers(w, w_scale, hidden_dim)
     split = max(1, config.num_warps * _ROWS.value // config.BLOCK_N)
     steps, even = _steps(hidden_dim, split)
-    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), words.stride(0), words.stride(1))
+    sizes = (top_k, experts, inter, hidden_dim, x.stride(0), words.stride(0) // 4, words.stride(1) // 4)
     launch(
         _gate_up_decode_fp4_kernel,
         (slots, cdiv(inter, config.BLOCK_N), 1),
@@ -233,15 +251,13 @@ def down_decode_fp4(a, w, w_scale, top_k_index, top_k_weights, config, dtype, bi
     words, w_scale = in_registers(w, w_scale, inter)
     steps, even = _steps(inter)
     stride_addend = None if addend is None else addend.stride(0)
-    sizes = (top_k, experts, inter, hidden_dim, words.stride(0), words.stride(1), stride_addend)
-    # All of a slot's row is in shared memory, where 128 steps of all warps take 72 KiB.
-    num_warps = min(config.num_warps, next_power_of_2(top_k), max(1, 128 // steps))
+    sizes = (top_k, experts, inter, hidden_dim, words.stride(0) // 4, words.stride(1) // 4, stride_addend)
     launch(
         _down_decode_fp4_kernel,
         (tokens, cdiv(hidden_dim, config.BLOCK_N), 1),
         (codes.view(torch.int64), scale, words, w_scale, bias, top_k_index, top_k_weights, addend, out),
         (),
         (*sizes, steps, config.BLOCK_N, even),
-        num_warps=num_warps,
+        num_warps=min(config.num_warps, next_power_of_2(top_k)),
     )
     return out

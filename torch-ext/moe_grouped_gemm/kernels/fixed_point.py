@@ -3,7 +3,8 @@
     x[r, k] = (128 * high[r, k] + low[r, k]) * scale[r, k // 32]
 
 high and low have 8 bits. Of an x in bf16 nothing is lost, but where it is less than a 64th of its group's largest, and
-then no more than 2^-14 of that. In memory a row is high and low of 128 columns, and of the next.
+then no more than 2^-14 of that, if that is 2^-113 or more. In memory a row is high and low of 128 columns, and of the
+next.
 """
 
 import torch

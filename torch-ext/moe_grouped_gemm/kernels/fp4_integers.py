@@ -103,7 +103,7 @@ def _sums(first, second, x):
 
 @gluon.jit
 def _load_scales(w_scale_ptr, row, places, at, K, mask):
-    """Of the lanes' groups in these rows of all experts, at these periods; those of bytes are 1 + 2^-23 too large."""
+    """Of the lanes' groups in these rows of all experts; if exponents, too large by a factor of 1 + 2^-23."""
     _, _, period, _, group = places
     if w_scale_ptr.dtype.element_ty == gl.int64:
         # Eight exponents, of a row in a step, come to all four lanes, of which each takes its own two.
@@ -114,7 +114,7 @@ def _load_scales(w_scale_ptr, row, places, at, K, mask):
         if scale.dtype == gl.float32:
             return scale
         exponents = scale.to(gl.int32)
-    # The last bit makes what is no number of the greatest exponent.
+    # With the last bit the greatest exponent is no number.
     return (((exponents << 23) & 0x7F800000) | 1).to(gl.float32, bitcast=True)
 
 

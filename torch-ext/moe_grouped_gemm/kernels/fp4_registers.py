@@ -216,7 +216,7 @@ def _grouped_gemm_fp4_few_kernel(
     N,
     K,
     stride_xm,
-    stride_we,
+    stride_we,  # these two in 16 bytes
     stride_wn,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -232,7 +232,7 @@ def _grouped_gemm_fp4_few_kernel(
     expert = expert.to(gl.int64)
     # Rows and weight rows past the last are the last again, and their products are not stored.
     offs_n = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A)), N - 1)
-    w_ptrs = w_ptr + expert * stride_we + gl.expand_dims(offs_n.to(gl.int64) * stride_wn, 1)
+    w_ptrs = w_ptr + expert * stride_we * 4 + gl.expand_dims(offs_n.to(gl.int64) * stride_wn * 4, 1)
     w_ptrs += gl.expand_dims(gl.arange(0, _STEP // 8, gl.SliceLayout(0, A)), 0)
     scale_rows = gl.minimum(tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), N - 1) + expert * N
     k_of_x, row_of_x = _x_columns(BLOCK_M, x_ptr.dtype.element_ty, MMA)
@@ -268,7 +268,7 @@ def grouped_gemm_fp4_few(x, w, w_scale, schedule, config, y, bias=None):
     N, K = w.shape[1], x.shape[1]
     tiles = schedule.shape[1]
     words, w_scale = in_registers(w, w_scale, K)
-    sizes = (N, K, x.stride(0), words.stride(0), words.stride(1))
+    sizes = (N, K, x.stride(0), words.stride(0) // 4, words.stride(1) // 4)
     launch(
         _grouped_gemm_fp4_few_kernel,
         (tiles * cdiv(N, config.BLOCK_N), 1, 1),

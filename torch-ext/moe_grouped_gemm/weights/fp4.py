@@ -1,6 +1,7 @@
 """Frozen weights in 4 bits with one scale for each 32 columns of a row, as in quantize_fp4.py.
 
-Activations keep their dtype. Codes are turned into weights of that dtype, rounded once, in registers or shared memory.
+Activations keep their dtype, but in decoding in 16 bits, where they become integers of 15 bits. Elsewhere codes are
+turned into weights of that dtype, rounded once, in registers or shared memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .shared import addend_of
 
 BLOCK_SIZE = (1, quantize_fp4.GROUP)
 
+MOST_COLUMNS = 2**15  # of hidden_states, a row of which kernels/decode_fp4.py keeps in shared memory
 FEW_ROWS = 8  # of a tile: what kernels/fp4_registers.py multiplies at the speed of memory
 _DEFAULT_BLOCK_SIZE = (128, 128)  # of the argument: nothing was said
 
@@ -48,7 +50,7 @@ def _check_scale(names, projection):
 def decode(x, top_k_index, top_k_weights, gate_up, down, gate, shared):
     rows, experts = top_k_index.numel(), down.weight.shape[0]
     expert_bytes = 3 * down.weight.stride(0)
-    if not tuning.is_decode(rows, top_k_index.shape[0], experts, expert_bytes):
+    if not tuning.is_decode(rows, top_k_index.shape[0], experts, expert_bytes) or x.shape[1] > MOST_COLUMNS:
         return None
     if not (_fits_registers(x, gate_up.weight) and _fits_registers(x, down.weight)):
         return None
