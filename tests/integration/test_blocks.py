@@ -540,19 +540,20 @@ def test_other_hidden_states(kernel, calls):
     assert block(empty).shape == empty.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_codes(kernel, calls, device):
+def test_codes(kernel, calls, device, dtype):
     """Routed experts in 4 bits, shared ones as they are."""
-    stock = deepseek(moe_intermediate_size=32, hidden_size=64).to(device)
+    stock = deepseek(moe_intermediate_size=32, hidden_size=64).to(device, dtype)
     block, x = switched_on(kernel, stock, device), hidden_states(stock)
     for name in ("gate_up_proj", "down_proj"):
         codes, scale = kernel.quantize_fp4(getattr(block.experts, name))
         setattr(block.experts, name, nn.Parameter(codes, requires_grad=False))
         block.experts.register_parameter(f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
     whole = block(x)
-    assert len(calls) == 1
+    assert len(calls) == 1 and kernel.status(block)[""] == OURS
     hook = block.gate.register_forward_hook(lambda *args: None)
-    assert_same(block(x), whole)
+    assert_same(block(x), whole, 1e-5 if dtype == torch.float32 else 2e-2)
     hook.remove()
     assert len(calls) == 1
 
@@ -685,21 +686,59 @@ def test_name_of_transformers(kernel, calls):
 
 
 @pytest.mark.parametrize("when", ["before", "around", "never"])
-def test_mapping_of_the_user(kernel, when):
-    """For the name that Transformers has: the user's, whenever it was made, comes before ours."""
+@pytest.mark.parametrize("name", ["MegaBlocksMoeMLP", "DeepseekV3MoE"])
+def test_mapping_of_the_user(kernel, name, when):
+    """For a name that Transformers has, or its class: the user's, whenever it was made, comes before ours."""
     import kernels
 
-    mapping = {"MegaBlocksMoeMLP": {"cpu": {Mode.INFERENCE: Repository(Theirs)}}}
+    mapping = {name: {"cpu": {Mode.INFERENCE: Repository(Theirs)}}}
     with kernels.use_kernel_mapping(mapping if when == "before" else {}, inherit_mapping=False):
         kernel.register()
         kernel.register()
-        block = tiny_block(GptOssMLP, nn.ModuleList([GptOssMLP(tiny_config("gpt_oss", GptOssConfig))]))
-        kernel.integration.stand_ins.meet(GptOssMLP.__module__)
+        block = deepseek()
+        if name != "DeepseekV3MoE":
+            block = tiny_block(GptOssMLP, nn.ModuleList([GptOssMLP(tiny_config("gpt_oss", GptOssConfig))]))
+        kernel.integration.stand_ins.meet(type(block).__module__)
         with kernels.use_kernel_mapping(mapping if when == "around" else {}):
             kernelize(block, mode=Mode.INFERENCE, device="cpu")
     assert is_switched_on(kernel, block) == (when == "never")
     if when != "never":
         assert block(hidden_states(block)) == "theirs"
+    assert kernel.status(block)[""] == (OURS if when == "never" else f"a forward of {Theirs.__module__}")
+
+
+def test_status_of_what_another_layer_computes(kernel):
+    """Which a program put in the place of ours."""
+    import kernels
+
+    block = switched_on(kernel, deepseek())
+    mapping = {
+        name: {"cpu": {Mode.INFERENCE: Repository(Theirs)}} for name in ("DeepseekV3MoE", "DeepseekV3TopkRouter")
+    }
+    with kernels.use_kernel_mapping(mapping):
+        kernelize(block, mode=Mode.INFERENCE, device="cpu")
+    assert block(hidden_states(block)) == "theirs"
+    served_by = kernel.status(block)
+    assert served_by[""] == served_by["gate"] == f"a forward of {Theirs.__module__}"
+    assert served_by["experts"] == OURS
+
+
+@torch.no_grad()
+def test_recorded_once(kernel, calls):
+    """The hooks that Transformers then leaves on routers send nothing back in calls that record nothing."""
+    stock = copy.deepcopy(model_of("qwen3_moe"))
+    model = copy.deepcopy(stock)
+    model.set_use_kernels(True)
+    ids = torch.randint(2, 120, (2, 7), generator=torch.Generator().manual_seed(1))
+    for options in ({}, {"output_router_logits": True}, {}, {"output_hidden_states": True}, {}):
+        calls.clear()
+        got, expected = model(input_ids=ids, **options), stock(input_ids=ids, **options)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert got.keys() == expected.keys() and bool(calls) != bool(options)
+        for name in ("router_logits", "hidden_states"):
+            torch.testing.assert_close(got.get(name), expected.get(name), rtol=1e-4, atol=1e-4)
+    assert any(module._forward_hooks for module in model.modules())
+    assert OURS in {line for path, line in kernel.status(model).items() if path.endswith(".mlp")}
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe", "glm4_moe", "qwen3_moe"])

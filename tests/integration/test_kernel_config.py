@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, KernelConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.monkey_patching import clear_patch_mapping, register_patch_mapping
 
@@ -57,6 +57,23 @@ def test_kernel_config(checkpoint, kernel_config, kernel, calls, device):
 
     calls.clear()
     assert torch.equal(logits(load(checkpoint, device_map=device)), reference) and not calls  # stock again
+
+
+@pytest.mark.parametrize("also", [(), ("DeepseekV3Experts",)], ids=["alone", "with-experts"])
+@pytest.mark.usefixtures("unregistered", "cpu_in_kernel_config", "loadable_by_kernel_config", "blocks_on_cpu")
+def test_blocks(checkpoint, kernel, record, device, also):
+    """A block's entry switches on its router and its experts, without entries of their own."""
+    options = {"version": 1, "trust_remote_code": True}
+    layers = {"DeepseekV3MoE": "DeepseekV3MoE", **{name: "MoEExperts" for name in also}}
+    config = KernelConfig({name: (f"org/moe-grouped-gemm:{layer}", options) for name, layer in layers.items()})
+    reference = logits(load(checkpoint, device_map=device))
+    model = load(checkpoint, device_map=device, use_kernels=True, kernel_config=config)
+    calls = record(kernel.integration.blocks, "moe_block")
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    assert len(calls) == NUM_MOE_LAYERS and set(kernel.status(model).values()) == {"moe_grouped_gemm"}
+    model.set_use_kernels(False)
+    torch.testing.assert_close(logits(model), reference)
+    assert len(calls) == NUM_MOE_LAYERS
 
 
 def test_layout_is_the_stock_module(checkpoint, layout, calls):

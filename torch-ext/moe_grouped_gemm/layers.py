@@ -119,14 +119,14 @@ class DeepseekV3TopkRouterLayout(nn.Module, metaclass=_StandIn):
 class MoEBlockLayout(nn.Module, metaclass=_StandIn):
     """What Transformers builds in place of a block that a KernelConfig maps to `MoEBlock`."""
 
-    stock_class = staticmethod(functools.partial(blocks.KIND.stock_class, blocks.LAYER))
+    stock_class = staticmethod(functools.partial(stand_ins.stock_block_class, blocks.LAYER))
     is_stock = staticmethod(blocks.KIND.is_stock)
 
 
 class DeepseekV3MoELayout(nn.Module, metaclass=_StandIn):
     """The same for `DeepseekV3MoE`."""
 
-    stock_class = staticmethod(functools.partial(blocks.KIND.stock_class, blocks.OF_DEEPSEEK_V3))
+    stock_class = staticmethod(functools.partial(stand_ins.stock_block_class, blocks.OF_DEEPSEEK_V3))
     is_stock = staticmethod(blocks.KIND.is_stock)
 
 

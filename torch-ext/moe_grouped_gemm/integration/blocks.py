@@ -21,6 +21,7 @@ from . import modules, routers, switching
 from .block_trial import Block, block_of, shared_mlp_of
 from .gates import is_as_its_class
 from .kinds import Kind
+from .recording import is_recorder, is_recording
 from .router_forms import DTYPES, get, router_of
 from .snapshot import Decisions, referred
 
@@ -78,9 +79,11 @@ def _shared_apart(module: nn.Module, found: Block, hidden_states: torch.Tensor) 
 
 
 def _may_be_seen() -> bool:
-    """Whether somebody looks on at every module, or traces."""
+    """Whether somebody looks on at every module, records what modules return, or traces."""
     everywhere = torch.nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or is_traced()
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or is_traced():
+        return True
+    return not torch.compiler.is_compiling() and is_recording()
 
 
 class _Block(NamedTuple):
@@ -196,8 +199,9 @@ def _weight(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | No
 
 
 def _is_served(child: nn.Module) -> bool:
-    """Whether calling it comes to us and to nobody else."""
-    return switching.is_switched_on(child) and is_as_its_class(child)
+    """Whether calling it comes to us and to nobody else. torch.compile cannot see whether a recorder is idle."""
+    is_idle = None if torch.compiler.is_compiling() else is_recorder
+    return switching.is_switched_on(child) and is_as_its_class(child, is_idle)
 
 
 # --- which classes ----------------------------------------------------------------------------------------------------
@@ -213,10 +217,16 @@ def may_be_block(cls: type) -> bool:
 
 
 def learn(module: nn.Module) -> None:
-    """Find out ahead of torch.compile, for hidden states of any dtype."""
+    """Find out ahead of torch.compile, for hidden states of any dtype; and what is on as a whole is on in its parts."""
     for dtype in DTYPES:
         found = block_of(module, dtype)
-        if found is not None and found.shared is not None:
+        if found is None:
+            continue
+        router, experts = module._modules[found.router], module._modules[found.experts]
+        if modules.is_experts(experts) and routers.is_served(router):
+            switching.switch_on(router)
+            switching.switch_on(experts)
+        if found.shared is not None:
             shared_mlp_of(module._modules[found.shared], dtype)
 
 
@@ -226,23 +236,25 @@ def is_known(module: nn.Module) -> bool:
 
 
 def whole(module: nn.Module) -> _Block | None:
-    """What it computes in one call, as it is now, where no gradient is asked for."""
+    """What it computes in one call, as it is now, where no gradient is asked for: the most of it, for some dtype."""
     if any(map(parametrize.is_parametrized, module.modules())):
         return None
-    for dtype in DTYPES:
-        found = block_of(module, dtype)
-        router = None if found is None else router_of(module._modules[found.router], dtype)
-        if router is not None:
-            weight = get(module, f"{found.router}.{router.weight}")
-            block = _made(module, weight.new_empty(1, 1, weight.shape[1], dtype=dtype))
-            if block is not None:
-                return block
-    return None
+    made = [block for block in (_whole_in(module, dtype) for dtype in DTYPES) if block is not None]
+    return min(made, key=lambda block: block.apart is not None, default=None)
+
+
+def _whole_in(module: nn.Module, dtype: torch.dtype) -> _Block | None:
+    found = block_of(module, dtype)
+    router = None if found is None else router_of(module._modules[found.router], dtype)
+    if router is None:
+        return None
+    weight = get(module, f"{found.router}.{router.weight}")
+    return _made(module, weight.new_empty(1, 1, weight.shape[1], dtype=dtype))
 
 
 def _layer_of(cls: type) -> str:
     return OF_DEEPSEEK_V3 if cls.__name__ == OF_DEEPSEEK_V3 else LAYER
 
 
-# As they are switched on it is their form alone that counts: `kernelize` comes to their parts after them.
+# As they are switched on it is their form alone that counts: their parts come after them.
 KIND = Kind("MoE blocks", (LAYER, OF_DEEPSEEK_V3, OF_TRANSFORMERS), _layer_of, may_be_block, serve, learn, is_known)

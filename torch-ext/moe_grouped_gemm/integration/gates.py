@@ -67,9 +67,12 @@ def activation_name(act: object) -> str | None:
     return _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def is_as_its_class(module: nn.Module) -> bool:
-    """Whether nobody hooked the module or replaced its forward."""
-    return not any(getattr(module, hooks) for hooks in _HOOKS) and _has_own_forward(module)
+def is_as_its_class(module: nn.Module, is_idle: Callable | None = None) -> bool:
+    """Whether nobody hooked the module, but with hooks that are idle, or replaced its forward."""
+    for hooks in (getattr(module, name) for name in _HOOKS):
+        if hooks and not (is_idle is not None and all(map(is_idle, hooks.values()))):
+            return False
+    return _has_own_forward(module)
 
 
 def _has_own_forward(act: nn.Module) -> bool:

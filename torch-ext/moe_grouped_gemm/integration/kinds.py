@@ -60,8 +60,15 @@ class Kind:
     def _may_switch_on(self, module: nn.Module) -> bool:
         return switching.is_switchable(module) and self._is_known(module)
 
+    def let_switch(self, modeling: str) -> None:
+        """Those of a modeling file, by whoever knows them, but not by `kernelize`."""
+        for cls in self._classes(modeling):
+            switching.make_switchable(cls, self._serve, self._learn)
+
     def is_one(self, module: nn.Module) -> bool:
-        return switching.is_switchable(module) and self._may_be(type(module))
+        cls = type(module)
+        is_ours = getattr(cls, "kernel_layer_name", None) in (None, *self._layers)
+        return is_ours and switching.is_switchable(module) and self._may_be(cls)
 
     def stock_class(self, layer_name: str, config) -> type:
         """That of the model to which `config` belongs, ready for `kernelize` as a layer of this name."""

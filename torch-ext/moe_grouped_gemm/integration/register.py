@@ -31,10 +31,11 @@ def register_layers(layers: dict[str, type]) -> None:
     stand_ins.register_interface()
     stand_ins.register()
     meet_peft()
-    # The names that Transformers itself gives to routers and blocks, unless the user has mapped them.
-    own_names = {ours.OF_TRANSFORMERS: layers[ours.LAYER] for ours in (routers, blocks)}
-    layers = {**layers, **{name: cls for name, cls in own_names.items() if mapping.is_free(name)}}
+    # And the names that Transformers itself gives to routers and blocks.
+    layers |= {ours.OF_TRANSFORMERS: layers[ours.LAYER] for ours in (routers, blocks)}
     for name, cls in {**layers, **undecorated.make_switchable()}.items():
+        if not mapping.is_free(name):
+            continue
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
         by_device = {"cuda": modes, "cpu": modes}

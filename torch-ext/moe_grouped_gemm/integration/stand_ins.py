@@ -71,6 +71,18 @@ def stock_experts_class(config) -> type:
     raise TypeError(f"{type(config).__name__} is not the config of a Transformers model with one experts class")
 
 
+def stock_block_class(layer_name: str, config) -> type:
+    """The same for its blocks, which switch on router and experts: those need no entry of their own."""
+    register_interface()
+    meet_peft()
+    cls = blocks.KIND.stock_class(layer_name, config)
+    for experts in _experts_classes(cls.__module__):
+        if modules.is_dispatch(experts.forward):
+            switching.make_switchable(experts, modules.serve, learn, learn)
+    routers.KIND.let_switch(cls.__module__)
+    return cls
+
+
 def is_stock_experts(module: object) -> bool:
     """Whether the module is what some `stock_experts_class` makes."""
     return getattr(type(module), "kernel_layer_name", None) == EXPERTS_LAYER

@@ -39,6 +39,9 @@ def _experts(module: nn.Module) -> str:
 
 
 def _other(module: nn.Module) -> str:
+    forward = switching.foreign_forward(module)
+    if forward is not None:
+        return f"a forward of {forward.__module__}"
     for kind, ours, is_known in (("router", routers, routers.is_served), ("block", blocks, blocks.is_known)):
         if ours.KIND.is_one(module):
             if not (is_known(module) or switching.is_switched_on(module)):

@@ -78,6 +78,12 @@ def is_switched_on(module: nn.Module) -> bool:
     return mark == _OWN or (_serves(module, _builds(forward)) and not is_own(forward.__wrapped__))
 
 
+def switch_on(module: nn.Module) -> None:
+    """As `kernelize` does, unless the module has been switched off for good, or is another build's."""
+    if is_switchable(module):
+        module.__dict__.setdefault(_MARK, _OWN)
+
+
 def switch_off(module: nn.Module, for_good: bool) -> None:
     """Give the module back to what it ran on before; for good: a `kernelize` does not switch it on again."""
     if module.__dict__.pop(_MARK, None) is not None and for_good:
