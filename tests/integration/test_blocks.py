@@ -540,14 +540,18 @@ def test_other_hidden_states(kernel, calls):
     assert block(empty).shape == empty.shape
 
 
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_codes(kernel, calls, device, dtype):
-    """Routed experts in 4 bits, shared ones as they are."""
+def test_codes(kernel, calls, device, dtype, form):
+    """Routed experts in codes, shared ones as they are."""
     stock = deepseek(moe_intermediate_size=32, hidden_size=64).to(device, dtype)
     block, x = switched_on(kernel, stock, device), hidden_states(stock)
+    if form == "fp8":  # as FP8Experts has them
+        block.experts.block_size, block.experts.activation_scheme = (128, 128), "dynamic"
+    quantize = getattr(kernel, f"quantize_{form}")
     for name in ("gate_up_proj", "down_proj"):
-        codes, scale = kernel.quantize_fp4(getattr(block.experts, name))
+        codes, scale = quantize(getattr(block.experts, name))
         setattr(block.experts, name, nn.Parameter(codes, requires_grad=False))
         block.experts.register_parameter(f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
     whole = block(x)
