@@ -162,6 +162,17 @@ def check_decisions(model):
     assert len(decided) in few, f"{len(decided)} decisions"
 
 
+@torch.no_grad()
+def check_blocks(model):
+    """In inference, where a block may be one call; on a CPU too if it is told so."""
+    served = [ours.SERVES_CPU for ours in (blocks, routers)]
+    blocks.SERVES_CPU = routers.SERVES_CPU = True
+    for prompts in ("even", "even", "uneven slices"):
+        logits = model(PROMPTS[prompts].to(device), use_cache=False).logits
+        torch.testing.assert_close(logits, expected[prompts][0], rtol=1e-4, atol=1e-4)
+    blocks.SERVES_CPU, routers.SERVES_CPU = served
+
+
 def check_way(model):
     found = results(model)
     compare(found, expected, on_kernel=True)
@@ -171,6 +182,7 @@ def check_way(model):
         compare(results(model, ["uneven slices"]), expected, on_kernel=True)
     # Last: under FSDP2 gradients after a forward without any are others, of stock's model as well.
     check_decisions(model)
+    check_blocks(model)
 
 
 def check_layout():
@@ -194,7 +206,7 @@ rank = int(rank)
 device = join_group(rendezvous, rank)
 kernel = kernels.get_kernel("org/moe-grouped-gemm", version=1)
 
-modules = kernel.integration.modules
+modules, blocks, routers = kernel.integration.modules, kernel.integration.blocks, kernel.integration.routers
 if device == "cpu":  # where a GPU's way is taken with this in place of launches
     modules.ops.forward_on_gpu = modules.ops.forward_on_cpu
     torch._C._cuda_getDevice = lambda: 0

@@ -33,6 +33,8 @@ def load(path, way=None, **kwargs):
         kwargs["use_kernels"] = True
     if way == "kernel_config":
         kwargs["kernel_config"] = KernelConfig({"DeepseekV3Experts": HUB_NAME})
+    elif way == "kernel_config_of_blocks":
+        kwargs["kernel_config"] = KernelConfig({"DeepseekV3MoE": HUB_NAME.replace("MoEExperts", "DeepseekV3MoE")})
     return tiny_models.load(path, **kwargs)
 
 
@@ -50,21 +52,31 @@ def test_ways_in_situations(checkpoint, kernel, record, way, situation):
         assert sum(line.split(",")[0] == INTERFACE for line in lines) == served, lines
 
 
+# Or off; a replica's weights are no parameters.
+PART_BY_PART = {"wrapped", "zero_3", "patched_module", "weights_that_we_do_not_compute", "replicated"}
+PART_BY_PART |= {"kernels_off_by_property"}
+
+
 @pytest.mark.usefixtures("blocks_on_cpu", "repeated_on_cpu")
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
-def test_blocks_in_situations(checkpoint, kernel, record, situation):
+@pytest.mark.parametrize("way", ["use_kernels", "kernel_config_of_blocks"])
+def test_blocks_in_situations(checkpoint, kernel, record, way, situation):
     """Whole or part by part, in the first call and where a decision is remembered."""
     stock = load(checkpoint)
-    model = load(checkpoint, "use_kernels")
-    logits(model)
+    model = load(checkpoint, way)
     calls = record(kernel.integration.modules, "_compute")
     whole = record(kernel.integration.blocks, "moe_block")
-    for ours, expected, served in situation(model, stock, "use_kernels"):
+    logits(model)
+    assert (len(calls), len(whole)) == (0, tiny_models.NUM_MOE_LAYERS)
+    went_whole = 0
+    for ours, expected, served in situation(model, stock, way):
         for _ in range(1 if situation.__name__ == "wrapped" else 2):  # which counts for itself
             calls.clear()
             whole.clear()
             torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-4, atol=1e-4)
             assert len(calls) + len(whole) == served
+            went_whole += len(whole)
+    assert bool(went_whole) == (situation.__name__ not in PART_BY_PART)
 
 
 def experts_inputs(dtype=torch.float32):
