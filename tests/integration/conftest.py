@@ -59,6 +59,8 @@ def repeated_on_cpu(kernel, monkeypatch):
         return out
 
     monkeypatch.setattr(modules, "REPEATS_ON_CPU", True)
+    monkeypatch.setattr(kernel.integration.blocks, "REPEATS_ON_CPU", True)
+    monkeypatch.setattr(kernel.block, "_on_gpu", kernel.block._on_cpu)
     monkeypatch.setattr(modules, "_computed_again", both)
     monkeypatch.setattr(modules.ops, "forward_on_gpu", modules.ops.forward_on_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)

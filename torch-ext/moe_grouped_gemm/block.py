@@ -26,6 +26,10 @@ class Router(NamedTuple):
     form: RouterForm
 
 
+# Router, both projections, the gate between them, shared experts or None.
+Args = tuple[Router, Projection, Projection, Gate, SharedExperts | None]
+
+
 def check_block(hidden_states, router, gate_up, down, gate) -> None:
     """Whether they fit together, as `topk_router` and `moe_experts` see it. Once is enough for tensors like these."""
     check_router(hidden_states, *router)
@@ -33,33 +37,27 @@ def check_block(hidden_states, router, gate_up, down, gate) -> None:
     check_experts(hidden_states, weights.to(torch.int64), weights, gate_up, down, gate.activation, gate.limit)
 
 
-def moe_block(
-    hidden_states: torch.Tensor,
-    router: Router,
-    gate_up: Projection,
-    down: Projection,
-    gate: Gate,
-    shared: SharedExperts | None,
-    replays=None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moe_block(hidden_states: torch.Tensor, args: Callable[[], Args], replays=None) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, H) -> (T, H), the chosen experts, weighted, plus the shared ones; and their weights (T, top_k). Unchecked.
 
     On a GPU four launches, where tokens are so few that `moe_experts` takes two and the weights are dense.
 
-    replays: as `replays_of` makes them of these arguments, for a caller who sees to it that these do not change.
+    replays: as `replays_of` makes them of `args`, for a caller who sees to it that what these return does not change,
+        and is plain tensors.
     """
+    if replays is not None and not needs_op(_moe_block_op, (hidden_states,)):
+        return replays(hidden_states)
+    router, gate_up, down, gate, shared = args()
     inputs = (hidden_states, *router[:3], *gate_up, *down, *(shared or _NO_SHARED))
     if needs_op(_moe_block_op, inputs):
         return _moe_block_op(*inputs, *router.form, *gate)
-    if replays is not None:
-        return replays(hidden_states)
     return (_on_cpu if hidden_states.is_cpu else _on_gpu)(hidden_states, router, gate_up, down, gate, shared)
 
 
-def replays_of(args: Callable, tensors: Callable, returns_weights: bool):
+def replays_of(args: Callable[[], Args], tensors: Callable, returns_weights: bool):
     """What launches a block's kernels on a GPU again without what led to them; weights that nobody reads: None.
 
-    args, tensors: functions that return `moe_block`'s arguments after hidden states, and the tensors among them.
+    tensors: those among `args`.
     """
 
     def function(hidden_states):

@@ -34,6 +34,7 @@ OF_TRANSFORMERS = "MegaBlocksMoeMLP"
 
 # On a CPU each part is plain PyTorch, as cheap by itself.
 SERVES_CPU, SERVES_GPU = False, True
+REPEATS_ON_CPU = False
 
 
 def block_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -55,18 +56,21 @@ def _computed(module: nn.Module, hidden_states: torch.Tensor):
     if hidden_states.ndim != 3 or are_transforms_active() or is_autocast(hidden_states) or _may_be_seen():
         return None
     if torch.compiler.is_compiling():
-        block, replays = _made(module, hidden_states), None
+        block = _made(module, hidden_states)
+        plan = None if block is None else _Plan(lambda: block, None, *block[3:])
     else:
         like = (hidden_states.dtype, hidden_states.device, hidden_states.shape[2])
-        block, replays = _plans.of(module, like, hidden_states) or (None, None)
-        block = block and block()
-    if block is None or needs_gradients((hidden_states, *block.differentiable())):
+        plan = _plans.of(module, like, hidden_states)
+    if plan is None:
         return None
-    out, weights = moe_block(hidden_states.reshape(-1, hidden_states.shape[2]), *block.args(), replays)
+    if torch.is_grad_enabled() and needs_gradients((hidden_states, *plan.block().differentiable())):
+        return None
+    rows = hidden_states.reshape(-1, hidden_states.shape[2])
+    out, weights = moe_block(rows, lambda: plan.block().args(), plan.replays)
     out = out.view(hidden_states.shape)
-    if block.apart is not None:
-        out = out + _shared_apart(module, block.apart, hidden_states)
-    return (out, weights) if block.returns_weights else out
+    if plan.apart is not None:
+        out = out + _shared_apart(module, plan.apart, hidden_states)
+    return (out, weights) if plan.returns_weights else out
 
 
 def _shared_apart(module: nn.Module, found: Block, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -107,8 +111,16 @@ class _Block(NamedTuple):
         return (self.router, *self.experts.projections(), self.experts.gate, self.shared)
 
 
-def _plan(module: nn.Module, hidden_states: torch.Tensor) -> tuple[Callable, object] | None:
-    """A function that returns the block, without keeping its tensors alive, and on a GPU its replays."""
+class _Plan(NamedTuple):
+    """A function that returns the block, without keeping its tensors alive, on a GPU its replays, and of the block:"""
+
+    block: Callable[[], _Block]
+    replays: object
+    apart: Block | None
+    returns_weights: bool
+
+
+def _plan(module: nn.Module, hidden_states: torch.Tensor) -> _Plan | None:
     if any(map(parametrize.is_parametrized, module.modules())):
         return None
     block = _made(module, hidden_states)
@@ -127,9 +139,9 @@ def _plan(module: nn.Module, hidden_states: torch.Tensor) -> tuple[Callable, obj
         return _Block(Router(*found[:3], form), experts, SharedExperts(*found[13:]) if has_shared else None, *others)
 
     replays = None
-    if hidden_states.is_cuda:
+    if REPEATS_ON_CPU if hidden_states.is_cpu else hidden_states.is_cuda:
         replays = replays_of(lambda: of_now().args(), tensors, block.returns_weights)
-    return of_now, replays
+    return _Plan(of_now, replays, *others)
 
 
 _plans = Decisions(_plan)

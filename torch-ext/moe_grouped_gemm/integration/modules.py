@@ -311,7 +311,9 @@ def _computed_again(module: nn.Module, hidden_states, top_k_index, top_k_weights
     if plan is None:
         return None
     run, differentiable = plan
-    return None if needs_gradients(differentiable()) else run(*inputs)[0]
+    if torch.is_grad_enabled() and needs_gradients(differentiable()):
+        return None
+    return run(*inputs)[0]
 
 
 def _plan(module: nn.Module, hidden_states, top_k_index, top_k_weights) -> tuple[Callable, Callable] | None:
