@@ -172,7 +172,7 @@ def nvidia_smi(monkeypatch, tmp_path):
 
     def program(answer):
         path = tmp_path / "nvidia-smi"
-        path.write_text(f"#!/bin/sh\nwhile echo '{answer}' && echo \"$@\" > {tmp_path}/asked; do sleep 0.01; done\n")
+        path.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\nwhile echo '{answer}'; do sleep 0.01; done\n")
         path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         return tmp_path / "asked"
