@@ -743,6 +743,18 @@ def test_recorded_once(kernel, calls):
             torch.testing.assert_close(got.get(name), expected.get(name), rtol=1e-4, atol=1e-4)
     assert any(module._forward_hooks for module in model.modules())
     assert OURS in {line for path, line in kernel.status(model).items() if path.endswith(".mlp")}
+    # A program's own hook beside one of these, and in its place.
+    router = next(module for name, module in model.named_modules() if name.endswith(".mlp.gate"))
+    for is_alone in (False, True):
+        if is_alone:
+            model(input_ids=ids)
+            router._forward_hooks.clear()
+        seen = []
+        handle = router.register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        for _ in range(2):
+            model(input_ids=ids)
+        assert len(router._forward_hooks) == (1 if is_alone else 2) and len(seen) == 2
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe", "glm4_moe", "qwen3_moe"])

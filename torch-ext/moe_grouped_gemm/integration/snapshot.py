@@ -21,7 +21,7 @@ _DECIDED = f"_decided_by_{__name__.partition('.')[0]}"
 
 
 class Snapshot:
-    """Of a module and all below it: classes and their forwards, attributes, children, tensors, and whether hooked.
+    """Of a module and all below it: classes and their forwards, attributes, children, tensors, and hooks.
 
     Attributes are compared by identity; tensors by memory, device, dtype, shape and strides, as expert and tensor
     parallelism put new views of the same weights on a module for each forward. No tensor is kept alive. Not seen are
@@ -51,7 +51,8 @@ class Snapshot:
         self._sized = owners + contents
         self._sizes = list(map(len, self._sized))
         self._hooks = tuple(owner[name] for owner in owners for name in _HOOKS)
-        self._hooked = list(map(bool, self._hooks))
+        self._numbers_of_hooks = list(map(len, self._hooks))
+        self._hooked = [(hooks, tuple(hooks)) for hooks in self._hooks if hooks]  # each has a number of its own
         self._places = self._where()
 
     def now(self, module: nn.Module) -> Snapshot | None:
@@ -75,7 +76,8 @@ class Snapshot:
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
             and list(map(len, self._sized)) == self._sizes
-            and list(map(bool, self._hooks)) == self._hooked
+            and list(map(len, self._hooks)) == self._numbers_of_hooks
+            and all(tuple(hooks) == numbers for hooks, numbers in self._hooked)
             and list(map(type, (module, *self._below))) == self._types
             and [cls.forward for cls in self._types] == self._forwards
         )
