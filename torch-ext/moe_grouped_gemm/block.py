@@ -26,8 +26,14 @@ class Router(NamedTuple):
     form: RouterForm
 
 
-# Router, both projections, the gate between them, shared experts or None.
-Args = tuple[Router, Projection, Projection, Gate, SharedExperts | None]
+class Args(NamedTuple):
+    """A block."""
+
+    router: Router
+    gate_up: Projection
+    down: Projection
+    gate: Gate
+    shared: SharedExperts | None
 
 
 def check_block(hidden_states, router, gate_up, down, gate) -> None:
@@ -84,12 +90,12 @@ _OF_SHARED = ", ".join(f"Tensor? shared_{name}" for name in SharedExperts._field
 _SIZES = [3, len(Projection._fields), len(Projection._fields), len(_NO_SHARED), len(RouterForm._fields)]
 
 
-def _grouped(flat):
-    """The op's arguments after hidden_states -> those of `moe_block`."""
+def _grouped(flat) -> Args:
+    """The op's arguments after hidden_states."""
     tensors, gate_up, down, shared, form = (flat[sum(_SIZES[:i]) : sum(_SIZES[: i + 1])] for i in range(len(_SIZES)))
     shared = None if shared[0] is None else SharedExperts(*shared)
     router = Router(*tensors, RouterForm(*form))
-    return router, Projection(*gate_up), Projection(*down), Gate(*flat[sum(_SIZES) :]), shared
+    return Args(router, Projection(*gate_up), Projection(*down), Gate(*flat[sum(_SIZES) :]), shared)
 
 
 def _forward(hidden_states, *flat):

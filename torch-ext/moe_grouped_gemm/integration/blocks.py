@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..block import Router, check_block, moe_block, replays_of
+from ..block import Args, Router, check_block, moe_block, replays_of
 from ..reference import Gate, SharedExperts
 from ..torch_ops import are_transforms_active, is_autocast, is_traced, needs_gradients
 from . import modules, routers, switching
@@ -106,9 +106,8 @@ class _Block(NamedTuple):
         router, shared = self.router, self.shared
         return (router.weight, router.bias, *self.experts.differentiable(), *(shared or ()))
 
-    def args(self) -> tuple:
-        """Of `moe_block`, after hidden states."""
-        return (self.router, *self.experts.projections(), self.experts.gate, self.shared)
+    def args(self) -> Args:
+        return Args(self.router, *self.experts.projections(), self.experts.gate, self.shared)
 
 
 class _Plan(NamedTuple):
