@@ -28,6 +28,7 @@ from moe_models import (  # noqa: E402
     UNDECORATED,
     block_classes,
     experts_classes,
+    lone_block,
     router_classes,
     tiny_block,
     tiny_model,
@@ -76,10 +77,16 @@ def table() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "And those without the decorator:", "", "| model | class | |", "|---|---|---|"]
     lines += [f"| {model} | `{name}` | {how} |" for (model, name), how in UNDECORATED.items()]
-    lines += ["", "The routers beside them:", "", "| model | class | scores | logits | |", "|---|---|---|---|---|"]
+    lines += ["", "The routers beside both:", "", "| model | class | scores | logits | |", "|---|---|---|---|---|"]
     lines += [router_row(kernel, entry) for entry in router_classes()]
-    lines += ["", "The blocks around both:", "", "| model | class | beside router and experts | |", "|---|---|---|---|"]
-    lines += filter(None, (block_row(kernel, entry) for entry in block_classes()))
+    lines += [
+        "",
+        "The blocks around routers and decorated experts:",
+        "",
+        "| model | class | beside router and experts | |",
+        "|---|---|---|---|",
+    ]
+    lines += [block_row(kernel, entry) for entry in block_classes()]
     return "\n".join(lines)
 
 
@@ -103,15 +110,14 @@ def router_row(kernel, entry) -> str:
     return f"| {entry.model} | `{entry.name}` | {scores} | {logits} | {how or 'served'} |"
 
 
-def block_row(kernel, entry) -> str | None:
-    """None for a class that no tiny model has."""
+def block_row(kernel, entry) -> str:
     how, beside = OWN_BLOCKS.get(entry.name), ""
     if how is None:
         experts = next(experts for experts in experts_classes() if experts.model == entry.model)
         try:
             block = tiny_block(entry.load(), tiny_model(experts))
         except LookupError:
-            return None
+            block = lone_block(entry)
         kernel.integration.stand_ins.meet(type(block).__module__)
         found = kernel.integration.block_trial.block_of(block, torch.float32)
         words = ["shared experts"] if found.shared else []

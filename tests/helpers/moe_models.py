@@ -55,6 +55,8 @@ class RouterClass(NamedTuple):
 
 # Why the class's own forward stays: for docs/models.md.
 OWN_ROUTERS = {
+    "DbrxRouter": "returns logits alone",
+    "Llama4Router": "part of `Llama4TextMoe`: returns a score for every expert",
     "AXK2TopkRouter": "served where there is one group; else experts outside of the chosen groups may win",
     "DeepseekV4HashRouter": "the experts follow from the tokens' ids",
     "DiffusionGemmaTextRouter": "normalises and scales its input, and each expert",
@@ -70,6 +72,7 @@ OWN_ROUTERS = {
 OWN_BLOCKS = {
     "AXK1MoE": "normalises the sum",
     "DeepseekV4SparseMoeBlock": "is given the tokens' ids",
+    "Ernie4_5_VLMoeSparseMoeBlock": "returns flat results, and logits",
     "InklingMoE": "its router weighs shared experts",
     "MuseSparkMoE": "projects before and after its experts",
     "NemotronHMoE": "projects before and after its experts",
@@ -109,11 +112,28 @@ def tiny_block(cls: type, model: torch.nn.Module) -> torch.nn.Module:
     return block.eval()
 
 
+def lone_block(entry: RouterClass) -> torch.nn.Module:
+    """As `tiny_block`, of a class that no tiny model has."""
+    errors = []
+    # Beside the config perhaps an intermediate size, or a layer's number.
+    for config_class, other in itertools.product(config_classes(entry.model), ((), (32,), (0,), (1,))):
+        try:
+            block = entry.load()(tiny_config(entry.model, config_class), *other)
+        except (AttributeError, IndexError, StrictDataclassError, TypeError) as error:
+            errors.append(error)
+        else:
+            return tiny_block(type(block), torch.nn.ModuleList([block]))
+    raise LookupError(f"no config of {entry.model} fits {entry.name}: {errors}")
+
+
 @functools.cache
 def router_classes(package: Path = INSTALLED) -> tuple[RouterClass, ...]:
-    """From the sources: those beside decorated experts."""
+    """From the sources: those beside decorated experts, and beside others that are served."""
     found = []
-    for model in sorted({entry.model for entry in experts_classes(package)}):
+    beside = {entry.model for entry in experts_classes(package)} | {"dbrx", "llama4", "longcat_flash", "step3p7"}
+    for model in sorted(beside):
+        if not (package / f"models/{model}").exists():  # in an older Transformers
+            continue
         source = (package / f"models/{model}/modeling_{model}.py").read_text(encoding="utf-8")
         for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith(("Router", "MoEV1Gate")):
@@ -214,6 +234,7 @@ SPECIAL = {
     "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1},
     "deepseek_v4": {"head_dim": 16, "o_lora_rank": 16},
+    "longcat_flash": {"n_routed_experts": 8, "zero_expert_num": 4, "num_experts_per_tok": 2},
     "dots3_note": {
         "head_dim": 24,
         "layer_types": ["indexed_attention"] * 2,  # sliding has sizes of its own
