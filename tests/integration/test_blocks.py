@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import importlib
 import pickle
 import weakref
 
@@ -709,6 +710,15 @@ def test_mapping_of_the_user(kernel, name, when):
     if when != "never":
         assert block(hidden_states(block)) == "theirs"
     assert kernel.status(block)[""] == (OURS if when == "never" else f"a forward of {Theirs.__module__}")
+
+
+def test_a_kernels_to_come(kernel, monkeypatch):
+    """That keeps mappings elsewhere: our names are ours, Transformers' are left alone."""
+    is_free = kernel.integration.mapping.is_free
+    assert is_free("MoEExperts", False) and is_free("DeepseekV3MoE", False)
+    with monkeypatch.context() as patch:
+        patch.delattr(importlib.import_module("kernels.layer.kernelize"), "_KERNEL_MAPPING")
+        assert is_free("MoEExperts", True) and not is_free("MegaBlocksMoeMLP", False)
 
 
 def test_status_of_what_another_layer_computes(kernel):

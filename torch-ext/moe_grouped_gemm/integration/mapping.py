@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 
 
-def is_free(layer_name: str) -> bool:
+def is_free(layer_name: str, if_unknown: bool) -> bool:
     """Whether no user has mapped a layer of this name: nobody has, or we have, or Transformers with its own mapping."""
     try:
         mapped = importlib.import_module("kernels.layer.kernelize")._KERNEL_MAPPING.get().get(layer_name, {})
         devices = [of_device for device, of_device in mapped.items() if device in ("cuda", "cpu")]
         repositories = [repo for of_device in devices for repo in _repositories(of_device)]
     except (ImportError, AttributeError):  # a `kernels` to come: what is mapped there nobody can tell
-        return False
+        return if_unknown
     own = {id(repo) for modes in _of_transformers().get(layer_name, {}).values() for repo in modes.values()}
     return all(id(repo) in own or hasattr(repo, "is_of_moe_grouped_gemm") for repo in repositories)
 

@@ -31,10 +31,11 @@ def register_layers(layers: dict[str, type]) -> None:
     stand_ins.register_interface()
     stand_ins.register()
     meet_peft()
-    # And the names that Transformers itself gives to routers and blocks.
-    layers |= {ours.OF_TRANSFORMERS: layers[ours.LAYER] for ours in (routers, blocks)}
-    for name, cls in {**layers, **undecorated.make_switchable()}.items():
-        if not mapping.is_free(name):
+    layers = {**layers, **undecorated.make_switchable()}
+    # The names that Transformers itself gives to routers and blocks.
+    others = {ours.OF_TRANSFORMERS: layers[ours.LAYER] for ours in (routers, blocks)}
+    for name, cls in {**layers, **others}.items():
+        if not mapping.is_free(name, if_unknown=name in layers):
             continue
         layer = _LoadedLayer(cls)
         modes = {Mode.INFERENCE | Mode.TORCH_COMPILE: layer, Mode.TRAINING | Mode.TORCH_COMPILE: layer}
