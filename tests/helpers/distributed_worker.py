@@ -230,7 +230,10 @@ if plan == "fully-sharded-and-dispatch":
 compare(results(load(plan)), expected, on_kernel=False)  # what Transformers promises without us
 
 print("KernelConfig", flush=True)  # before register(): it works alone
-compare(results(load_by_kernel_config(plan)), expected, on_kernel=True)
+model = load_by_kernel_config(plan)
+compare(results(model), expected, on_kernel=True)
+model.set_use_kernels(False)
+compare(results(model), expected, on_kernel=False)
 
 kernel.register()
 for way, distribute in WAYS.items():

@@ -712,6 +712,52 @@ def test_mapping_of_the_user(kernel, name, when):
     assert kernel.status(block)[""] == (OURS if when == "never" else f"a forward of {Theirs.__module__}")
 
 
+class TheirExperts(nn.Module):
+    can_torch_compile = has_backward = True
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return -hidden_states
+
+
+class TheirRouter(nn.Module):
+    """Sends all tokens to expert 0."""
+
+    can_torch_compile = has_backward = True
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return x[:, :8], torch.ones(len(x), 2), torch.zeros(len(x), 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("when", ["before", "around", "after"])
+@pytest.mark.parametrize("name, layer", [("MoEExperts", TheirExperts), ("DeepseekV3TopkRouter", TheirRouter)])
+@torch.no_grad()
+def test_parts_of_another_library(kernel, calls, name, layer, when):
+    """Whichever `kernelize` comes to first: the block is computed part by part, and theirs is one of them."""
+    import kernels
+
+    theirs = {name: {"cpu": {Mode.INFERENCE: Repository(layer)}}}
+    with kernels.use_kernel_mapping(theirs if when == "before" else {}, inherit_mapping=False):
+        kernel.register()
+        block = deepseek()
+        part = block.experts if name == "MoEExperts" else block.gate
+        expected = copy.deepcopy(block)
+        part_expected = expected.experts if name == "MoEExperts" else expected.gate
+        part_expected.forward = layer.forward.__get__(part_expected)
+        with kernels.use_kernel_mapping(theirs if when == "around" else {}):
+            kernelize(block, mode=Mode.INFERENCE, device="cpu")
+        if when == "after":
+            with kernels.use_kernel_mapping(theirs):
+                kernelize(block, mode=Mode.INFERENCE, device="cpu")
+    x = hidden_states(block)
+    assert_same(block(x), expected(x))
+    assert not calls and part.forward.__func__ is layer.forward
+    served_by = kernel.status(block)
+    assert served_by[""] == "Transformers, part by part"
+    path = "experts" if name == "MoEExperts" else "gate"
+    assert served_by[path] == f"a forward of {layer.__module__}"
+
+
 def test_a_kernels_to_come(kernel, monkeypatch):
     """That keeps mappings elsewhere: our names are ours, Transformers' are left alone."""
     is_free = kernel.integration.mapping.is_free

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from ..block import Args, Router, check_block, moe_block, replays_of
 from ..reference import Gate, SharedExperts
 from ..torch_ops import are_transforms_active, is_autocast, is_traced, needs_gradients
-from . import modules, routers, switching
+from . import mapping, modules, routers, switching
 from .block_trial import Block, block_of, shared_mlp_of
 from .gates import is_as_its_class
 from .kinds import Kind
@@ -212,7 +212,8 @@ def _weight(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | No
 def _is_served(child: nn.Module) -> bool:
     """Whether calling it comes to us and to nobody else. torch.compile cannot see whether a recorder is idle."""
     is_idle = None if torch.compiler.is_compiling() else is_recorder
-    return switching.is_switched_on(child) and is_as_its_class(child, is_idle)
+    is_ours = switching.is_switched_on(child) and switching.foreign_forward(child) is None
+    return is_ours and is_as_its_class(child, is_idle)
 
 
 # --- which classes ----------------------------------------------------------------------------------------------------
@@ -235,8 +236,10 @@ def learn(module: nn.Module) -> None:
             continue
         router, experts = module._modules[found.router], module._modules[found.experts]
         if modules.is_experts(experts) and routers.is_served(router):
-            switching.switch_on(router)
-            switching.switch_on(experts)
+            for part in (router, experts):
+                name = getattr(type(part), "kernel_layer_name", None)
+                if name is None or mapping.is_free(name, if_unknown=True):
+                    switching.switch_on(part)
         if found.shared is not None:
             shared_mlp_of(module._modules[found.shared], dtype)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import blocks, mapping, modules, routers, stand_ins, switching, undecorated
+from . import blocks, mapping, routers, stand_ins, switching, undecorated
 from .peft import meet_peft
 from .versions import check_versions
 
@@ -47,7 +47,7 @@ def register_layers(layers: dict[str, type]) -> None:
         stand_ins.make_switchable(cls)
         if "_apply_gate" in vars(cls):
             stand_ins.meet(cls.__module__)
-    switching.let_models_switch_off(modules.is_experts, stand_ins.learn, modules.check_choice)
+    stand_ins.let_models_switch_off()
 
 
 def _mark_as_they_come() -> None:

@@ -88,6 +88,10 @@ def is_stock_experts(module: object) -> bool:
     return getattr(type(module), "kernel_layer_name", None) == EXPERTS_LAYER
 
 
+def let_models_switch_off() -> None:
+    switching.let_models_switch_off(modules.is_experts, learn, modules.check_choice)
+
+
 def register_interface() -> None:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
