@@ -185,6 +185,13 @@ def check_way(model):
     check_blocks(model)
 
 
+def check_kernel_config():
+    model = load_by_kernel_config(plan)
+    compare(results(model), expected, on_kernel=True)
+    model.set_use_kernels(False)
+    compare(results(model), expected, on_kernel=False)
+
+
 def check_layout():
     print("layout", flush=True)
     register_patch_mapping({"DeepseekV3Experts": kernel.layers.MoEExpertsLayout})
@@ -230,10 +237,7 @@ if plan == "fully-sharded-and-dispatch":
 compare(results(load(plan)), expected, on_kernel=False)  # what Transformers promises without us
 
 print("KernelConfig", flush=True)  # before register(): it works alone
-model = load_by_kernel_config(plan)
-compare(results(model), expected, on_kernel=True)
-model.set_use_kernels(False)
-compare(results(model), expected, on_kernel=False)
+check_kernel_config()
 
 kernel.register()
 for way, distribute in WAYS.items():
