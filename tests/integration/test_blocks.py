@@ -730,9 +730,11 @@ class TheirRouter(nn.Module):
 
 
 @pytest.mark.parametrize("when", ["before", "around", "after"])
-@pytest.mark.parametrize("name, layer", [("MoEExperts", TheirExperts), ("DeepseekV3TopkRouter", TheirRouter)])
+@pytest.mark.parametrize(
+    "path, name, layer", [("experts", "MoEExperts", TheirExperts), ("gate", "DeepseekV3TopkRouter", TheirRouter)]
+)
 @torch.no_grad()
-def test_parts_of_another_library(kernel, calls, name, layer, when):
+def test_parts_of_another_library(kernel, calls, path, name, layer, when):
     """Whichever `kernelize` comes to first: the block is computed part by part, and theirs is one of them."""
     import kernels
 
@@ -740,9 +742,8 @@ def test_parts_of_another_library(kernel, calls, name, layer, when):
     with kernels.use_kernel_mapping(theirs if when == "before" else {}, inherit_mapping=False):
         kernel.register()
         block = deepseek()
-        part = block.experts if name == "MoEExperts" else block.gate
         expected = copy.deepcopy(block)
-        part_expected = expected.experts if name == "MoEExperts" else expected.gate
+        part, part_expected = getattr(block, path), getattr(expected, path)
         part_expected.forward = layer.forward.__get__(part_expected)
         with kernels.use_kernel_mapping(theirs if when == "around" else {}):
             kernelize(block, mode=Mode.INFERENCE, device="cpu")
@@ -754,7 +755,6 @@ def test_parts_of_another_library(kernel, calls, name, layer, when):
     assert not calls and part.forward.__func__ is layer.forward
     served_by = kernel.status(block)
     assert served_by[""] == "Transformers, part by part"
-    path = "experts" if name == "MoEExperts" else "gate"
     assert served_by[path] == f"a forward of {layer.__module__}"
 
 

@@ -53,8 +53,14 @@ def test_ways_in_situations(checkpoint, kernel, record, way, situation):
 
 
 # Or off; a replica's weights are no parameters.
-PART_BY_PART = {"wrapped", "zero_3", "patched_module", "weights_that_we_do_not_compute", "replicated"}
-PART_BY_PART |= {"kernels_off_by_property"}
+PART_BY_PART = {
+    "wrapped",
+    "zero_3",
+    "patched_module",
+    "weights_that_we_do_not_compute",
+    "replicated",
+    "kernels_off_by_property",
+}
 
 
 @pytest.mark.usefixtures("blocks_on_cpu", "repeated_on_cpu")

@@ -47,15 +47,18 @@ class Kind:
 
     def make_switchable(self, cls: type, layer_name: str | None = None) -> type:
         """Let `kernelize` take modules of `cls` for such layers; by default for those of the name that it has."""
-        own_name = getattr(cls, "kernel_layer_name", None)
-        if own_name not in (None, *self._layers):
-            return cls  # another kernel's
+        if not self._is_ours(cls):
+            return cls
         switching.make_switchable(cls, self._serve, self._learn)
-        if layer_name is None and own_name is None:
+        if layer_name is None and getattr(cls, "kernel_layer_name", None) is None:
             layer_name = self._layer_of(cls)
         if layer_name is not None:  # under Transformers' name, whatever kernel takes it is asked as before
             switching.name_for_kernelize(cls, layer_name, self._may_switch_on)
         return cls
+
+    def _is_ours(self, cls: type) -> bool:
+        """Whether its name, if it has one, is not another kernel's."""
+        return getattr(cls, "kernel_layer_name", None) in (None, *self._layers)
 
     def _may_switch_on(self, module: nn.Module) -> bool:
         return switching.is_switchable(module) and self._is_known(module)
@@ -67,8 +70,7 @@ class Kind:
 
     def is_one(self, module: nn.Module) -> bool:
         cls = type(module)
-        is_ours = getattr(cls, "kernel_layer_name", None) in (None, *self._layers)
-        return is_ours and switching.is_switchable(module) and self._may_be(cls)
+        return self._is_ours(cls) and switching.is_switchable(module) and self._may_be(cls)
 
     def stock_class(self, layer_name: str, config) -> type:
         """That of the model to which `config` belongs, ready for `kernelize` as a layer of this name."""

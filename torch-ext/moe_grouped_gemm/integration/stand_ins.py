@@ -45,13 +45,19 @@ def make_switchable(cls: type) -> type:
     """Let `kernelize` switch modules of `cls` on, if its forward is the one of Transformers' decorator."""
     if "_apply_gate" in vars(cls):
         is_fp8 = cls.__module__.startswith("transformers.integrations.")
-        if modules.is_dispatch(cls.forward):
-            switching.make_switchable(cls, modules.serve, learn, learn)
-        elif not is_fp8:  # which is decorated as a model is quantised
+        if not _let_switch(cls) and not is_fp8:  # which is decorated as a model is quantised
             return cls
         name = FP8_EXPERTS_LAYER if is_fp8 else EXPERTS_LAYER
         switching.name_for_kernelize(cls, name, functools.partial(_may_switch_on, cls))
     return cls
+
+
+def _let_switch(cls: type) -> bool:
+    """By whoever knows its modules, but not by `kernelize`; whether its forward is the one of that decorator."""
+    is_dispatch = modules.is_dispatch(cls.forward)
+    if is_dispatch:
+        switching.make_switchable(cls, modules.serve, learn, learn)
+    return is_dispatch
 
 
 def _may_switch_on(cls: type, module: nn.Module) -> bool:
@@ -77,8 +83,7 @@ def stock_block_class(layer_name: str, config) -> type:
     meet_peft()
     cls = blocks.KIND.stock_class(layer_name, config)
     for experts in _experts_classes(cls.__module__):
-        if modules.is_dispatch(experts.forward):
-            switching.make_switchable(experts, modules.serve, learn, learn)
+        _let_switch(experts)
     routers.KIND.let_switch(cls.__module__)
     return cls
 
